@@ -1,0 +1,271 @@
+"""One typed configuration: defaults < recipe file (TOML or JSON) < environment < command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import tomli_w
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from hvd_eurosat.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+S = TypeVar("S", bound="Settings")
+
+ENV_PREFIX = "HVD_EUROSAT_"
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; the text below each field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """The images."""
+
+    root: UserPath = Path("data")
+    """class-folder tree with train/ valid/ test/, made by hvd_eurosat.prepare or unzipped by you"""
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 64
+    """side of the images in pixels; the packed arrays are resized to it when the files differ"""
+    augment: bool = True
+    """show each training image in its eight flips and quarter turns, another one every epoch"""
+    max_shift: Annotated[int, Field(ge=0, le=16)] = 0
+    """also shift each training image by up to this many pixels, mirrored at the border"""
+    cache_dir: UserPath | None = None
+    """folder for the packed arrays, on a fast local disk for example; default: beside the data"""
+
+
+class Model(Section):
+    """The network."""
+
+    arch: Literal["resnet50", "resnet18"] = "resnet50"
+    """resnet18 is the small one, for tests and smoke runs"""
+    weights: str = "imagenet"
+    """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, or a checkpoint of ours"""
+    trainable: Literal["bn+head", "head", "all"] = "bn+head"
+    """what learns: all BatchNorm layers and the head, the head alone, or every weight"""
+
+
+class Optim(Section):
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """sgd is with Nesterov momentum"""
+    lr: PositiveFloat = 0.005
+    """peak learning rate, before lr_scaling"""
+    momentum: Fraction = 0.9
+    """of sgd"""
+    weight_decay: NonNegativeFloat = 0.0
+    """not applied to BatchNorm"""
+    schedule: Literal["constant", "exponential", "cosine", "one_cycle"] = "one_cycle"
+    """exponential: times gamma every epoch; cosine: down to 0; one_cycle: up over 30 % of the run, then down to 0"""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """factor per epoch of the exponential schedule"""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """rise linearly over this many epochs first (one_cycle has its own rise)"""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """multiply lr by global batch / reference_batch, or by its square root; give it some warmup_epochs"""
+    reference_batch: PositiveInt = 64
+    """the global batch size for which lr was chosen"""
+
+
+class Train(Section):
+    """Training."""
+
+    epochs: PositiveInt = 15
+    """passes over the training images"""
+    batch_size: PositiveInt = 64
+    """images per rank and step"""
+    label_smoothing: Fraction = 0.0
+    """share of the target spread over all classes"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto takes bf16 where the hardware is fast at it (GPUs, AMX, AVX512-BF16), else fp32"""
+    compile: bool = False
+    """compile the network with torch.compile: a slow first step, faster ones after; needs a C++ compiler"""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """of the weights, the order of the images and their augmentation"""
+
+
+class Valid(Section):
+    """Validation and test."""
+
+    batch_size: PositiveInt = 128
+    """images per step"""
+    sharded: bool = False
+    """spread validation over all ranks instead of rank 0 alone: the same counts, sooner in a large world"""
+
+
+class Run(Section):
+    """What a run leaves behind."""
+
+    dir: UserPath | None = None
+    """folder of the run; default: runs/<name of the recipe file>"""
+    resume: str = "auto"
+    """auto continues from the newest checkpoint of run.dir if there is one, never starts anew, or a checkpoint FILE"""
+    checkpoint_interval: PositiveInt = 1
+    """epochs between checkpoints; the best so far and the last epoch are always saved"""
+    keep: PositiveInt = 1
+    """how many of the newest checkpoints to keep, beside the best"""
+
+    @property
+    def path(self) -> Path:
+        """The folder of the run, once `load` has filled in its default."""
+        if self.dir is None:
+            raise ValueError("run.dir is resolved by config.load")
+        return self.dir
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not after two screens of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists every key)")
+
+
+class Settings(BaseSettings):
+    """What a verb is told: sections of keys, from a recipe file, the environment and the command line."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+        use_attribute_docstrings=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_use_class_docs_for_groups=True,
+    )
+
+    config: UserPath | None = Field(default=None, exclude=True)
+    """a recipe: TOML or JSON by its extension; environment and flags win over it"""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The recipe file comes in as the initial values, the weakest source of all."""
+        return env_settings, init_settings
+
+    def flat(self) -> dict[str, Any]:
+        """{"train.epochs": 15, ...}, in JSON's types."""
+        return flatten(self.model_dump(mode="json"))
+
+
+class Config(Settings):
+    """Everything that a run depends on."""
+
+    data: Data = Data()
+    model: Model = Model()
+    optim: Optim = Optim()
+    train: Train = Train()
+    valid: Valid = Valid()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(f"optim.warmup_epochs must be below train.epochs ({self.train.epochs})")
+        return self
+
+    def to_toml(self) -> str:
+        """Every key with its value: a recipe that repeats the run."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def flatten(sections: dict[str, Any]) -> dict[str, Any]:
+    """{"train": {"epochs": 15}, "split": "test"} as {"train.epochs": 15, "split": "test"}."""
+    flat: dict[str, Any] = {}
+    for name, value in sections.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def load(argv: Sequence[str]) -> Config:
+    """The configuration of a training run; `--help` prints every key and ends the program."""
+    config = read(Config, argv, "train")
+    if config.run.dir is not None:
+        return config
+    name = config.config.stem if config.config else "default"
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path("runs") / name})})
+
+
+def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
+    """The settings that a command line asks for; `--help` prints every key and ends the program.
+
+    Raises UserError, naming the key, on anything unknown or of a wrong type.
+    """
+    parser = _Parser(prog=f"python -m hvd_eurosat.{verb}", description=schema.__doc__, allow_abbrev=False)
+    cli = CliSettingsSource[argparse.ArgumentParser](schema, root_parser=parser)
+    _refuse_unknown_environment()
+    flags = vars(parser.parse_args(list(argv)))
+    values = _read_recipe(Path(flags["config"])) if flags.get("config") else {}
+    try:
+        return schema(_cli_settings_source=cli(parsed_args=flags), **values)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        if path.suffix not in {".toml", ".json"}:
+            raise UserError(f"--config {path}: a recipe is a .toml or a .json file")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:  # both parsers' errors, and undecodable text
+        raise UserError(f"--config {path}: {error}") from None
+    if not isinstance(values, dict) or "config" in values:
+        raise UserError(f"--config {path}: expected sections {', '.join(_sections())}")
+    return values
+
+
+def _sections() -> list[str]:
+    return [name for name in Config.model_fields if name != "config"]
+
+
+def _refuse_unknown_environment() -> None:
+    """pydantic reads the variables that it knows; a misspelt section would pass in silence."""
+    for variable in sorted(os.environ):
+        section = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
+        if variable.startswith(ENV_PREFIX) and section not in _sections():
+            raise UserError(f"environment variable {variable}: no such section; there are {', '.join(_sections())}")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown configuration key {key} (--help lists every key)"
+    return f"{key}: {message}, got {problem['input']!r}" if key else message

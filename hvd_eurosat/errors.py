@@ -1,0 +1,12 @@
+"""The errors that are shown to people as one line instead of a traceback."""
+
+
+class UserError(Exception):
+    """Something its reader can mend: bad usage, configuration or data. Ends the program with status 2.
+
+    The message is one line that names the culprit and, where there is one, the cure.
+    """
+
+
+class RunError(Exception):
+    """A run that began well could not go on (a full disk, say). Ends the program with status 1."""
