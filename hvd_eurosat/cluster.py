@@ -1,0 +1,296 @@
+"""The ranks of a job: who they are, what they share, and the one place through which they leave.
+
+The only module that knows Horovod and MPI. It serves a single process, ranks started by an MPI launcher
+(mpirun, srun, horovodrun) and ranks of `horovodrun --gloo` alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_eurosat.config import Settings
+from hvd_eurosat.errors import RunError, UserError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=Settings)
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+BUCKET_BYTES = 16 * 2**20
+
+HOROVOD_DEFAULTS = {
+    # The ranks wait minutes for rank 0's validation or for a node's packing: not a stall to warn of after 60 s.
+    "HOROVOD_STALL_CHECK_TIME_SECONDS": "1800",
+    # Fusion depends on timing, and so would the order of a sum: the buckets are ours (see GradientBuckets).
+    "HOROVOD_FUSION_THRESHOLD": "0",
+}
+
+
+class SharedError(UserError):
+    """A UserError that every rank raises at the same place, so that all can leave in good order."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of the job, as seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    threads: int
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 validates, saves and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value (picklable), in the order of the ranks. Collective."""
+        return list(_hvd().allgather_object(value)) if self.size > 1 else [value]
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value (picklable) on every rank. Collective."""
+        return _hvd().broadcast_object(value, root_rank=0) if self.size > 1 else value
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's tensors (dense, of any memory format) to every rank, in place. Collective."""
+        if self.size > 1:
+            memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+            _hvd().broadcast_parameters([(f"broadcast.{i}", m) for i, m in enumerate(memory)], root_rank=0)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, a new tensor. Collective."""
+        return _hvd().allreduce(tensor, op=_hvd().Sum) if self.size > 1 else tensor
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor [...], as one [size, ...]. Collective."""
+        return _hvd().allgather(tensor[None]) if self.size > 1 else tensor[None]
+
+    def wait(self) -> None:
+        """Until every rank is here, asleep instead of spinning on a core. Collective."""
+        if self.size == 1:
+            return
+        handle = _hvd().allreduce_async(torch.zeros(1), name="wait", op=_hvd().Sum)
+        while not _hvd().poll(handle):
+            time.sleep(0.005)
+        _hvd().synchronize(handle)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns, on every rank; a UserError on any of them is raised on all. Collective."""
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as raised:
+            error = str(raised)
+        errors = self.gather(error)
+        if all(e == errors[0] for e in errors):
+            shared = errors[0]
+        else:
+            rank, shared = next((rank, e) for rank, e in enumerate(errors) if e)
+            shared = f"{shared} (on rank {rank} of {self.size})"
+        if shared:
+            raise SharedError(shared)
+        return result  # type: ignore[return-value]
+
+    def agree(self, what: str, values: dict[str, Any]) -> None:
+        """Raise on every rank unless all have the same values, naming what differs. Collective."""
+        for rank, others in enumerate(self.gather(values)):
+            mine = self.from_main(values)
+            for key in mine.keys() | others.keys():
+                if mine.get(key) != others.get(key):
+                    raise SharedError(
+                        f"the ranks differ in {what}: {key} is {mine.get(key)!r} on rank 0, "
+                        f"{others.get(key)!r} on rank {rank}"
+                    )
+
+    def node_by_node(self, work: Callable[[], T]) -> T:
+        """`work` on one rank of each node, then on all, which find it done. Collective."""
+        self.together(lambda: work() if self.local_rank == 0 else None)
+        return self.together(work)
+
+
+class GradientBuckets:
+    """Sums gradients over the ranks in flat buckets of fixed content and order, while backward still runs.
+
+    Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
+    the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
+    backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion.
+    """
+
+    def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._world = world
+        self._buckets: list[Tensor] = []
+        self._missing: list[int] = []
+        self._sizes: list[int] = []
+        self._handles: dict[int, int] = {}
+        for group in _split(list(reversed(parameters))):
+            self._add_bucket(group)
+
+    def _add_bucket(self, parameters: list[torch.nn.Parameter]) -> None:
+        number = len(self._buckets)
+        buffer = torch.zeros(sum(p.numel() for p in parameters), device=self._world.device)
+        self._buckets.append(buffer)
+        self._sizes.append(len(parameters))
+        self._missing.append(len(parameters))
+        offset = 0
+        for parameter in parameters:
+            piece = buffer[offset : offset + parameter.numel()]
+            parameter.grad = piece.as_strided(parameter.shape, parameter.stride())
+            offset += parameter.numel()
+            parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+
+    def _arrived(self, number: int) -> None:
+        self._missing[number] -= 1
+        if self._missing[number] == 0 and self._world.size > 1:
+            buffer = self._buckets[number]
+            self._handles[number] = _hvd().allreduce_async_(buffer, name=f"gradients.{number}", op=_hvd().Sum)
+
+    def zero(self) -> None:
+        """Start a step: all gradients to zero, in place."""
+        for buffer in self._buckets:
+            buffer.zero_()
+        self._missing = list(self._sizes)
+
+    def wait(self) -> None:
+        """Until the sums over all ranks are in the parameters' gradients."""
+        for handle in self._handles.values():
+            _hvd().synchronize(handle)
+        self._handles.clear()
+
+
+def _split(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    groups: list[list[torch.nn.Parameter]] = [[]]
+    filled = 0
+    for parameter in parameters:
+        if filled and filled + parameter.numel() * 4 > BUCKET_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(parameter)
+        filled += parameter.numel() * 4
+    return groups
+
+
+def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int | None]) -> NoReturn:
+    """Run a verb: its configuration from the command line, the same on all ranks, then `main`; the one way out.
+
+    Statuses: 0 done, 1 failed, 2 bad usage, configuration or data. When one rank fails alone, all end: its error is
+    printed once and the whole job is aborted.
+    """
+    try:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            configure(sys.argv[1:])
+        world = start()
+        settings = world.together(lambda: configure(sys.argv[1:]))
+        world.agree("configuration", settings.flat())
+        status = main(world, settings) or 0
+    except SharedError as error:
+        if _rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        _leave(2)
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _abort(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        _abort(130)
+    except Exception:
+        where = f" on rank {_rank()} ({socket.gethostname()})" if _is_parallel() else ""
+        print(f"{traceback.format_exc()}error: the run failed{where}", file=sys.stderr, flush=True)
+        _abort(1)
+    _leave(status)
+
+
+def start() -> World:
+    """Join the job: Horovod, this rank's device and its share of the node's cores. Collective."""
+    for variable, value in HOROVOD_DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+    if _under_mpi():
+        from mpi4py import MPI  # before Horovod, which would otherwise finalise MPI when the first rank leaves
+
+        _hvd().init(comm=MPI.COMM_WORLD)
+    else:
+        os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
+        os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
+        _hvd().init()
+    hvd = _hvd()
+    rank, size, local_rank, local_size = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    cores = os.sched_getaffinity(0)
+    everyone = hvd.allgather_object((socket.gethostname(), sorted(cores))) if size > 1 else []
+    neighbours = [set(theirs) for host, theirs in everyone if host == socket.gethostname()] or [cores]
+    sharing = sum(1 for theirs in neighbours if theirs & cores)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(cores) // sharing))
+    torch.set_num_threads(threads)
+    _keep_freed_memory()
+    if rank == 0:
+        _warn_of_binding(neighbours)
+    return World(rank, size, local_rank, local_size, device, threads)
+
+
+def _warn_of_binding(neighbours: list[set[int]]) -> None:
+    used = set().union(*neighbours)
+    there = os.cpu_count() or 1
+    if len(neighbours) <= 2 and len(used) < there and all(len(cores) == 1 for cores in neighbours):
+        print(
+            f"warning: the launcher bound the {len(neighbours)} ranks of this node to one core each, "
+            f"{there - len(used)} of {there} cores idle: add --bind-to none to mpirun",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from returning every large activation to the system, only to fault its pages in again."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _hvd() -> Any:
+    import horovod.torch
+
+    return horovod.torch
+
+
+def _under_mpi() -> bool:
+    return "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ and any(v in os.environ for v in RANK_VARIABLES)
+
+
+def _is_parallel() -> bool:
+    return "HOROVOD_SIZE" in os.environ or any(v in os.environ for v in RANK_VARIABLES)
+
+
+def _rank() -> int:
+    return int(next((os.environ[v] for v in ("HOROVOD_RANK", *RANK_VARIABLES) if v in os.environ), 0))
+
+
+def _leave(status: int) -> NoReturn:
+    if "horovod.torch" in sys.modules and _hvd().is_initialized():
+        _hvd().shutdown()
+    sys.exit(status)
+
+
+def _abort(status: int) -> NoReturn:
+    sys.stdout.flush()
+    if _under_mpi():
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(status)
+    os._exit(status)
