@@ -1,0 +1,127 @@
+"""The main job: train the modified ResNet-50 on every rank's shard of the training images.
+
+horovodrun -np 8 python -m hvd_eurosat.train --config recipes/finetune.toml --data.root data
+"""
+
+from __future__ import annotations
+
+import time
+
+from hvd_eurosat import cluster
+from hvd_eurosat.cluster import World
+from hvd_eurosat.config import Config, load
+from hvd_eurosat.data.batches import Images, TrainBatches, ordered_batches
+from hvd_eurosat.data.packed import open_packed
+from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
+from hvd_eurosat.model.weights import load_weights
+from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.header import header
+from hvd_eurosat.training.journal import Journal
+from hvd_eurosat.training.metrics import Evaluation, evaluate
+from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.precision import Precision, choose_precision
+from hvd_eurosat.training.statistics import averaged_statistics, put_statistics
+from hvd_eurosat.training.step import Step
+
+
+def train(world: World, config: Config) -> None:
+    """Train, validate and save every epoch; then test the best checkpoint."""
+    tree = world.together(lambda: open_tree(config.data.root))
+    world.agree("data", {"classes": tree.classes, "content": tree.digest})
+    images = open_images(world, config, tree)
+    batches = world.together(
+        lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
+    )
+    journal = Journal(world, config, tree)
+    start = journal.find_start()
+    if start and journal.is_finished():
+        return
+
+    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed).to(world.device)
+    set_weights(world, config, model, start)
+    optimiser = build_optimiser(model, config.optim)
+    if start:
+        optimiser.load_state_dict(start.optimiser)
+    precision = choose_precision(config.train.precision, world.device)
+    step = Step(model, optimiser, world, config, precision)
+    journal.begin(start, header(world, config, tree, model, batches, precision))
+
+    for epoch in range(start.epoch if start else 0, config.train.epochs):
+        train_epoch(world, config, step, batches, epoch, journal)
+        with averaged_statistics(model, world) as every_rank:
+            validation = evaluate_split(world, config, model, images["valid"], precision)
+            state = Checkpoint(
+                model=model.state_dict(),
+                optimiser=optimiser.state_dict(),
+                rank_buffers=every_rank,
+                epoch=epoch + 1,
+                step=(epoch + 1) * batches.steps,
+                config=config.model_dump(mode="json"),
+                classes=list(tree.classes),
+                digest=tree.digest,
+                precision=precision.name,
+            )
+            journal.validated(state, validation)
+        world.wait()
+
+    best = journal.best_checkpoint()
+    if best:
+        model.load_state_dict(checkpoint.load(best).model)
+    world.broadcast(model.state_dict().values())
+    test = evaluate_split(world, config, model, images["test"], precision)
+    journal.finish(test, summary(world, model, images))
+    world.wait()
+
+
+def open_images(world: World, config: Config, tree: Tree) -> dict[str, Images]:
+    """Every split's packed images; one rank of each node packs what is not packed yet. Collective."""
+    size, cache = config.data.image_size, config.data.cache_dir
+    packed = world.node_by_node(lambda: {split: open_packed(tree, split, size, cache) for split in SPLITS})
+    return {split: Images(arrays, world.device) for split, arrays in packed.items()}
+
+
+def set_weights(world: World, config: Config, model: LandCoverResNet, start: Checkpoint | None) -> None:
+    """Rank 0's weights on every rank; after a checkpoint, also each rank's own BatchNorm statistics. Collective."""
+    if start:
+        model.load_state_dict(start.model)
+        same_world = len(start.rank_buffers) == world.size
+        put_statistics(model, start.rank_buffers[world.rank] if same_world else start.rank_buffers.mean(0))
+        return
+    world.together(lambda: load_weights(model, config.model.weights, config.model.arch) if world.is_main else None)
+    world.broadcast(model.state_dict().values())
+
+
+def train_epoch(world: World, config: Config, step: Step, batches: TrainBatches, epoch: int, journal: Journal) -> None:
+    """Every rank its shard of the epoch (from 0), in steps. Collective."""
+    began = time.perf_counter()
+    global_batch = config.train.batch_size * world.size
+    journal.begin_epoch(epoch + 1, batches.steps)
+    for number, batch in enumerate(batches.epoch(epoch)):
+        progress = epoch + number * global_batch / batches.length
+        rate = learning_rate(config.optim, config.train.epochs, global_batch, progress)
+        step(batch, epoch, rate)
+        journal.stepped(number + 1, step.sums)
+    sums = step.sums.take(world)
+    journal.trained(epoch + 1, (epoch + 1) * batches.steps, sums, rate, time.perf_counter() - began)
+
+
+def evaluate_split(
+    world: World, config: Config, model: LandCoverResNet, images: Images, precision: Precision
+) -> Evaluation:
+    """The model on a split: rank 0 alone, or all ranks with valid.sharded; the sums on every rank. Collective."""
+    shards = world.size if config.valid.sharded else 1
+    mine = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
+    return evaluate(model, mine, precision, world)
+
+
+def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> dict[str, int]:
+    """The facts of the run in summary.json, beside its results."""
+    total, trainable = count_parameters(model)
+    counts = {f"{split}_images": len(images[split]) for split in SPLITS}
+    return {"world_size": world.size, "parameters": total, "trainable_parameters": trainable, **counts}
+
+
+if __name__ == "__main__":
+    cluster.run(load, train)

@@ -1,0 +1,1 @@
+"""Optimiser, step, checkpoint, metrics and the files of a run."""

@@ -1,0 +1,125 @@
+"""Checkpoints: everything that a run depends on, in files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_eurosat import __version__
+from hvd_eurosat.config import Config, flatten
+from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.training.files import replacing, write_text
+
+FORMAT = 1
+MAY_DIFFER = ("train.epochs", "valid.", "run.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after `epoch` epochs and `step` steps.
+
+    model: state dict with the BatchNorm statistics averaged over the ranks; rank_buffers: float32 [world size, n],
+    each rank's own statistics, flattened; config: the resolved configuration (nested keys); digest: of the data's
+    content; precision: the one that the run took; history: the events of metrics.jsonl.
+    """
+
+    model: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    rank_buffers: Tensor
+    epoch: int
+    step: int
+    config: dict[str, Any]
+    classes: list[str]
+    digest: str
+    precision: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:
+        """Raise UserError, by name, if the run would not go on as the same run."""
+        was, now = flatten(self.config), config.flat()
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
+                raise UserError(
+                    f"cannot resume: {key} was {was.get(key)!r} and is {now.get(key)!r} now "
+                    f"(take it back, or another run.dir)"
+                )
+        if self.classes != list(classes):
+            raise UserError(f"cannot resume: the checkpoint knows the classes {', '.join(self.classes)}")
+        if self.digest != digest:
+            raise UserError(f"cannot resume: the images of {config.data.root} are not those that the run began with")
+
+
+def save(checkpoint: Checkpoint, path: Path) -> None:
+    """Write to a temporary name, sync, rename, sync the folder. Raises RunError where that fails."""
+    versions = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    content = {"format": FORMAT, "versions": versions, **vars(checkpoint)}
+    try:
+        with replacing(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise RunError(f"cannot save the checkpoint {path}: {error}") from None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; nothing in it is executed. Raises UserError if it is not a whole one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+        raise UserError(f"checkpoint {path}: damaged, or not a checkpoint") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+        raise UserError(f"checkpoint {path}: not a checkpoint of this version of hvd_eurosat")
+    content.pop("versions", None)
+    return Checkpoint(**content)
+
+
+class CheckpointFolder:
+    """`checkpoints/` of a run: the newest `keep`, the best, and last.json and best.json, which name them."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, if there is one."""
+        return self._named_by("last.json")
+
+    def best(self) -> Path:
+        """The checkpoint with the best validation accuracy. Raises RunError if there is none."""
+        path = self._named_by("best.json")
+        if path is None:
+            raise RunError(f"no best checkpoint in {self.folder}")
+        return path
+
+    def add(self, checkpoint: Checkpoint, accuracy: float, is_best: bool) -> None:
+        """Save, point last.json (and best.json) at it, then remove what neither names and `keep` does not hold."""
+        path = self.folder / f"epoch-{checkpoint.epoch:04d}.pt"
+        save(checkpoint, path)
+        note = {"file": path.name, "epoch": checkpoint.epoch, "step": checkpoint.step, "metric": accuracy}
+        for name in ("last.json", "best.json") if is_best else ("last.json",):
+            write_text(self.folder / name, json.dumps(note) + "\n")
+        self._remove_old()
+
+    def _named_by(self, name: str) -> Path | None:
+        pointer = self.folder / name
+        try:
+            return self.folder / json.loads(pointer.read_text())["file"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{pointer}: unreadable; name a checkpoint with --run.resume FILE") from None
+
+    def _remove_old(self) -> None:
+        files = sorted(self.folder.glob("epoch-*.pt"))
+        kept = {*files[-self._keep :], self.newest(), self.best()}
+        for path in set(files) - kept:
+            path.unlink()

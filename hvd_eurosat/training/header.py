@@ -1,0 +1,45 @@
+"""What a run is about to do, said before it begins."""
+
+from __future__ import annotations
+
+import math
+import platform
+
+import torch
+from torch import nn
+
+from hvd_eurosat.cluster import World
+from hvd_eurosat.config import Config
+from hvd_eurosat.data.batches import TrainBatches
+from hvd_eurosat.data.tree import SPLITS, Tree
+from hvd_eurosat.model.resnet import count_parameters
+from hvd_eurosat.training.precision import Precision
+
+
+def header(
+    world: World, config: Config, tree: Tree, model: nn.Module, batches: TrainBatches, precision: Precision
+) -> dict[str, str]:
+    """A line for each fact: devices, data, network, batch arithmetic, schedule."""
+    total, trainable = count_parameters(model)
+    counts = {split: len(tree.files(split)) for split in SPLITS}
+    shard = math.ceil(counts["train"] / world.size)
+    train, optim = config.train, config.optim
+    return {
+        "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
+        "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world)}, {precision.name}"
+        + (", compiled" if train.compile else ""),
+        "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
+        + ", ".join(f"{n:,} {split}" for split, n in counts.items())
+        + f" images of {config.data.image_size}x{config.data.image_size}",
+        "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
+        f"{trainable:,} trainable ({config.model.trainable})",
+        "batches": f"{train.batch_size} x {world.size} ranks = {train.batch_size * world.size} images a step; "
+        f"{shard:,} images a rank, {batches.steps} steps an epoch, {batches.steps * train.epochs:,} in all",
+        "optimiser": f"{optim.name}, learning rate {optim.lr:g} {optim.schedule}, {train.epochs} epochs",
+    }
+
+
+def _device(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"{world.threads} CPU threads each ({platform.machine()})"

@@ -1,0 +1,55 @@
+"""The optimiser, and the learning rate as a function of the samples seen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from hvd_eurosat.config import Optim
+
+ONE_CYCLE_RISE = 0.3
+ONE_CYCLE_START = 1 / 25
+
+
+def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """Of the trainable parameters only; weight decay spares BatchNorm and its like (one-dimensional parameters)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if optim.name == "sgd":
+        nesterov = optim.momentum > 0
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+    kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=optim.lr, fused=True)
+
+
+def learning_rate(optim: Optim, epochs: int, global_batch: int, progress: float) -> float:
+    """The rate at `progress`, in epochs: samples seen / samples in the training set.
+
+    A pure function, so that nothing of the schedule needs saving. one_cycle: Smith & Topin 2018, with cosine
+    annealing as in torch's OneCycleLR; lr_scaling: Goyal et al. 2017 (linear), Hoffer et al. 2017 (sqrt).
+    """
+    ratio = global_batch / optim.reference_batch
+    peak = optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
+    if progress < optim.warmup_epochs:
+        return peak * max(progress, 0.01) / optim.warmup_epochs
+    done = (progress - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
+    if optim.schedule == "exponential":
+        return peak * optim.gamma ** math.floor(progress)
+    if optim.schedule == "cosine":
+        return peak * _cosine(done)
+    if optim.schedule == "one_cycle" and done < ONE_CYCLE_RISE:
+        return peak * (1 - (1 - ONE_CYCLE_START) * _cosine(done / ONE_CYCLE_RISE))
+    if optim.schedule == "one_cycle":
+        return peak * _cosine((done - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE))
+    return peak
+
+
+def _cosine(done: float) -> float:
+    """From 1 down to 0 as `done` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * min(done, 1.0))) / 2

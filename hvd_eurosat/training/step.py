@@ -1,0 +1,60 @@
+"""One optimiser step: from a batch to new weights."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvd_eurosat.cluster import GradientBuckets, World
+from hvd_eurosat.config import Config
+from hvd_eurosat.data.augment import augment, normalise
+from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.training.metrics import Sums
+from hvd_eurosat.training.precision import Precision
+
+
+class Step:
+    """Augment, forward, backward, sum the gradients over the ranks, update. Nothing waits for the device.
+
+    The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
+    number, and Horovod adds. `sums` gathers the metrics of this rank.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimiser: torch.optim.Optimizer, world: World, config: Config, precision: Precision
+    ) -> None:
+        self._optimiser = optimiser
+        self._config = config
+        self._precision = precision
+        self._device = world.device
+        self._gradients = GradientBuckets(world, [p for p in model.parameters() if p.requires_grad])
+        if config.train.compile and world.device.type == "cpu" and not shutil.which("g++"):
+            raise UserError("train.compile needs a C++ compiler (g++), and there is none")
+        self._forward = torch.compile(model) if config.train.compile else model
+        self.sums = Sums(world.device)
+
+    def __call__(self, batch: Batch, epoch: int, learning_rate: float) -> None:
+        """Train on a batch of an epoch (from 0)."""
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate
+        self._gradients.zero()
+        with self._precision.autocast(self._device):
+            log_probabilities = self._forward(self._prepare(batch, epoch))
+        # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
+        losses = F.cross_entropy(
+            log_probabilities, batch.labels, reduction="none", label_smoothing=self._config.train.label_smoothing
+        )
+        (losses @ batch.weights / batch.total).backward()
+        self.sums.add(log_probabilities.detach(), batch)
+        self._gradients.wait()
+        self._optimiser.step()
+
+    def _prepare(self, batch: Batch, epoch: int) -> Tensor:
+        images, data = batch.images, self._config.data
+        if data.augment:
+            images = augment(images, batch.indices, self._config.train.seed, epoch, data.max_shift)
+        return normalise(images)
