@@ -44,19 +44,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Data(Section):
-    """The images."""
+class Place(Section):
+    """Where the images are."""
 
     root: UserPath = Path("data")
     """class-folder tree with train/ valid/ test/, made by hvd_eurosat.prepare or unzipped by you"""
+    cache_dir: UserPath | None = None
+    """folder for the packed arrays, on a fast local disk for example; default: beside the data"""
+
+
+class Data(Place):
+    """The images."""
+
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
     """side of the images in pixels; the packed arrays are resized to it when the files differ"""
     augment: bool = True
     """show each training image in its eight flips and quarter turns, another one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
     """also shift each training image by up to this many pixels, mirrored at the border"""
-    cache_dir: UserPath | None = None
-    """folder for the packed arrays, on a fast local disk for example; default: beside the data"""
 
 
 class Model(Section):
@@ -266,6 +271,8 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"--{key} is required"
     if problem["type"] == "extra_forbidden":
         return f"unknown configuration key {key} (--help lists every key)"
     return f"{key}: {message}, got {problem['input']!r}" if key else message

@@ -10,9 +10,8 @@ import time
 from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, load
-from hvd_eurosat.data.batches import Images, TrainBatches, ordered_batches
-from hvd_eurosat.data.packed import open_packed
-from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
+from hvd_eurosat.data.tree import SPLITS, open_tree
 from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
 from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training import checkpoint
@@ -30,7 +29,7 @@ def train(world: World, config: Config) -> None:
     """Train, validate and save every epoch; then test the best checkpoint."""
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
-    images = open_images(world, config, tree)
+    images = open_images(world, tree, SPLITS, config.data.image_size, config.data.cache_dir)
     batches = world.together(
         lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
     )
@@ -39,12 +38,13 @@ def train(world: World, config: Config) -> None:
     if start and journal.is_finished():
         return
 
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed).to(world.device)
+    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed)
+    model.to(world.device)
     set_weights(world, config, model, start)
     optimiser = build_optimiser(model, config.optim)
     if start:
         optimiser.load_state_dict(start.optimiser)
-    precision = choose_precision(config.train.precision, world.device)
+    precision = world.from_main(choose_precision(config.train.precision, world.device))
     step = Step(model, optimiser, world, config, precision)
     journal.begin(start, header(world, config, tree, model, batches, precision))
 
@@ -73,13 +73,6 @@ def train(world: World, config: Config) -> None:
     test = evaluate_split(world, config, model, images["test"], precision)
     journal.finish(test, summary(world, model, images))
     world.wait()
-
-
-def open_images(world: World, config: Config, tree: Tree) -> dict[str, Images]:
-    """Every split's packed images; one rank of each node packs what is not packed yet. Collective."""
-    size, cache = config.data.image_size, config.data.cache_dir
-    packed = world.node_by_node(lambda: {split: open_packed(tree, split, size, cache) for split in SPLITS})
-    return {split: Images(arrays, world.device) for split, arrays in packed.items()}
 
 
 def set_weights(world: World, config: Config, model: LandCoverResNet, start: Checkpoint | None) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from hvd_eurosat.data.packed import Packed
+from hvd_eurosat.cluster import World
+from hvd_eurosat.data.packed import Packed, open_packed
+from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import UserError
 
 
@@ -47,6 +50,14 @@ class Images:
         return Batch(indices, images, self.labels.index_select(0, indices), weights, total)
 
 
+def open_images(
+    world: World, tree: Tree, splits: Sequence[str], size: int, cache_dir: Path | None
+) -> dict[str, Images]:
+    """The packed images of some splits, after one rank of each node has packed what was not. Collective."""
+    packed = world.node_by_node(lambda: {split: open_packed(tree, split, size, cache_dir) for split in splits})
+    return {split: Images(arrays, world.device) for split, arrays in packed.items()}
+
+
 class TrainBatches:
     """One rank's batches of an epoch: its DistributedSampler shard in whole batches.
 
@@ -64,8 +75,9 @@ class TrainBatches:
         self._images = images
         self._batch_size = batch_size
         self._rank, self._world_size = rank, world_size
-        dataset: Dataset[Tensor] = _Length(len(images))
-        self._sampler = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=seed)
+        self._sampler: DistributedSampler[Tensor] = DistributedSampler(
+            _Length(len(images)), world_size, rank, shuffle=True, seed=seed
+        )
         self.steps = math.ceil(shard / batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:

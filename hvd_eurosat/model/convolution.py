@@ -31,9 +31,9 @@ class Convolution(nn.Conv2d):
 
 
 def _product(pixels: Tensor, weight: Tensor) -> Tensor:
-    """[B, H, W, K] by [out, K]: [B, out, H, W], channels last. In two dimensions, or a slow batched product is taken."""
+    """[B, H, W, K] by [out, K]: [B, out, H, W], channels last; in two dimensions, or torch takes a slow batched one."""
     rows = F.linear(pixels.flatten(0, 2), weight)
-    return rows.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
+    return rows.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
 
 
 def use_matrix_products(model: nn.Module) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -29,7 +27,7 @@ class LandCoverResNet(ResNet):
         # Blocks that begin as the identity suit training from scratch (Goyal et al. 2017); weights override it.
         super().__init__(block, layers, num_classes=classes, zero_init_residual=trainable == "all")
         use_matrix_products(self)
-        self.fc = nn.Linear(self.fc.in_features, classes, bias=False)
+        self.fc: nn.Linear = nn.Linear(512 * block.expansion, classes, bias=False)
         self.trainable = trainable
         batch_norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
         if trainable != "all":
@@ -61,9 +59,10 @@ def batch_norm_buffers(model: nn.Module) -> list[Tensor]:
     return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
-def build(arch: str, classes: int, trainable: str, seed: int, **placement: Any) -> LandCoverResNet:
-    """A network with random weights from `seed`, channels last, at `placement` (a device)."""
+def build(arch: str, classes: int, trainable: str, seed: int) -> LandCoverResNet:
+    """A network with random weights from `seed`, on the CPU, channels last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LandCoverResNet(arch, classes, trainable)
-    return model.to(memory_format=torch.channels_last, **placement)
+    model.to(memory_format=torch.channels_last)
+    return model

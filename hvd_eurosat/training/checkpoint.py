@@ -16,6 +16,7 @@ from torch import Tensor
 from hvd_eurosat import __version__
 from hvd_eurosat.config import Config, flatten
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.model.resnet import LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
 
 FORMAT = 1
@@ -42,6 +43,14 @@ class Checkpoint:
     precision: str
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def build_model(self, device: torch.device) -> LandCoverResNet:
+        """The network as it was validated."""
+        arch, trainable = self.config["model"]["arch"], self.config["model"]["trainable"]
+        model = build(arch, len(self.classes), trainable, seed=0)
+        model.to(device)
+        model.load_state_dict(self.model)
+        return model
+
     def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:
         """Raise UserError, by name, if the run would not go on as the same run."""
         was, now = flatten(self.config), config.flat()
@@ -64,8 +73,8 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     try:
         with replacing(path) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise RunError(f"cannot save the checkpoint {path}: {error}") from None
+    except RuntimeError as error:  # as which torch reports a full disk
+        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
 def load(path: Path) -> Checkpoint:
@@ -112,7 +121,7 @@ class CheckpointFolder:
     def _named_by(self, name: str) -> Path | None:
         pointer = self.folder / name
         try:
-            return self.folder / json.loads(pointer.read_text())["file"]
+            return self.folder / str(json.loads(pointer.read_text())["file"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):

@@ -85,7 +85,8 @@ class Display:
         self.say(
             f"epoch {trained['epoch']}/{epochs}  "
             f"train loss {trained['loss']:.4f}  accuracy {100 * trained['accuracy']:.2f}%  "
-            f"valid loss {validation.loss:.4f}  accuracy {100 * validation.accuracy:.2f}%{' (best)' if is_best else ''}  "
+            f"valid loss {validation.loss:.4f}  accuracy {100 * validation.accuracy:.2f}%"
+            f"{' (best)' if is_best else ''}  "
             f"{trained['images_per_second']:,.0f} images/s  {trained['seconds']:.0f} s"
         )
 

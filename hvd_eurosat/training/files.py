@@ -9,13 +9,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from hvd_eurosat.errors import RunError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends well: synced, renamed, its folder synced.
 
-    After an exception in the block, or a failed write, `path` is as it was and no partial file is left.
+    After an exception in the block `path` is as it was and no partial file is left. Raises RunError where the file
+    cannot be written.
     """
+    try:
+        with _replacing(path) as file:
+            yield file
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

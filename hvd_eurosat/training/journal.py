@@ -29,7 +29,7 @@ class Journal:
 
     def find_start(self) -> Checkpoint | None:
         """The checkpoint to go on from, on every rank, by `run.resume`. Collective."""
-        return self._world.from_main(self._world.together(self._find_start))
+        return self._world.on_main(self._find_start)
 
     def _find_start(self) -> Checkpoint | None:
         if not self._files:

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.training import plots
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import write_text
 from hvd_eurosat.training.metrics import Evaluation
@@ -34,8 +35,8 @@ class RunDirectory:
             (self.path / "plots").mkdir(exist_ok=True)
             write_text(self.path / ".writable", "")
             (self.path / ".writable").unlink()
-        except OSError as error:
-            raise UserError(f"run.dir {self.path}: cannot write there: {error.strerror}") from None
+        except (OSError, RunError) as error:
+            raise UserError(f"run.dir {self.path}: {error}") from None
 
     def set_aside(self) -> Path | None:
         """Move an earlier run out of the way; returns where it went."""
@@ -94,8 +95,6 @@ class RunDirectory:
         best = max(validated, key=lambda event: event["accuracy"])
         seconds = sum(event["seconds"] for event in trained)
         self.record("test", best["epoch"], loss=test.loss, accuracy=test.accuracy)
-        from hvd_eurosat.training import plots
-
         plots.learning_curves(self._history, self.path / "plots" / "learning_curves.png")
         title = f"{self.path.name}: {test.line('test')}"
         plots.confusion_matrix(

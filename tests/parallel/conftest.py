@@ -1,0 +1,92 @@
+"""Real jobs under real launchers, on a small synthetic data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_eurosat import prepare
+from hvd_eurosat.data.sample import generate
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "python": [],
+    "mpirun": [str(BIN / "mpirun"), "--bind-to", "none", "--oversubscribe", "-np"],
+    "horovodrun": [str(BIN / "horovodrun"), "-np"],
+    "gloo": [str(BIN / "horovodrun"), "--gloo", "--network-interface", "lo", "-np"],
+}
+Job = subprocess.CompletedProcess[str]
+Launch = Callable[..., Job]
+
+
+def command(launcher: str, ranks: int, verb: str, *arguments: object) -> list[str]:
+    """A verb as `ranks` ranks under a launcher."""
+    count = [str(ranks)] if LAUNCHERS[launcher] else []
+    program = [sys.executable, "-m", f"hvd_eurosat.{verb}", *map(str, arguments)]
+    return [*LAUNCHERS[launcher], *count, *program]
+
+
+def run(arguments: list[str], **environment: str) -> Job:
+    """The finished job, one thread a rank."""
+    allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **allow_root, **environment}
+    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="session")
+def launch() -> Launch:
+    """launch(launcher, ranks, verb, *arguments): the finished job."""
+
+    def start(launcher: str, ranks: int, verb: str, *arguments: object, **environment: str) -> Job:
+        return run(command(launcher, ranks, verb, *arguments), **environment)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 training, 20 validation and 20 test images of the synthetic sample."""
+    return make_data(tmp_path_factory.mktemp("data"), seed=0)
+
+
+def make_data(folder: Path, seed: int) -> Path:
+    """A prepared data set below `folder`."""
+    for name, image in generate(per_class=12, seed=seed):
+        path = folder / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    arguments = ["--source", str(folder / "source"), "--out", str(folder / "data"), "--ratios", "60,20,20"]
+    assert prepare.main(arguments) == 0
+    return folder / "data"
+
+
+SMALL = ("--model.arch", "resnet18", "--train.precision", "fp32", "--optim.schedule", "constant", "--optim.lr", "0.01")
+
+
+def small(data: Path, run_dir: Path, **keys: object) -> list[str]:
+    """Flags for a run of seconds; section__key=value adds more."""
+    flags = {"data__root": data, "run__dir": run_dir, "model__weights": "none", "train__batch_size": 10, **keys}
+    return [*SMALL, *(word for key, value in flags.items() for word in (f"--{key.replace('__', '.')}", str(value)))]
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in metrics.jsonl."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == kind]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    return dict(json.loads((run_dir / "summary.json").read_text()))
+
+
+def checkpoint_file(run_dir: Path, name: str = "last.json") -> Path:
+    """The checkpoint that last.json or best.json names."""
+    return run_dir / "checkpoints" / json.loads((run_dir / "checkpoints" / name).read_text())["file"]

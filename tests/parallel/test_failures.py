@@ -1,0 +1,80 @@
+"""One rank's failure is everyone's, at once, and said once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.conftest import Job, Launch, command, make_data, run, small
+
+
+def differing(first: list[str], second: list[str]) -> Job:
+    """One mpirun job of two ranks with a command line each."""
+    one, two = command("mpirun", 1, "train", *first), command("python", 1, "train", *second)
+    return run([*one, ":", "-np", "1", *two])
+
+
+def errors(job: Job) -> list[str]:
+    """The error lines, without the launcher's own words."""
+    return [line.split(">:")[-1] for line in job.stderr.splitlines() if "error: " in line]
+
+
+def test_ranks_with_differing_configurations(data: Path, tmp_path: Path) -> None:
+    job = differing(small(data, tmp_path), [*small(data, tmp_path), "--train.seed", "3"])
+    assert job.returncode == 2
+    assert errors(job) == ["error: the ranks differ in configuration: train.seed is 0 on rank 0, 3 on rank 1"]
+
+
+def test_ranks_with_differing_data(data: Path, tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other", seed=1)
+    link = tmp_path / "here"
+    link.symlink_to(data)
+    environment = tmp_path / "rank.sh"
+    environment.write_text(
+        f'cd {tmp_path} && mkdir -p d$OMPI_COMM_WORLD_RANK && cd d$OMPI_COMM_WORLD_RANK && '
+        f'ln -sfn $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo {data} || echo {other}) data && exec "$@"\n'
+    )
+    launcher, program = command("mpirun", 2, "train", *small(Path("data"), tmp_path / "run")), 6
+    job = run([*launcher[:program], "sh", str(environment), *launcher[program:]])
+    assert job.returncode == 2
+    assert len(errors(job)) == 1
+    assert errors(job)[0].startswith("error: the ranks differ in data: content is ")
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_bad_usage_is_said_once(launch: Launch, launcher: str) -> None:
+    job = launch(launcher, 2, "train", "--train.epochs", "-1")
+    assert job.returncode == 2
+    assert errors(job) == ["error: train.epochs: Input should be greater than 0, got '-1'"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data__root": "/nowhere"}, "no data at /nowhere"),
+        ({"train__batch_size": 41}, "train.batch_size 41 is larger than a rank's shard of 40 training images"),
+        ({"model__weights": "/nowhere.pt"}, "model.weights /nowhere.pt: No such file or directory"),
+        ({"run__resume": "/nowhere.pt"}, "checkpoint /nowhere.pt: No such file or directory"),
+    ],
+)
+def test_bad_input_is_said_once(
+    launch: Launch, data: Path, tmp_path: Path, keys: dict[str, object], message: str
+) -> None:
+    job = launch("mpirun", 2, "train", *small(data, tmp_path, **keys))
+    assert job.returncode == 2
+    assert len(errors(job)) == 1
+    assert message in errors(job)[0]
+
+
+def test_rank_0_fails_to_save(launch: Launch, data: Path, tmp_path: Path) -> None:
+    """A file-size limit lets the packed images and the metrics be written, and no checkpoint."""
+    job = command("mpirun", 3, "train", *small(data, tmp_path / "run", train__epochs=2))
+    began = time.monotonic()
+    job_done = run(["bash", "-c", 'ulimit -f 20000; exec "$@"', "-", *job])
+    assert time.monotonic() - began < 120
+    assert job_done.returncode == 1
+    assert len(errors(job_done)) == 1
+    assert "cannot save the checkpoint" in errors(job_done)[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())

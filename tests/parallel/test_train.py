@@ -1,0 +1,119 @@
+"""The main job: what it leaves behind, under every launcher; repeatability; resuming; frozen weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hvd_eurosat.model.resnet import build
+from hvd_eurosat.training import checkpoint
+from tests.parallel.conftest import Launch, checkpoint_file, events, small, summary
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights as they come from elsewhere: another head, half precision."""
+    model = build("resnet18", classes=200, trainable="all", seed=7)
+    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    save_file({name: t.half().contiguous() if t.ndim == 4 else t for name, t in model.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("mpirun", 2), ("horovodrun", 3), ("gloo", 2)])
+def test_every_launcher(launch: Launch, data: Path, weights: Path, tmp_path: Path, launcher: str, ranks: int) -> None:
+    flags = small(data, tmp_path / "run", model__weights=weights, train__epochs=1)
+    job = launch(launcher, ranks, "train", *flags)
+    assert job.returncode == 0, job.stderr
+    assert job.stdout.count("test accuracy: ") == 1
+    assert "11,181,632 parameters, 14,720 trainable (bn+head)" in job.stdout
+    facts = summary(tmp_path / "run")
+    line = f"test accuracy: {100 * facts['test_accuracy']:.2f}% ({round(20 * facts['test_accuracy'])}/20)"
+    assert job.stdout.rstrip().endswith(line)
+    assert (facts["world_size"], facts["parameters"], facts["trainable_parameters"]) == (ranks, 11_181_632, 14_720)
+    assert (facts["train_images"], facts["valid_images"], facts["test_images"]) == (80, 20, 20)
+    for name in ("config.toml", "plots/learning_curves.png", "plots/confusion_matrix.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert checkpoint_file(tmp_path / "run", "best.json").exists()
+    kinds = [event["event"] for event in map(dict, _all_events(tmp_path / "run"))]
+    assert kinds == ["start", "train", "valid", "checkpoint", "test", "end"]
+
+
+def _all_events(run_dir: Path) -> list[dict[str, object]]:
+    return [e for kind in ("start", "train", "valid", "checkpoint", "test", "end") for e in events(run_dir, kind)]
+
+
+def test_frozen_weights_stay_bit_identical(launch: Launch, data: Path, weights: Path, tmp_path: Path) -> None:
+    assert launch("mpirun", 2, "train", *small(data, tmp_path, model__weights=weights, train__epochs=1)).returncode == 0
+    before, after = load_file(weights), checkpoint.load(checkpoint_file(tmp_path)).model
+    convolutions = [name for name, tensor in before.items() if tensor.ndim == 4]
+    assert len(convolutions) == 20
+    assert all(torch.equal(before[name].float(), after[name]) for name in convolutions)
+    assert not torch.equal(before["bn1.weight"], after["bn1.weight"])
+
+
+def test_same_seed_same_bits_and_resume(launch: Launch, data: Path, tmp_path: Path) -> None:
+    """Two epochs at once, again, and one epoch resumed to two: the same weights and history."""
+    for name in ("once", "again"):
+        flags = small(data, tmp_path / name, model__trainable="all", train__epochs=2)
+        assert launch("mpirun", 2, "train", *flags).returncode == 0
+    for epochs in (1, 2):
+        flags = small(data, tmp_path / "resumed", model__trainable="all", train__epochs=epochs)
+        job = launch("mpirun", 2, "train", *flags)
+        assert job.returncode == 0, job.stderr
+    assert "resuming after epoch 1" in job.stdout
+    states = {name: checkpoint.load(checkpoint_file(tmp_path / name)) for name in ("once", "again", "resumed")}
+    for name in ("again", "resumed"):
+        assert all(torch.equal(t, states[name].model[key]) for key, t in states["once"].model.items()), name
+        assert torch.equal(states["once"].rank_buffers, states[name].rank_buffers)
+        for kind in ("train", "valid"):
+            lines = [[(e["epoch"], e["loss"], e["accuracy"]) for e in events(tmp_path / n, kind)] for n in ("once", name)]
+            assert lines[0] == lines[1]
+
+
+def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Path) -> None:
+    flags = small(data, tmp_path / "run", train__epochs=1)
+    first, second = launch("python", 1, "train", *flags), launch("python", 1, "train", *flags)
+    assert second.returncode == 0
+    assert "finished run" in second.stdout
+    assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert len(events(tmp_path / "run", "train")) == 1
+    other = launch("python", 1, "train", *flags, "--optim.lr", "0.5", "--train.epochs", "2")
+    assert other.returncode == 2
+    assert "cannot resume: optim.lr was 0.01 and is 0.5 now" in other.stderr
+    anew = launch("python", 1, "train", *flags, "--optim.lr", "0.5", "--run.resume", "never")
+    assert anew.returncode == 0
+    assert f"the earlier run is now in {tmp_path / 'run.1'}" in anew.stdout
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(
+    launch: Launch, data: Path, tmp_path: Path, launcher: str
+) -> None:
+    curves = []
+    for ranks in (1, 2, 4):
+        keys = {"model__trainable": "head", "train__epochs": 3, "train__batch_size": 24 // ranks, "data__max_shift": 3}
+        job = launch(launcher, ranks, "train", *small(data, tmp_path / str(ranks), **keys))
+        assert job.returncode == 0, job.stderr
+        curves.append([e["loss"] for kind in ("train", "valid") for e in events(tmp_path / str(ranks), kind)])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert curves[0] == pytest.approx(curves[2], abs=1e-5)
+    assert curves[0][2] < curves[0][0] - 0.01
+
+
+def test_evaluate_counts_the_same_on_any_number_of_ranks(launch: Launch, data: Path, tmp_path: Path) -> None:
+    flags = small(data, tmp_path / "run", model__trainable="all", train__epochs=2, valid__batch_size=8)
+    assert launch("mpirun", 2, "train", *flags).returncode == 0
+    best = checkpoint_file(tmp_path / "run", "best.json")
+    for split in ("train", "valid", "test"):
+        lines = set()
+        for ranks in (1, 2, 3):
+            job = launch("mpirun", ranks, "evaluate", "--checkpoint", best, "--data.root", data, "--split", split)
+            assert job.returncode == 0, job.stderr
+            lines.add(job.stdout.splitlines()[-1])
+        assert len(lines) == 1, lines
+    facts = summary(tmp_path / "run")
+    assert lines == {f"test accuracy: {100 * facts['test_accuracy']:.2f}% ({round(20 * facts['test_accuracy'])}/20)"}

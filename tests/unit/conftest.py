@@ -1,0 +1,41 @@
+"""Small generated images for the data tests."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Encode = Callable[..., bytes]
+Grow = Callable[..., Path]
+
+
+@pytest.fixture
+def encode() -> Encode:
+    """encode(seed, size, format, mode): the bytes of a noise image."""
+
+    def encoded(seed: int, size: tuple[int, int] = (64, 64), kind: str = "JPEG", mode: str = "RGB") -> bytes:
+        pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        stream = BytesIO()
+        Image.fromarray(pixels).convert(mode).save(stream, kind)
+        return stream.getvalue()
+
+    return encoded
+
+
+@pytest.fixture
+def grow(tmp_path: Path, encode: Encode) -> Grow:
+    """grow(name, {"Forest": 5, ...}): a folder of class folders with that many 64x64 JPEGs each."""
+
+    def grown(name: str, counts: dict[str, int], **options: object) -> Path:
+        root = tmp_path / name
+        for label, count in counts.items():
+            (root / label).mkdir(parents=True)
+            for number in range(1, count + 1):
+                seed = sum(map(ord, label)) * 1000 + number
+                (root / label / f"{Path(label).name}_{number}.jpg").write_bytes(encode(seed, **options))
+        return root
+
+    return grown

@@ -1,0 +1,106 @@
+"""Shards: every sample once, padding that does not count, the same global batches on any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_eurosat.data.augment import augment, mix, normalise, shift, turn_and_flip
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
+from hvd_eurosat.data.packed import Packed
+from hvd_eurosat.errors import UserError
+
+
+def make_images(count: int) -> Images:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    packed = Packed(pixels, np.arange(count, dtype=np.int64), tuple(map(str, range(count))))
+    return Images(packed, torch.device("cpu"))
+
+
+def counted(batch: Batch) -> list[int]:
+    return batch.indices[batch.weights > 0].tolist()
+
+
+@pytest.mark.parametrize(("count", "ranks", "size"), [(60, 1, 7), (61, 2, 8), (50, 3, 5), (65, 64, 1), (66, 2, 33)])
+def test_every_sample_counts_once_in_an_epoch(count: int, ranks: int, size: int) -> None:
+    images = make_images(count)
+    shards = [list(TrainBatches(images, size, rank, ranks, seed=3).epoch(1)) for rank in range(ranks)]
+    assert sorted(index for shard in shards for batch in shard for index in counted(batch)) == list(range(count))
+    assert all(len(batch.indices) == len(batch.images) == size for shard in shards for batch in shard)
+    for step in zip(*shards, strict=True):
+        assert {batch.total for batch in step} == {sum(len(counted(batch)) for batch in step)}
+
+
+def test_global_batches_are_the_same_sets_on_any_number_of_ranks() -> None:
+    images = make_images(96)
+    steps = []
+    for ranks in (1, 2, 4):
+        shards = [TrainBatches(images, 24 // ranks, rank, ranks, seed=3).epoch(5) for rank in range(ranks)]
+        steps.append([sorted(i for batch in step for i in counted(batch)) for step in zip(*shards, strict=True)])
+    assert steps[0] == steps[1] == steps[2]
+
+
+def test_each_epoch_has_its_own_order() -> None:
+    batches = TrainBatches(make_images(40), 40, 0, 1, seed=0)
+    orders = [next(batches.epoch(epoch)).indices.tolist() for epoch in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="9 ranks are more than the 8 training images"):
+        TrainBatches(make_images(8), 1, 0, 9, seed=0)
+    with pytest.raises(UserError, match="batch_size 5 is larger than a rank's shard of 4"):
+        TrainBatches(make_images(8), 5, 0, 2, seed=0)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 7])
+def test_ordered_batches_are_the_same_on_any_number_of_shards(shards: int) -> None:
+    images = make_images(50)
+    whole = [(batch.indices.tolist(), counted(batch)) for batch in ordered_batches(images, 8)]
+    parts = [list(ordered_batches(images, 8, shard, shards)) for shard in range(shards)]
+    joined = [parts[n % shards][n // shards] for n in range(len(whole))]
+    assert [(batch.indices.tolist(), counted(batch)) for batch in joined] == whole
+    assert [index for _, real in whole for index in real] == list(range(50))
+
+
+def test_the_eight_views_are_the_flips_and_quarter_turns() -> None:
+    image = torch.arange(3 * 16).view(1, 3, 4, 4)
+    views = turn_and_flip(image.expand(8, 3, 4, 4), torch.arange(8))
+    turns = [torch.rot90(flipped, n, (2, 3)) for flipped in (image, image.flip(3)) for n in range(4)]
+    assert len({tuple(view.flatten().tolist()) for view in views}) == 8
+    assert all(any(torch.equal(view, turn[0]) for turn in turns) for view in views)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    indices = torch.tensor([5, 1, 9, 1000, 77, 3])
+    whole = augment(images, indices, seed=1, epoch=2, max_shift=3)
+    parts = [augment(images[n : n + 2], indices[n : n + 2], seed=1, epoch=2, max_shift=3) for n in (0, 2, 4)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, augment(images, indices, seed=1, epoch=3, max_shift=3))
+    assert not torch.equal(whole, augment(images, indices, seed=2, epoch=2, max_shift=3))
+
+
+def test_eight_epochs_show_each_image_in_all_eight_views() -> None:
+    image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
+    views = {tuple(augment(image, torch.tensor([7]), 0, epoch, 0).flatten().tolist()) for epoch in range(8)}
+    assert len(views) == 8
+
+
+def test_shift_mirrors_at_the_border() -> None:
+    image = torch.arange(25).view(1, 1, 5, 5)
+    moved = shift(image, torch.tensor([0]), torch.tensor([-2]))
+    assert moved[0, 0, 0].tolist() == [2, 1, 0, 1, 2]
+
+
+def test_random_bits_are_uniform() -> None:
+    counts = torch.bincount(mix(torch.arange(80_000), 3, 1) % 8)
+    assert counts.min() > 9_600
+    assert counts.max() < 10_400
+
+
+def test_normalisation_is_that_of_the_imagenet_weights() -> None:
+    images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = torch.tensor([(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert torch.allclose(normalise(images).flatten(), expected, atol=1e-6)

@@ -1,0 +1,102 @@
+"""Recipe file < environment < command line; and what is refused, with what words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hvd_eurosat.config import Config, load
+from hvd_eurosat.errors import UserError
+
+
+def test_defaults() -> None:
+    config = load([])
+    assert str(config.data.root) == "data"
+    assert config.model.weights == "imagenet"
+    assert config.run.path == Path("runs/default")
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[train]\nepochs = 5\nbatch_size = 6\nseed = 7\n")
+    monkeypatch.setenv("HVD_EUROSAT_TRAIN__BATCH_SIZE", "8")
+    monkeypatch.setenv("HVD_EUROSAT_TRAIN__SEED", "9")
+    config = load(["--config", str(recipe), "--train.seed", "10"])
+    assert (config.train.epochs, config.train.batch_size, config.train.seed) == (5, 8, 10)
+    assert config.run.path == Path("runs/mine")
+
+
+def test_resolved_configuration_is_a_recipe_that_repeats_it(tmp_path: Path) -> None:
+    config = load(["--train.epochs", "3", "--data.augment", "false", "--run.dir", str(tmp_path)])
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    again = load(["--config", str(tmp_path / "config.toml")])
+    assert again.flat() == config.flat()
+
+
+def test_json_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({"optim": {"lr": 0.5}}))
+    assert load(["--config", str(tmp_path / "r.json")]).optim.lr == 0.5
+
+
+def test_help_shows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{key}" in text for key in Config().flat())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.epoch", "3"], "unrecognized arguments: --train.epoch 3"),
+        (["--train.epochs", "many"], "train.epochs: Input should be a valid integer"),
+        (["--train.batch_size", "-3"], "train.batch_size: Input should be greater than 0, got '-3'"),
+        (["--train.epochs"], "--train.epochs: expected one argument"),
+        (["--data.augment", "perhaps"], "data.augment: Input should be a valid boolean"),
+        (["--model.arch", "vgg"], "model.arch: Input should be 'resnet50' or 'resnet18'"),
+        (["--optim.warmup_epochs", "99"], "optim.warmup_epochs must be below train.epochs (15)"),
+        (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file or directory"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.toml", "[train]\nepochz = 5\n", "unknown configuration key train.epochz"),
+        ("r.toml", "[trane]\nepochs = 5\n", "unknown configuration key trane"),
+        ("r.toml", "epochs =", "--config"),
+        ("r.json", "[1]", "expected sections data, model, optim, train, valid, run"),
+        ("r.yaml", "train: {}", "a recipe is a .toml or a .json file"),
+    ],
+)
+def test_bad_recipes(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        load(["--config", str(tmp_path / name)])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [("HVD_EUROSAT_TRAIN__EPOCHZ", "train.epochz"), ("HVD_EUROSAT_TRANE__EPOCHS", "HVD_EUROSAT_TRANE__EPOCHS")],
+)
+def test_bad_environment(monkeypatch: pytest.MonkeyPatch, variable: str, message: str) -> None:
+    monkeypatch.setenv(variable, "3")
+    with pytest.raises(UserError) as error:
+        load([])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda p: p.stem)
+def test_our_recipes_load(recipe: Path) -> None:
+    assert load(["--config", str(recipe)]).run.path == Path("runs") / recipe.stem

@@ -1,0 +1,129 @@
+"""The network's exact figures, what trains, and weights from elsewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet50
+
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.resnet import build, count_parameters
+from hvd_eurosat.model.weights import load_weights
+
+
+@pytest.mark.parametrize(("trainable", "count"), [("bn+head", 73_600), ("head", 20_480), ("all", 23_528_512)])
+def test_parameters(trainable: str, count: int) -> None:
+    assert count_parameters(build("resnet50", 10, trainable, seed=0)) == (23_528_512, count)
+
+
+def test_log_probabilities_are_those_of_torchvisions_network() -> None:
+    ours, theirs = build("resnet50", 10, "all", seed=0), resnet50(num_classes=10)
+    theirs.fc = nn.Linear(2048, 10, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    for size in (32, 64, 65):
+        images = torch.randn(3, 3, size, size)
+        for mode in (True, False):
+            expected = theirs.train(mode)(images).log_softmax(1)
+            assert torch.allclose(ours.train(mode)(images), expected, atol=1e-4)
+
+
+def test_gradients_are_those_of_torchvisions_network() -> None:
+    ours, theirs = build("resnet50", 10, "all", seed=0), resnet50(num_classes=10)
+    theirs.fc = nn.Linear(2048, 10, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(8, 3, 64, 64)
+    ours(images)[:, 0].sum().backward()
+    theirs(images).log_softmax(1)[:, 0].sum().backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())), name
+
+
+def test_a_frozen_backbone_stays_in_evaluation_mode() -> None:
+    model = build("resnet18", 10, "head", seed=0).train()
+    before = model.bn1.running_mean.clone()
+    model(torch.randn(4, 3, 64, 64))
+    assert torch.equal(model.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_with_another_head(tmp_path: Path, suffix: str) -> None:
+    source = build("resnet18", 200, "all", seed=4)
+    state = {**source.state_dict(), "fc.bias": torch.zeros(200)}
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(state, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    model = build("resnet18", 10, "bn+head", seed=5)
+    head = model.fc.weight.clone()
+    load_weights(model, str(path), "resnet18")
+    assert torch.equal(model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    assert torch.equal(model.fc.weight, head)
+
+
+class Exploit:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.canary,))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nothing", "No such file or directory"),
+        (b"", "not a file of weights"),
+        (b"not weights at all", "not a file of weights"),
+        ("other arch", r"not weights of resnet18: .* \(\d+ differences\)"),
+        ("missing", r"not weights of resnet18: conv1.weight is missing \(1 differences\)"),
+        ("list", "not a state dict"),
+        ("pickle", "not a file of weights"),
+    ],
+)
+def test_bad_weights(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "weights.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    if content == "other arch":
+        torch.save(build("resnet50", 10, "all", seed=0).state_dict(), path)
+    if content == "missing":
+        state = build("resnet18", 10, "all", seed=0).state_dict()
+        del state["conv1.weight"]
+        torch.save(state, path)
+    if content == "list":
+        torch.save([1, 2], path)
+    if content == "pickle":
+        torch.save({"model": Exploit(tmp_path / "canary")}, path)
+    with pytest.raises(UserError) as error:
+        load_weights(build("resnet18", 10, "all", seed=0), str(path), "resnet18")
+    assert re.search(message, str(error.value))
+    assert not (tmp_path / "canary").exists()
+
+
+def test_imagenet_weights_come_from_torchvisions_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network the message names the file; the real file cannot be had here, so its hash is not checked."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    model = build("resnet18", 10, "bn+head", seed=0)
+    with pytest.raises(UserError) as error:
+        load_weights(model, "imagenet", "resnet18")
+    place = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert f"put https://download.pytorch.org/models/resnet18-f37072fd.pth at {place}" in str(error.value)
+    source = build("resnet18", 1000, "all", seed=9)
+    torch.save(source.state_dict(), place)
+    load_weights(model, "imagenet", "resnet18")
+    assert torch.equal(model.conv1.weight, source.conv1.weight)
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise OSError("no network")
