@@ -33,7 +33,7 @@ def test_ranks_with_differing_data(data: Path, tmp_path: Path) -> None:
     link.symlink_to(data)
     environment = tmp_path / "rank.sh"
     environment.write_text(
-        f'cd {tmp_path} && mkdir -p d$OMPI_COMM_WORLD_RANK && cd d$OMPI_COMM_WORLD_RANK && '
+        f"cd {tmp_path} && mkdir -p d$OMPI_COMM_WORLD_RANK && cd d$OMPI_COMM_WORLD_RANK && "
         f'ln -sfn $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo {data} || echo {other}) data && exec "$@"\n'
     )
     launcher, program = command("mpirun", 2, "train", *small(Path("data"), tmp_path / "run")), 6
@@ -76,5 +76,5 @@ def test_rank_0_fails_to_save(launch: Launch, data: Path, tmp_path: Path) -> Non
     assert time.monotonic() - began < 120
     assert job_done.returncode == 1
     assert len(errors(job_done)) == 1
-    assert "cannot save the checkpoint" in errors(job_done)[0]
+    assert "cannot write" in errors(job_done)[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

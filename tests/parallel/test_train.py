@@ -46,6 +46,10 @@ def _all_events(run_dir: Path) -> list[dict[str, object]]:
     return [e for kind in ("start", "train", "valid", "checkpoint", "test", "end") for e in events(run_dir, kind)]
 
 
+def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
+    return [(e["epoch"], e["loss"], e["accuracy"]) for e in events(run_dir, kind)]
+
+
 def test_frozen_weights_stay_bit_identical(launch: Launch, data: Path, weights: Path, tmp_path: Path) -> None:
     assert launch("mpirun", 2, "train", *small(data, tmp_path, model__weights=weights, train__epochs=1)).returncode == 0
     before, after = load_file(weights), checkpoint.load(checkpoint_file(tmp_path)).model
@@ -70,8 +74,7 @@ def test_same_seed_same_bits_and_resume(launch: Launch, data: Path, tmp_path: Pa
         assert all(torch.equal(t, states[name].model[key]) for key, t in states["once"].model.items()), name
         assert torch.equal(states["once"].rank_buffers, states[name].rank_buffers)
         for kind in ("train", "valid"):
-            lines = [[(e["epoch"], e["loss"], e["accuracy"]) for e in events(tmp_path / n, kind)] for n in ("once", name)]
-            assert lines[0] == lines[1]
+            assert curve(tmp_path / name, kind) == curve(tmp_path / "once", kind)
 
 
 def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_one_cycle_is_torchs() -> None:
     theirs = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.1, total_steps=steps, cycle_momentum=False)
     for step in range(steps - 1):
         assert learning_rate(optim, 10, 64, 10 * step / (steps - 1)) == pytest.approx(
-            theirs.get_last_lr()[0], rel=1e-3, abs=1e-6
+            theirs.get_last_lr()[0], rel=5e-3, abs=1e-6
         )
         optimiser.step()
         theirs.step()
@@ -124,13 +124,12 @@ def test_folder_keeps_the_newest_and_the_best(tmp_path: Path, state: Checkpoint)
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     write_text(tmp_path / "f", "old")
-    with pytest.raises(RuntimeError, match="half-way"), replacing(tmp_path / "f") as file:
-        file.write(b"new")
-        raise RuntimeError("half-way")
+    with pytest.raises(TypeError), replacing(tmp_path / "f") as file:
+        file.writelines([b"new", "not bytes"])  # type: ignore[list-item]
     assert (tmp_path / "f").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
 def test_a_failing_save_is_a_run_error(state: Checkpoint) -> None:
-    with pytest.raises(RunError, match="cannot save the checkpoint"):
+    with pytest.raises(RunError, match=r"cannot write /proc/c\.pt"):
         checkpoint.save(state, Path("/proc/c.pt"))

@@ -1,0 +1,153 @@
+"""Decoded images as one memory-mapped array per split, built once and shared by every process of a host."""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvd_eurosat.data.images import BadImageError, decode, in_threads, to_array
+from hvd_eurosat.data.tree import SPLITS, Tree, sha256_of
+from hvd_eurosat.errors import RunError, UserError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A split's images: uint8 [N, size, size, 3], mapped copy-on-write; labels: int64 [N]; files: N paths."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    files: tuple[str, ...]
+
+
+def pack(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Path:
+    """The path of the split's packed .npy file, which is built first when it is missing.
+
+    It holds uint8 [N, image_size, image_size, 3] in the order of tree.files(split); a .json beside it holds
+    shape and sha256. Several hosts may build on one file system: each writes a file of its own and renames it.
+    Raises UserError for a bad or changed image and a folder that cannot be written, RunError for a full disk.
+    """
+    folder = cache_dir or tree.root / ".packed"
+    path = folder / f"{tree.digest[:16]}-{split}-{image_size}.npy"
+    if path.exists() and path.with_suffix(".json").exists():
+        return path
+    shape = (len(tree.files(split)), image_size, image_size, 3)
+    partial = folder / f".{path.stem}.{secrets.token_hex(8)}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        checksum = _write(partial, tree, split, shape)
+        partial.replace(path)
+        # The description comes last: where it stands, the array is whole.
+        partial.write_text(json.dumps({"shape": shape, "sha256": checksum}) + "\n")
+        partial.replace(path.with_suffix(".json"))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            size = f"{np.prod(shape) / 1e6:,.1f} MB"
+            raise RunError(f"no room for {path} ({size}): {error.strerror}; try --data.cache_dir DIR") from None
+        raise UserError(
+            f"cannot write packed images in {folder} ({error.strerror}): give --data.cache_dir DIR"
+        ) from None
+    finally:
+        with suppress(OSError):  # the error that led here is the one to tell
+            partial.unlink()
+    return path
+
+
+def open_packed(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Packed:
+    """The split's packed images, built when missing (see pack).
+
+    Raises RunError for a packed file that is not as it was written; its content is left to verify_packed.
+    """
+    path = pack(tree, split, image_size, cache_dir)
+    files = tuple(tree.files(split))
+    images = _map(path)
+    if images.shape != (len(files), image_size, image_size, 3):
+        raise _damaged(path)
+    return Packed(images, tree.labels(split), files)
+
+
+def verify_packed(path: Path) -> None:
+    """Raises RunError unless the packed file at path has the shape and sha256 recorded beside it."""
+    images = _map(path)
+    try:
+        recorded = json.loads(path.with_suffix(".json").read_bytes())
+        checksum = sha256_of(path)
+    except (OSError, ValueError):
+        raise _damaged(path) from None
+    if recorded != {"shape": list(images.shape), "sha256": checksum}:
+        raise _damaged(path)
+
+
+def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...]) -> str:
+    """Writes the .npy file and returns its sha256."""
+    size = shape[1]
+    native = _native_size(tree, size)
+
+    def read(name: str) -> bytes:
+        return _pixels(tree, name, native, size)
+
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    digest = hashlib.sha256(header.getvalue())
+    # Not through a memory map: there a full disk is a bus error.
+    with path.open("xb") as file:
+        file.write(header.getvalue())
+        for pixels in in_threads(read, tree.files(split), f"packing {split}"):
+            digest.update(pixels)
+            file.write(pixels)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _pixels(tree: Tree, name: str, native: int, size: int) -> bytes:
+    data = _read(tree, name)
+    checksum = tree.checksums[name]
+    if checksum and hashlib.sha256(data).hexdigest() != checksum:
+        raise UserError(f"{tree.root / name} has changed since it was prepared: prepare the data again")
+    try:
+        return to_array(decode(data, native), size).tobytes()
+    except BadImageError as error:
+        raise UserError(f"{tree.root / name}: {error}") from None
+
+
+def _read(tree: Tree, name: str) -> bytes:
+    try:
+        return (tree.root / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {tree.root / name}: {error.strerror}") from None
+
+
+def _native_size(tree: Tree, wanted: int) -> int:
+    """The side in pixels that every image of the tree must have."""
+    if tree.image_size is not None:
+        return tree.image_size
+    first = tree.files(SPLITS[0])[0]
+    try:
+        width, height = decode(_read(tree, first)).size
+    except BadImageError as error:
+        raise UserError(f"{tree.root / first}: {error}") from None
+    return width if width == height else wanted
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    try:
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise _damaged(path) from None
+    if images.dtype != np.uint8 or path.stat().st_size != images.offset + images.nbytes:
+        raise _damaged(path)
+    return images  # type: ignore[no-any-return]
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path} is damaged: delete it, and it is built anew")

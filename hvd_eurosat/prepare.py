@@ -1,0 +1,355 @@
+"""Turn EuroSAT (a zip, class folders, a download) or the synthetic sample into a checked, split data folder."""
+
+import argparse
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+
+from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode, in_threads, resize
+from hvd_eurosat.data.packed import DISK_FULL, verify_packed
+from hvd_eurosat.data.sources import Item, Source, open_source
+from hvd_eurosat.data.split import Ratios, split_class
+from hvd_eurosat.data.tree import (
+    CHECKSUMS,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Skipped,
+    check_classes,
+    ignored,
+    open_tree,
+    sha256_of,
+)
+from hvd_eurosat.errors import RunError, UserError
+
+SHOWN = 10  # names in an error's list
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+UNSPLIT = ".unsplit"
+LOCK = ".lock"
+
+EXAMPLES = """
+examples:
+  the real data, split 94:5:1:      python -m hvd_eurosat.prepare --source EuroSAT_RGB.zip --out data
+  the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data
+  a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data
+  your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data --resize
+  is it all still there, intact?    python -m hvd_eurosat.prepare --verify data
+
+The source holds <Class>/<image> or, already split, train/ valid/ test/<Class>/<image>, with or without one more
+folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. The result is train/ valid/ test/<Class>/<image>, with
+manifest.json (what it is and how it was made) and files.sha256 (for sha256sum -c). It appears whole or not at all.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prepare.
+
+    seed and ratios (train, valid, test) make the split. image_size: pixels a side; images of other sizes are
+    refused or, with resize, resized. skip_bad: unusable files are left out, with a warning, instead of refused.
+    """
+
+    seed: int = 0
+    ratios: Ratios = (Fraction(94), Fraction(5), Fraction(1))
+    image_size: int = 64
+    resize: bool = False
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A usable image of the source, the name it was written under and the written bytes' sha256."""
+
+    item: Item
+    name: str
+    checksum: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data, 130 interrupted."""
+    words = vars(_parse(argv))
+    source, out, verified = (words.pop(name) for name in ("source", "out", "verify"))
+    warnings.filterwarnings("ignore", module="PIL")  # decode() judges for itself, and names the file
+    try:
+        print(verify(verified) if verified else _table(prepare(source, out, Options(**words))))
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare(spec: str, out: Path, options: Options) -> Manifest:
+    """Checks, splits and copies the source that spec names (see open_source) to out, whole or not at all.
+
+    Raises UserError, for a bad image too, and RunError.
+    """
+    with _appearing(out.resolve()) as folder, open_source(spec, options.seed) as source:
+        written, skipped = _copy(source, folder, options)
+        if skipped:
+            _tell(skipped, len(source.layout.items), spec, options)
+        presplit = source.layout.split
+        files = _placed(written) if presplit else _split(source, written, folder, options)
+        counts = {split: dict.fromkeys(source.layout.classes, 0) for split in SPLITS}
+        for path in files:
+            split, label, _ = path.split("/")
+            counts[split][label] += 1
+        listing = "".join(f"{files[path]}  {path}\n" for path in sorted(files)).encode()
+        manifest = Manifest(
+            name=source.name,
+            synthetic=source.synthetic,
+            classes=check_classes(counts, spec),
+            image_size=options.image_size,
+            counts=counts,
+            seed=None if presplit else options.seed,
+            ratios=None if presplit else tuple(map(float, options.ratios)),
+            digest=hashlib.sha256(listing).hexdigest(),
+            skipped=tuple(skipped),
+        )
+        if presplit:
+            print(f"note: {spec} is split already and keeps its split", file=sys.stderr)
+        (folder / CHECKSUMS).write_bytes(listing)
+        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def verify(root: Path) -> str:
+    """Compares the prepared folder root, packed arrays included, with its checksums. Returns the good news.
+
+    Raises RunError, which names what changed, is missing or extra; UserError where there is nothing to compare.
+    """
+    if not (root / MANIFEST).exists():
+        raise UserError(f"{root} has no {MANIFEST}: it was not made by prepare, and there is nothing to compare with")
+    try:
+        tree = open_tree(root)
+    except UserError as error:
+        raise RunError(str(error)) from None
+
+    def compare(path: str) -> str:
+        try:
+            return "" if sha256_of(root / path) == tree.checksums[path] else f"{path}: changed"
+        except FileNotFoundError:
+            return f"{path}: missing"
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror})"
+
+    flaws = [flaw for flaw in in_threads(compare, tree.checksums, "comparing") if flaw]
+    flaws += [f"{path}: extra" for path in sorted(_listing(root) - tree.checksums.keys() - {MANIFEST, CHECKSUMS})]
+    packed = sorted((root / ".packed").glob("*.npy"))
+    flaws += filter(None, map(_flaw_of_packed, packed))
+    if flaws:
+        raise RunError(_several(f"{root} is not as it was prepared", flaws))
+    return f"{root}: all {len(tree.checksums):,} files and {len(packed)} packed arrays are as they were written"
+
+
+def _flaw_of_packed(path: Path) -> str:
+    try:
+        verify_packed(path)
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written], list[Skipped]]:
+    """Checks each image and writes it below folder, into its split's or the unsplit class folder."""
+    for split in SPLITS if source.layout.split else (UNSPLIT,):
+        for label in source.layout.classes:
+            (folder / split / label).mkdir(parents=True)
+    size = options.image_size
+
+    def copy(item: Item) -> Written | Skipped:
+        try:
+            data = source.read(item.path)
+            image = decode(data, None if options.resize else size)
+        except BadImageError as error:
+            return Skipped(file=item.path, reason=str(error))
+        name = item.name
+        if image.size != (size, size):
+            png = BytesIO()
+            resize(image, size).save(png, "PNG")
+            data, name = png.getvalue(), f"{Path(name).stem}.png"
+        try:
+            with (folder / (item.split or UNSPLIT) / item.label / name).open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            raise UserError(f"{item.path}: another image of its class would be called {name} too") from None
+        return Written(item, name, hashlib.sha256(data).hexdigest())
+
+    results = list(in_threads(copy, source.layout.items, "checking images"))
+    skipped = sorted((r for r in results if isinstance(r, Skipped)), key=lambda bad: bad.file)
+    return [r for r in results if isinstance(r, Written)], skipped
+
+
+def _tell(skipped: list[Skipped], total: int, spec: str, options: Options) -> None:
+    flaws = [f"{bad.file}: {bad.reason}" for bad in skipped]
+    summary = f"{len(flaws):,} of {total:,} files of {spec} cannot be used"
+    if not options.skip_bad:
+        raise UserError(_several(f"{summary} (--skip-bad leaves them out)", flaws))
+    print(f"warning: {_several(f'{summary} and are left out', flaws)}", file=sys.stderr)
+
+
+def _placed(written: list[Written]) -> dict[str, str]:
+    """The checksum by path of images that were written to their splits at once."""
+    return {f"{image.item.split}/{image.item.label}/{image.name}": image.checksum for image in written}
+
+
+def _split(source: Source, written: list[Written], folder: Path, options: Options) -> dict[str, str]:
+    """Moves the images from the unsplit folder to their splits: their checksum by path."""
+    files = {}
+    by_label: dict[str, dict[str, Written]] = {label: {} for label in source.layout.classes}
+    for image in written:
+        by_label[image.item.label][image.item.name] = image
+    for label, images in by_label.items():
+        for split, names in split_class(label, images, options.ratios, options.seed).items():
+            (folder / split / label).mkdir(parents=True)
+            for name in names:
+                path = f"{split}/{label}/{images[name].name}"
+                (folder / UNSPLIT / label / images[name].name).rename(folder / path)
+                files[path] = images[name].checksum
+    shutil.rmtree(folder / UNSPLIT)
+    return files
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A new folder beside out that becomes out at the end, or vanishes on any error, with all it needed.
+
+    Raises UserError where out is taken or cannot be written, RunError where the disk is full.
+    """
+    partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+    made: list[Path] = []
+    try:
+        _refuse_taken(out)
+        made += [parent for parent in out.parents if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        partial.mkdir()
+        with (partial / LOCK).open("w") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield partial
+            (partial / LOCK).unlink()
+            os.sync()  # once, not once an image
+            partial.rename(out)
+        made.clear()
+    except OSError as error:
+        raise _explained(error, out) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _refuse_taken(out: Path) -> None:
+    if out.is_mount():
+        raise UserError(f"{out} is a mount point, which cannot be put in place whole: give a folder in it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty: give another --out or remove it first")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what killed runs for the same out left. Raises UserError when one of them is alive."""
+    for folder in out.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(out.name)}\.partial-[0-9a-f]{{8}}", folder.name):
+            with suppress(FileNotFoundError), (folder / LOCK).open("a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(f"another prepare is writing {out} just now") from None
+                except OSError:
+                    pass  # a file system without locks
+            shutil.rmtree(folder)
+
+
+def _explained(error: OSError, out: Path) -> UserError | RunError:
+    if error.errno in DISK_FULL:
+        return RunError(f"no room for {out}: {error.strerror}; nothing was written")
+    if error.errno in CANNOT_WRITE:
+        return UserError(f"cannot write {out}: {error.strerror}")
+    return RunError(f"cannot write {out}: {error}")
+
+
+def _listing(root: Path) -> set[str]:
+    paths = set()
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not ignored(name)]
+        paths |= {(Path(folder) / name).relative_to(root).as_posix() for name in files if not ignored(name)}
+    return paths
+
+
+def _several(summary: str, flaws: list[str]) -> str:
+    more = [f"… and {len(flaws) - SHOWN:,} more"] if len(flaws) > SHOWN else []
+    return "\n  ".join([f"{summary}:", *flaws[:SHOWN], *more])
+
+
+def _table(manifest: Manifest) -> str:
+    rows = [(label, [manifest.counts[split][label] for split in SPLITS]) for label in manifest.classes]
+    totals = [sum(manifest.counts[split].values()) for split in SPLITS]
+    width = max(len(label) for label in (*manifest.classes, "class"))
+    lines = [f"{'class':{width}} {'train':>8} {'valid':>8} {'test':>8} {'all':>8}"]
+    for label, numbers in (*rows, ("all", totals)):
+        lines.append(f"{label:{width}} " + " ".join(f"{n:>8,}" for n in (*numbers, sum(numbers))))
+    shares = " / ".join(f"{n:,} {split}" for n, split in zip(totals, SPLITS, strict=True))
+    return "\n".join([*lines, f"{sum(totals):,} images: {shares}"])
+
+
+def _ratios(text: str) -> Ratios:
+    parts = text.split(",")
+    if len(parts) != 3 or not all(re.fullmatch(r"\d{1,9}(\.\d{1,9})?", part) and Fraction(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three positive numbers like 94,5,1")
+    return Fraction(parts[0]), Fraction(parts[1]), Fraction(parts[2])
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m hvd_eurosat.prepare",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--source", metavar="ZIP|DIR|sample|download", help="where the images come from")
+    what.add_argument("--verify", metavar="DIR", type=Path, help="compare a prepared folder with its checksums")
+    add("--out", metavar="DIR", type=Path, help="the folder to make")
+    add("--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="draws the split (default 0)")
+    add("--ratios", metavar="A,B,C", type=_ratios, default="94,5,1", help="train,valid,test (default 94,5,1)")
+    add("--image-size", metavar="N", type=_whole(1, MAX_SIDE), default=64, help="pixels a side (default 64)")
+    add("--resize", action="store_true", help="resize images of other sizes (to PNG), do not refuse them")
+    add("--skip-bad", action="store_true", help="leave unusable files out, do not stop at them")
+    options = parser.parse_args(argv)
+    if options.source is not None and options.out is None:
+        parser.error("--source needs --out DIR")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Draw pictures, as PNG files: examples of the data, the network, the course and the result of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvd_eurosat.data.images import BadImageError, decode, to_array
+from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.training import plots
+
+EXAMPLES_PER_CLASS = 8
+
+EXAMPLES = """
+examples:
+  what is in the data?               python -m hvd_eurosat.report samples --data.root data --out samples.png
+  what does the network look like?   python -m hvd_eurosat.report network --out network.png
+  how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart
+
+`report <what> --help` tells more. Training itself draws the plots of a run when it ends.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data."""
+    options = _parse(argv)
+    try:
+        if options.what == "run":
+            written = run(options.dir)
+        else:
+            _check_out(options.out)
+            if options.what == "samples":
+                samples(options.root, options.split, options.out)
+            else:
+                plots.network(options.out)
+            written = [options.out]
+    except (UserError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    print("\n".join(f"wrote {path}" for path in written))
+    return 0
+
+
+def samples(root: Path, split: str, out: Path) -> None:
+    """Draw examples of each class of a split, the same ones every time. Raises UserError."""
+    tree = open_tree(root)
+    files, labels = tree.files(split), tree.labels(split)
+    rng = np.random.default_rng(0)
+    chosen = np.concatenate([_some(rng, np.flatnonzero(labels == c)) for c in range(len(tree.classes))])
+    size = tree.image_size or 64
+    images = np.stack([_read(root / files[i], size) for i in chosen])
+    title = f"{_name(tree)}: examples of the {len(files):,} {split} images"
+    plots.sample_grid(images, labels[chosen], tree.classes, out, title)
+
+
+def run(folder: Path) -> list[Path]:
+    """Draw learning_curves.png and, where a confusion matrix is known, confusion_matrix.png into folder/plots.
+
+    The matrix is that of the "test" event or of summary.json, before the end that of the newest "valid" event.
+    Returns the files written. Raises UserError where metrics.jsonl is missing, damaged or still empty.
+    """
+    events, summary = _events(folder / "metrics.jsonl"), _summary(folder / "summary.json")
+    if not any(event["event"] in ("train", "valid") for event in events):
+        raise UserError(f"{folder / 'metrics.jsonl'} has no finished epoch yet")
+    plotted = folder / "plots"
+    try:
+        plotted.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {plotted}: {error.strerror}") from None
+    written = [plotted / "learning_curves.png"]
+    plots.learning_curves(events, written[0])
+    split, counts = _confusion(events, summary, folder)
+    if counts is not None:
+        classes = summary.get("classes") or [f"class {c}" for c in range(len(counts))]
+        if len(classes) != len(counts):
+            raise UserError(f"{folder / 'summary.json'} has {len(classes)} classes for a {counts.shape} matrix")
+        correct, total = int(counts.trace()), int(counts.sum())
+        data = " (synthetic sample)" if summary.get("synthetic") else ""
+        title = f"{folder.resolve().name}{data}: {split} accuracy {correct / max(total, 1):.2%} ({correct}/{total})"
+        written.append(plotted / "confusion_matrix.png")
+        plots.confusion_matrix(counts, classes, written[1], title)
+    return written
+
+
+def _name(tree: Tree) -> str:
+    return "synthetic sample" if tree.synthetic else tree.root.resolve().name
+
+
+def _some(rng: np.random.Generator, indices: NDArray[np.intp]) -> NDArray[np.intp]:
+    return np.sort(rng.permutation(indices)[:EXAMPLES_PER_CLASS])
+
+
+def _read(path: Path, size: int) -> NDArray[np.uint8]:
+    try:
+        return to_array(decode(path.read_bytes()), size)
+    except BadImageError as error:
+        raise UserError(f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: a name that ends in .png is wanted")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UserError(f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --run.dir wants the folder of a run") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: it is not text") from None
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # the run is writing it just now
+    events = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            wanted = ("epoch", "loss", "accuracy") if event["event"] in ("train", "valid") else ()
+            for key in wanted:
+                float(event[key])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path} is damaged in line {number}") from None
+        events.append(event)
+    return events
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} is damaged") from None
+
+
+def _confusion(
+    events: Sequence[dict[str, Any]], summary: dict[str, Any], folder: Path
+) -> tuple[str, NDArray[np.int64] | None]:
+    found = [("valid", e["confusion"]) for e in events if e["event"] == "valid" and "confusion" in e]
+    found += [("test", summary["test_confusion"])] if "test_confusion" in summary else []
+    found += [("test", e["confusion"]) for e in events if e["event"] == "test" and "confusion" in e]
+    if not found:
+        return "", None
+    split, rows = found[-1]
+    try:
+        counts = np.array(rows, dtype=np.int64)
+    except (ValueError, TypeError):
+        raise UserError(f"{folder}: its {split} confusion matrix is damaged") from None
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise UserError(f"{folder}: its {split} confusion matrix is not square")
+    return split, counts
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m hvd_eurosat.report",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(dest="what", metavar="samples|network|run", required=True)
+
+    def verb(name: str, does: str, more: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=does, description=f"{does}. {more}", allow_abbrev=False)
+
+    sample = verb(
+        "samples",
+        f"draw {EXAMPLES_PER_CLASS} examples of each class",
+        "Look at the data before training on it; the same data give the same picture.",
+    )
+    sample.add_argument(
+        "--data.root", dest="root", metavar="DIR", type=Path, required=True, help="folder with train/ valid/ test/"
+    )
+    sample.add_argument("--split", choices=SPLITS, default="train", help="which of them (default train)")
+    net = verb(
+        "network",
+        "draw the modified ResNet-50",
+        "Shapes for 64x64 images, and which parameters train in mode bn+head.",
+    )
+    for picture in (sample, net):
+        picture.add_argument("--out", metavar="PNG", type=Path, required=True, help="the file to write")
+    of_run = verb(
+        "run",
+        "draw a run's learning curves and confusion matrix",
+        "From its metrics.jsonl and summary.json into its plots/; also while it runs.",
+    )
+    of_run.add_argument(
+        "--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run, as runs/quickstart"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
