@@ -1,0 +1,54 @@
+# Each target sets itself up first (launch/install.sh: minutes the first time, then nothing).
+#   make train                                         the sample data, 2 ranks
+#   make train DATA=EuroSAT_RGB.zip RECIPE=recipes/scratch.toml NP=4 ARGS="--train.epochs 10"
+
+NP     ?= 2
+RECIPE ?= recipes/quickstart.toml
+DATA   ?= sample
+ARGS   ?=
+
+BIN  := $(or $(SETUP_VENV),.venv)/bin
+NAME := $(basename $(notdir $(DATA:%/=%)))
+RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
+SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
+
+ifeq ($(shell id -u),0) # Open MPI asks root twice
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.PHONY: help setup train test lint format constraints clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+setup: ## .venv with everything in it, Horovod included
+	@bash launch/install.sh
+
+data/$(NAME): | setup
+	$(BIN)/python -m hvd_eurosat.prepare --source $(DATA) --out $@ $(if $(filter sample,$(DATA)),--ratios 80,10,10)
+
+train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (and ARGS), into runs/
+	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.train \
+	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
+
+test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
+	$(BIN)/python -m pytest tests/unit tests/parallel $(ARGS)
+
+lint: setup ## ruff, mypy --strict, shellcheck
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/shellcheck $(SCRIPTS)
+
+format: setup ## what ruff can put right by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+constraints: setup ## the newest versions that pyproject.toml allows, into launch/constraints.txt
+	sed -i '/^[^#]/d' launch/constraints.txt
+	$(BIN)/uv pip compile --universal --python-version 3.10 --all-extras --group horovod-build \
+	  --no-header --no-annotate --no-emit-index-url --quiet pyproject.toml >> launch/constraints.txt
+
+clean: ## remove all that make made, but data/ and runs/
+	rm -rf .venv .venv.lock *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,20 @@
+# Read right after each project() of Horovod 0.28.1 and its gloo, whose own files cannot be changed.
+
+# They ask for C++11, 14 or 17, where torch's headers need C++20.
+foreach(standard 11 14 17)
+  foreach(kind STANDARD EXTENSION)
+    set(CMAKE_CXX${standard}_${kind}_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA${standard}_${kind}_COMPILE_OPTION "-std=c++20")
+  endforeach()
+endforeach()
+
+# No debug information: a quarter less compile time, a tenth of the size.
+set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
+set(CMAKE_CUDA_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")
+
+# The libraries' places relative to Horovod's own, not those in the build environment, which goes away.
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
+set(CMAKE_INSTALL_RPATH "$ENV{HOROVOD_RPATH}")
+
+# The MPI that was checked, whatever else the machine has.
+set(MPI_CXX_COMPILER "$ENV{MPICXX}")
