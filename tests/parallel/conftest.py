@@ -56,6 +56,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"), seed=0)
 
 
+@pytest.fixture(scope="session")
+def trained(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, all weights trained on 2 ranks."""
+    run_dir = tmp_path_factory.mktemp("trained")
+    job = launch(
+        "mpirun", 2, "train", *small(data, run_dir, model__trainable="all", train__epochs=2, valid__batch_size=8)
+    )
+    assert job.returncode == 0, job.stderr
+    return run_dir
+
+
 def make_data(folder: Path, seed: int) -> Path:
     """A prepared data set below `folder`."""
     for name, image in generate(per_class=12, seed=seed):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.parallel.conftest import Job, Launch, command, make_data, run, small
+from tests.parallel.conftest import Job, Launch, checkpoint_file, command, make_data, run, small
 
 
 def differing(first: list[str], second: list[str]) -> Job:
@@ -57,6 +58,7 @@ def test_bad_usage_is_said_once(launch: Launch, launcher: str) -> None:
         ({"train__batch_size": 41}, "train.batch_size 41 is larger than a rank's shard of 40 training images"),
         ({"model__weights": "/nowhere.pt"}, "model.weights /nowhere.pt: No such file or directory"),
         ({"run__resume": "/nowhere.pt"}, "checkpoint /nowhere.pt: No such file or directory"),
+        ({"run__dir": "/proc/run"}, "run.dir /proc/run: "),
     ],
 )
 def test_bad_input_is_said_once(
@@ -66,6 +68,24 @@ def test_bad_input_is_said_once(
     assert job.returncode == 2
     assert len(errors(job)) == 1
     assert message in errors(job)[0]
+
+
+def test_evaluate_refuses_other_classes_and_no_checkpoint(
+    launch: Launch, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "valid", "test"):
+        (other / split / "Forest").rename(other / split / "Jungle")
+    for name in ("manifest.json", "files.sha256"):
+        (other / name).unlink()
+    best = checkpoint_file(trained, "best.json")
+    job = launch("mpirun", 2, "evaluate", "--checkpoint", best, "--data.root", other)
+    assert job.returncode == 2
+    assert len(errors(job)) == 1
+    assert "knows the classes AnnualCrop, Forest, " in errors(job)[0]
+    job = launch("python", 1, "evaluate", "--data.root", data)
+    assert job.returncode == 2
+    assert errors(job) == ["error: --checkpoint is required"]
 
 
 def test_rank_0_fails_to_save(launch: Launch, data: Path, tmp_path: Path) -> None:
