@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -64,11 +64,11 @@ class World:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value (picklable), in the order of the ranks. Collective."""
-        return list(_hvd().allgather_object(value)) if self.size > 1 else [value]
+        return list(_hvd().allgather_object(value, name="gather")) if self.size > 1 else [value]
 
     def from_main(self, value: T) -> T:
         """Rank 0's value (picklable) on every rank. Collective."""
-        return _hvd().broadcast_object(value, root_rank=0) if self.size > 1 else value
+        return _hvd().broadcast_object(value, root_rank=0, name="from_main") if self.size > 1 else value
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's tensors (dense, of any memory format) to every rank, in place. Collective."""
@@ -78,7 +78,7 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor. Collective."""
-        return _hvd().allreduce(tensor, op=_hvd().Sum) if self.size > 1 else tensor
+        return _hvd().allreduce(tensor, op=_hvd().Sum) if self.size > 1 else tensor.clone()
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor [...], as one [size, ...]. Collective."""
@@ -200,7 +200,9 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
     """
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
-            configure(sys.argv[1:])
+            if _rank() == 0:
+                configure(sys.argv[1:])
+            sys.exit(0)
         world = start()
         settings = world.together(lambda: configure(sys.argv[1:]))
         world.agree("configuration", settings.flat())
@@ -214,7 +216,13 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
         _abort(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _abort(130)
-    except Exception:
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _abort(1)
+    except Exception as error:
+        if type(error).__name__ == "HorovodInternalError":  # the rank that failed has said why
+            print(f"rank {_rank()} ({socket.gethostname()}) lost the other ranks", file=sys.stderr, flush=True)
+            _abort(1)
         where = f" on rank {_rank()} ({socket.gethostname()})" if _is_parallel() else ""
         print(f"{traceback.format_exc()}error: the run failed{where}", file=sys.stderr, flush=True)
         _abort(1)
@@ -234,30 +242,51 @@ def start() -> World:
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
         _hvd().init()
     hvd = _hvd()
-    rank, size, local_rank, local_size = hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size()
-    device = torch.device("cpu")
+    local_rank, device = hvd.local_rank(), torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    cores = os.sched_getaffinity(0)
-    everyone = hvd.allgather_object((socket.gethostname(), sorted(cores))) if size > 1 else []
-    neighbours = [set(theirs) for host, theirs in everyone if host == socket.gethostname()] or [cores]
-    sharing = sum(1 for theirs in neighbours if theirs & cores)
-    threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(cores) // sharing))
+        torch.backends.cudnn.deterministic = True
+    world = World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1)
+    places = [place for place in world.gather(_Place.of(device)) if place.host == socket.gethostname()]
+    world.together(lambda: _check_places(world, places))
+    own = frozenset(os.sched_getaffinity(0))
+    sharing = sum(1 for place in places if place.cores & own)
+    threads = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or max(1, len(own) // sharing))
     torch.set_num_threads(threads)
     _keep_freed_memory()
-    if rank == 0:
-        _warn_of_binding(neighbours)
-    return World(rank, size, local_rank, local_size, device, threads)
+    return replace(world, threads=threads)
 
 
-def _warn_of_binding(neighbours: list[set[int]]) -> None:
-    """mpirun binds one or two ranks to a core each, which leaves the rest of the node idle."""
-    used, there = len(set().union(*neighbours)), len(os.sched_getaffinity(os.getppid()))
-    if used < there:
+@dataclass(frozen=True)
+class _Place:
+    """Where a rank runs: its host, the cores it may use, its GPU."""
+
+    host: str
+    cores: frozenset[int]
+    gpu: str | None
+
+    @staticmethod
+    def of(device: torch.device) -> _Place:
+        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        return _Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), gpu)
+
+
+def _check_places(world: World, places: list[_Place]) -> None:
+    """Refuse ranks that share a GPU or do not see each other; name cores that mpirun leaves idle."""
+    gpus = {place.gpu for place in places}
+    if None not in gpus and len(gpus) < len(places):
+        raise UserError(
+            f"{len(places)} ranks on the {len(gpus)} GPUs of {places[0].host}: start one rank per GPU, "
+            f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
+        )
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if world.size == 1 and int(tasks) > 1 and not _under_mpi():
+        raise UserError(f"srun started {tasks} tasks that do not see each other: use srun --mpi=pmix, or mpirun")
+    used, there = len(frozenset().union(*(p.cores for p in places))), len(os.sched_getaffinity(os.getppid()))
+    if world.is_main and _under_mpi() and used < there:
         print(
-            f"warning: mpirun bound this node's {len(neighbours)} ranks to {used} of {there} cores: "
-            f"give it --bind-to none",
+            f"warning: mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none",
             file=sys.stderr,
             flush=True,
         )
@@ -267,7 +296,7 @@ def _keep_freed_memory() -> None:
     """Stop glibc from returning every large activation to the system, only to fault its pages in again."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # glibc before 2.35 takes less
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -297,6 +326,8 @@ def _leave(status: int) -> NoReturn:
 
 def _abort(status: int) -> NoReturn:
     sys.stdout.flush()
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar may have hidden
     if _under_mpi():
         from mpi4py import MPI
 

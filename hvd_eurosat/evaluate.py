@@ -38,6 +38,7 @@ def main(world: World, settings: EvaluateSettings) -> None:
     """Spread the split over the ranks in whole batches: the counts are the same on any number of ranks."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
     tree = world.together(lambda: open_tree(settings.data.root))
+    world.agree("data", {"classes": tree.classes, "content": tree.digest})
     if list(tree.classes) != saved.classes:
         raise cluster.SharedError(
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "

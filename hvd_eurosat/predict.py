@@ -49,6 +49,7 @@ def main(world: World, settings: PredictSettings) -> None:
     """Spread the images over the ranks in batches; rank 0 writes them in the order of their names."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
     files = world.together(lambda: find_images(settings))
+    world.agree("input", {"files": list(map(str, files))})
     world.on_main(lambda: make_folder(settings.out))
     batch_size = saved.config["valid"]["batch_size"]
     batches = [files[first : first + batch_size] for first in range(0, len(files), batch_size)]

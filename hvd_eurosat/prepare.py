@@ -245,9 +245,9 @@ def _appearing(out: Path) -> Iterator[Path]:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield partial
-            (partial / LOCK).unlink()
             os.sync()  # once, not once an image
             partial.rename(out)
+            (out / LOCK).unlink()
         made.clear()
     except OSError as error:
         raise _explained(error, out) from None
@@ -297,6 +297,8 @@ def _listing(root: Path) -> set[str]:
 
 def _several(summary: str, flaws: list[str]) -> str:
     more = [f"… and {len(flaws) - SHOWN:,} more"] if len(flaws) > SHOWN else []
+    if len(flaws) == 1:
+        return f"{summary}: {flaws[0]}"
     return "\n  ".join([f"{summary}:", *flaws[:SHOWN], *more])
 
 

@@ -14,7 +14,6 @@ from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_
 from hvd_eurosat.data.tree import SPLITS, open_tree
 from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
 from hvd_eurosat.model.weights import load_weights
-from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.header import header
 from hvd_eurosat.training.journal import Journal
@@ -22,11 +21,12 @@ from hvd_eurosat.training.metrics import Evaluation, evaluate
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.statistics import averaged_statistics, put_statistics
-from hvd_eurosat.training.step import Step
+from hvd_eurosat.training.step import Step, check_compiler
 
 
 def train(world: World, config: Config) -> None:
     """Train, validate and save every epoch; then test the best checkpoint."""
+    world.together(lambda: check_compiler(config, world.device))
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
     images = open_images(world, tree, SPLITS, config.data.image_size, config.data.cache_dir)
@@ -44,7 +44,8 @@ def train(world: World, config: Config) -> None:
     optimiser = build_optimiser(model, config.optim)
     if start:
         optimiser.load_state_dict(start.optimiser)
-    precision = world.from_main(choose_precision(config.train.precision, world.device))
+    chosen = Precision(start.precision) if start else choose_precision(config.train.precision, world.device)
+    precision = world.from_main(chosen)
     step = Step(model, optimiser, world, config, precision)
     journal.begin(start, header(world, config, tree, model, batches, precision))
 
@@ -68,7 +69,7 @@ def train(world: World, config: Config) -> None:
 
     best = journal.best_checkpoint()
     if best:
-        model.load_state_dict(checkpoint.load(best).model)
+        model.load_state_dict(best.model)
     world.broadcast(model.state_dict().values())
     test = evaluate_split(world, config, model, images["test"], precision)
     journal.finish(test, summary(world, model, images))

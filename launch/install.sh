@@ -37,7 +37,7 @@ step() {
 logged() {
   printf '\n$ %s\n' "$*" >>"$LOG"
   "$@" >>"$LOG" 2>&1 </dev/null && return
-  { grep -i 'error:' "$LOG" | tail -n 10; tail -n 20 "$LOG"; } | cut -c 1-300 >&2 # compilers run side by side
+  { grep -i 'error:' "$LOG" | tail -n 10 || true; tail -n 20 "$LOG"; } | cut -c 1-300 >&2 # compilers run side by side
   die "failed after $SECONDS s; above are the last errors and the end of $LOG"
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,12 @@ def augment(images: Tensor, indices: Tensor, seed: int, epoch: int, max_shift: i
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 [B, 3, S, S] to float32 as the ImageNet weights expect it: (x / 255 - mean) / std, channels last."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = _statistics(images.device)
     scaled = images.to(torch.float32, memory_format=torch.channels_last) / (255 * std)
     return scaled - mean / std
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return mean, std

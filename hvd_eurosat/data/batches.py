@@ -33,21 +33,23 @@ class Batch:
 
 
 class Images:
-    """A packed split on a device: the memory-mapped file itself on the CPU, a resident copy on a GPU."""
+    """A packed split for a device: a resident copy on a GPU that has room for it, else the memory-mapped file."""
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
-        self.images = torch.from_numpy(packed.images).to(device)
-        self.labels = torch.from_numpy(packed.labels).to(device)
+        self.device = device
+        resident = device.type == "cuda" and packed.images.nbytes < torch.cuda.mem_get_info(device)[0] // 2
+        self.storage = device if resident else torch.device("cpu")
+        self.images = torch.from_numpy(packed.images).to(self.storage)
+        self.labels = torch.from_numpy(packed.labels).to(self.storage)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batch(self, indices: Tensor, real: int, total: int) -> Batch:
-        """The samples at `indices` (int64 [B]), of which the first `real` count."""
-        weights = (torch.arange(len(indices)) < real).float()
-        indices, weights = indices.to(self.images.device), weights.to(self.images.device)
-        images = self.images.index_select(0, indices).permute(0, 3, 1, 2)
-        return Batch(indices, images, self.labels.index_select(0, indices), weights, total)
+        """The samples at `indices` (int64 [B], on the storage's device), of which the first `real` count."""
+        weights = (torch.arange(len(indices), device=self.device) < real).float()
+        images, labels = (all_of.index_select(0, indices).to(self.device) for all_of in (self.images, self.labels))
+        return Batch(indices.to(self.device), images.permute(0, 3, 1, 2), labels, weights, total)
 
 
 def open_images(
@@ -84,19 +86,18 @@ class TrainBatches:
         """The batches of an epoch, in its own order."""
         self._sampler.set_epoch(epoch)
         shard = torch.tensor(list(self._sampler))
-        filled = torch.cat([shard, shard])[: self.steps * self._batch_size]
+        filled = torch.cat([shard, shard])[: self.steps * self._batch_size].to(self._images.storage)
         for step, indices in enumerate(filled.split(self._batch_size)):
-            real = self._real(step, self._rank)
-            yield self._images.batch(indices, real, self.total(step))
+            yield self._images.batch(indices, self._real(step), self.total(step))
 
     def total(self, step: int) -> int:
         """How many samples count in a step on all ranks."""
         first, end = (min(s * self._batch_size * self._world_size, len(self._images)) for s in (step, step + 1))
         return end - first
 
-    def _real(self, step: int, rank: int) -> int:
+    def _real(self, step: int) -> int:
         """Samples that count: the shard's position p is the epoch's position p * world size + rank."""
-        ours = math.ceil((len(self._images) - rank) / self._world_size)
+        ours = math.ceil((len(self._images) - self._rank) / self._world_size)
         return min(self._batch_size, ours - step * self._batch_size)
 
 
@@ -117,5 +118,5 @@ def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int
     """
     for first in range(shard * batch_size, len(images), shards * batch_size):
         real = min(batch_size, len(images) - first)
-        indices = torch.arange(first, first + batch_size).clamp(max=len(images) - 1)
+        indices = torch.arange(first, first + batch_size, device=images.storage).clamp(max=len(images) - 1)
         yield images.batch(indices, real, real)

@@ -45,6 +45,8 @@ def pack(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checksum = _write(partial, tree, split, shape)
+        if path.exists() and path.with_suffix(".json").exists():  # another job's, which it may have mapped
+            return path
         partial.replace(path)
         # The description comes last: where it stands, the array is whole.
         partial.write_text(json.dumps({"shape": shape, "sha256": checksum}) + "\n")

@@ -36,6 +36,7 @@ class LandCoverResNet(ResNet):
         if trainable == "bn+head":
             for module in batch_norms:
                 module.requires_grad_(True)
+        self.train()
 
     def train(self, mode: bool = True) -> LandCoverResNet:
         """Training mode; with a frozen backbone, that one stays in evaluation mode."""

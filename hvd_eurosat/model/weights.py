@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
+import socket
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
 
+DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V2, "resnet18": ResNet18_Weights.IMAGENET1K_V1}
 
 
@@ -24,7 +24,7 @@ def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
     """
     if source == "none":
         return
-    state = _imagenet(arch) if source == "imagenet" else read_state(Path(source))
+    state = _imagenet(arch) if source == "imagenet" else read_state(Path(source).expanduser())
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     if "fc.weight" in state and state["fc.weight"].shape != model.fc.weight.shape:
         del state["fc.weight"]
@@ -51,7 +51,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"model.weights {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except Exception as error:  # the readers let through whatever damaged bytes lead them to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.weights {path}: not a file of weights: {reason}") from None
     state = content.get("model", content) if isinstance(content, dict) else content
@@ -63,10 +63,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _imagenet(arch: str) -> dict[str, Tensor]:
     weights = IMAGENET[arch]
     place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, the file system, or a damaged file
         raise UserError(
-            f"the ImageNet weights cannot be had ({error}): put {weights.url} at {place}, "
+            f"the ImageNet weights cannot be had ({str(error).splitlines()[0]}): put {weights.url} at {place}, "
             f"or give --model.weights FILE (or none)"
         ) from None
+    finally:
+        socket.setdefaulttimeout(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,7 +82,7 @@ def load(path: Path) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+    except Exception:  # the reader lets through whatever damaged bytes lead it to
         raise UserError(f"checkpoint {path}: damaged, or not a checkpoint") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"checkpoint {path}: not a checkpoint of this version of hvd_eurosat")
@@ -92,43 +91,49 @@ def load(path: Path) -> Checkpoint:
 
 
 class CheckpointFolder:
-    """`checkpoints/` of a run: the newest `keep`, the best, and last.json and best.json, which name them."""
+    """`checkpoints/` of a run: the newest `keep`, the best, and last.json and best.json, which name them.
+
+    Each of the two holds file, epoch, step and metric (validation accuracy, a fraction).
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint, if there is one."""
-        return self._named_by("last.json")
+    def last(self) -> dict[str, Any] | None:
+        """What last.json says, if there is a checkpoint."""
+        return self._read("last.json")
 
-    def best(self) -> Path:
-        """The checkpoint with the best validation accuracy. Raises RunError if there is none."""
-        path = self._named_by("best.json")
-        if path is None:
-            raise RunError(f"no best checkpoint in {self.folder}")
-        return path
+    def best(self) -> dict[str, Any] | None:
+        """What best.json says, if there is a checkpoint."""
+        return self._read("best.json")
 
-    def add(self, checkpoint: Checkpoint, accuracy: float, is_best: bool) -> None:
+    def path(self, note: dict[str, Any]) -> Path:
+        """Where the checkpoint is that last.json or best.json names."""
+        return self.folder / str(note["file"])
+
+    def add(self, checkpoint: Checkpoint, accuracy: float) -> None:
         """Save, point last.json (and best.json) at it, then remove what neither names and `keep` does not hold."""
         path = self.folder / f"epoch-{checkpoint.epoch:04d}.pt"
         save(checkpoint, path)
-        note = {"file": path.name, "epoch": checkpoint.epoch, "step": checkpoint.step, "metric": accuracy}
-        for name in ("last.json", "best.json") if is_best else ("last.json",):
-            write_text(self.folder / name, json.dumps(note) + "\n")
+        note = json.dumps({"file": path.name, "epoch": checkpoint.epoch, "step": checkpoint.step, "metric": accuracy})
+        best = self.best()
+        if best is None or accuracy > best["metric"]:
+            write_text(self.folder / "best.json", note + "\n")
+        write_text(self.folder / "last.json", note + "\n")
         self._remove_old()
 
-    def _named_by(self, name: str) -> Path | None:
-        pointer = self.folder / name
+    def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            return self.folder / str(json.loads(pointer.read_text())["file"])
+            note = json.loads((self.folder / name).read_text())
+            return {"file": str(note["file"]), "epoch": int(note["epoch"]), "metric": float(note["metric"])}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{pointer}: unreadable; name a checkpoint with --run.resume FILE") from None
+            raise UserError(f"{self.folder / name}: unreadable; name a checkpoint with --run.resume FILE") from None
 
     def _remove_old(self) -> None:
         files = sorted(self.folder.glob("epoch-*.pt"))
-        kept = {*files[-self._keep :], self.newest(), self.best()}
+        kept = {*files[-self._keep :], *(self.path(note) for note in (self.last(), self.best()) if note)}
         for path in set(files) - kept:
             path.unlink()

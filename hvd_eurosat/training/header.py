@@ -13,6 +13,7 @@ from hvd_eurosat.config import Config
 from hvd_eurosat.data.batches import TrainBatches
 from hvd_eurosat.data.tree import SPLITS, Tree
 from hvd_eurosat.model.resnet import count_parameters
+from hvd_eurosat.training.optimiser import peak_rate
 from hvd_eurosat.training.precision import Precision
 
 
@@ -35,7 +36,8 @@ def header(
         f"{trainable:,} trainable ({config.model.trainable})",
         "batches": f"{train.batch_size} x {world.size} ranks = {train.batch_size * world.size} images a step; "
         f"{shard:,} images a rank, {batches.steps} steps an epoch, {batches.steps * train.epochs:,} in all",
-        "optimiser": f"{optim.name}, learning rate {optim.lr:g} {optim.schedule}, {train.epochs} epochs",
+        "optimiser": f"{optim.name}, learning rate {peak_rate(optim, train.batch_size * world.size):g} "
+        f"{optim.schedule}, {train.epochs} epochs",
     }
 
 

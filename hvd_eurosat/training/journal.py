@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from hvd_eurosat import __version__
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.tree import Tree
-from hvd_eurosat.training import checkpoint
+from hvd_eurosat.errors import RunError
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.metrics import Evaluation, Sums
@@ -32,19 +32,9 @@ class Journal:
         return self._world.on_main(self._find_start)
 
     def _find_start(self) -> Checkpoint | None:
-        if not self._files:
-            return None
-        resume = self._config.run.resume
-        if resume == "never":
-            old = self._files.set_aside()
-            if old:
-                self.display.say(f"the earlier run is now in {old}")
-            return None
-        path = self._files.checkpoints.newest() if resume == "auto" else Path(resume)
-        if path is None:
-            return None
-        start = checkpoint.load(path)
-        start.check_resumable(self._config, self._tree.classes, self._tree.digest)
+        start = self._files.start(self._config.run.resume) if self._files else None
+        if start:
+            start.check_resumable(self._config, self._tree.classes, self._tree.digest)
         return start
 
     def is_finished(self) -> bool:
@@ -59,9 +49,9 @@ class Journal:
         """From here on the run directory is this run's; its history is cut back to the checkpoint."""
         self.display.header(header)
         if self._files:
-            self._files.begin(start.history if start else [])
-            epoch, step = (start.epoch, start.step) if start else (0, 0)
-            self._files.record("start", epoch, step=step, world_size=self._world.size, version=__version__)
+            self._files.begin(start)
+            if not start:
+                self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
         if start:
             self.display.say(f"resuming after epoch {start.epoch}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
@@ -79,6 +69,8 @@ class Journal:
     def trained(self, epoch: int, step: int, sums: Sums, learning_rate: float, seconds: float) -> None:
         """The end of an epoch (from 1) of training, with the sums over all ranks."""
         self.display.end()
+        if not math.isfinite(sums.loss):
+            raise RunError(f"the loss of epoch {epoch} is not finite: try a lower optim.lr")
         if self._files:
             self._files.record(
                 "train",
@@ -95,16 +87,16 @@ class Journal:
         """An epoch's validation; a checkpoint every checkpoint_interval, at the best so far and at the end."""
         if not self._files:
             return
-        is_best = validation.accuracy > max((e["accuracy"] for e in self._files.events("valid")), default=-1.0)
+        is_best = validation.accuracy > self._files.best_accuracy()
         self._files.record("valid", state.epoch, step=state.step, loss=validation.loss, accuracy=validation.accuracy)
         self.display.epoch(self._config.train.epochs, self._files.events("train")[-1], validation, is_best)
         due = state.epoch % self._config.run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
         if due or is_best:
-            self._files.save(state, is_best)
+            self._files.save(state)
 
-    def best_checkpoint(self) -> Path | None:
-        """Where the best checkpoint is, on rank 0."""
-        return self._files.checkpoints.best() if self._files else None
+    def best_checkpoint(self) -> Checkpoint | None:
+        """The best checkpoint, on rank 0 alone."""
+        return self._files.best_checkpoint() if self._files else None
 
     def finish(self, test: Evaluation, facts: Mapping[str, Any]) -> None:
         """The test result: in the plots, in summary.json and, last, on the terminal."""

@@ -28,7 +28,7 @@ class Sums:
     def take(self, world: World) -> Sums:
         """The sums over all ranks; this rank's begin again at zero. Collective."""
         over_all = Sums(world.device)
-        over_all.total = world.sum(self.total)
+        over_all.total = world.sum(self.total).cpu()
         self.total = torch.zeros_like(self.total)
         return over_all
 

@@ -28,16 +28,21 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return kind(groups, lr=optim.lr, fused=True)
 
 
+def peak_rate(optim: Optim, global_batch: int) -> float:
+    """optim.lr after optim.lr_scaling."""
+    ratio = global_batch / optim.reference_batch
+    return optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
+
+
 def learning_rate(optim: Optim, epochs: int, global_batch: int, progress: float) -> float:
     """The rate at `progress`, in epochs: samples seen / samples in the training set.
 
     A pure function, so that nothing of the schedule needs saving. one_cycle: Smith & Topin 2018, with cosine
     annealing as in torch's OneCycleLR; lr_scaling: Goyal et al. 2017 (linear), Hoffer et al. 2017 (sqrt).
     """
-    ratio = global_batch / optim.reference_batch
-    peak = optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
+    peak = peak_rate(optim, global_batch)
     if progress < optim.warmup_epochs:
-        return peak * max(progress, 0.01) / optim.warmup_epochs
+        return peak * min(1.0, max(progress, 0.01) / optim.warmup_epochs)
     done = (progress - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
     if optim.schedule == "exponential":
         return peak * optim.gamma ** math.floor(progress)

@@ -17,6 +17,13 @@ from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.precision import Precision
 
 
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raise UserError where train.compile would not find the compiler that it needs at run time."""
+    compiler = "g++" if device.type == "cpu" else "gcc"
+    if config.train.compile and not shutil.which(compiler):
+        raise UserError(f"train.compile needs {compiler} at run time, and there is none")
+
+
 class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Nothing waits for the device.
 
@@ -32,8 +39,6 @@ class Step:
         self._precision = precision
         self._device = world.device
         self._gradients = GradientBuckets(world, [p for p in model.parameters() if p.requires_grad])
-        if config.train.compile and world.device.type == "cpu" and not shutil.which("g++"):
-            raise UserError("train.compile needs a C++ compiler (g++), and there is none")
         self._forward = torch.compile(model) if config.train.compile else model
         self.sums = Sums(world.device)
 

@@ -36,7 +36,7 @@ def command(launcher: str, ranks: int, verb: str, *arguments: object) -> list[st
 def run(arguments: list[str], **environment: str) -> Job:
     """The finished job, one thread a rank."""
     allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **allow_root, **environment}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **allow_root, **environment}
     return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=240, check=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -28,20 +29,35 @@ def test_ranks_with_differing_configurations(data: Path, tmp_path: Path) -> None
     assert errors(job) == ["error: the ranks differ in configuration: train.seed is 0 on rank 0, 3 on rank 1"]
 
 
-def test_ranks_with_differing_data(data: Path, tmp_path: Path) -> None:
-    other = make_data(tmp_path / "other", seed=1)
-    link = tmp_path / "here"
-    link.symlink_to(data)
-    environment = tmp_path / "rank.sh"
-    environment.write_text(
-        f"cd {tmp_path} && mkdir -p d$OMPI_COMM_WORLD_RANK && cd d$OMPI_COMM_WORLD_RANK && "
-        f'ln -sfn $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo {data} || echo {other}) data && exec "$@"\n'
+def with_data_of_its_own(folder: Path, first: Path, second: Path) -> Job:
+    """One mpirun job of two ranks that see different things at data/, each with its own cache."""
+    script = folder / "rank.sh"
+    script.write_text(
+        f"cd $(mktemp -d -p {folder}) && ln -s $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo {first} || echo {second}) data "
+        '&& exec "$@"\n'
     )
-    launcher, program = command("mpirun", 2, "train", *small(Path("data"), tmp_path / "run")), 6
-    job = run([*launcher[:program], "sh", str(environment), *launcher[program:]])
+    flags = small(Path("data"), folder / "run", data__cache_dir="cache")
+    words = command("mpirun", 2, "train", *flags)
+    program = words.index(sys.executable)
+    return run([*words[:program], "sh", str(script), *words[program:]])
+
+
+def test_ranks_with_differing_data(data: Path, tmp_path: Path) -> None:
+    job = with_data_of_its_own(tmp_path, data, make_data(tmp_path / "other", seed=1))
     assert job.returncode == 2
     assert len(errors(job)) == 1
     assert errors(job)[0].startswith("error: the ranks differ in data: content is ")
+
+
+def test_a_bad_image_on_one_rank_alone(data: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(data, tmp_path / "broken")
+    victim = next((broken / "valid" / "Forest").iterdir())
+    victim.write_bytes(victim.read_bytes()[:-200])
+    job = with_data_of_its_own(tmp_path, data, broken)
+    assert job.returncode == 2
+    assert len(errors(job)) == 1
+    assert f"data/valid/Forest/{victim.name} has changed since it was prepared" in errors(job)[0]
+    assert errors(job)[0].endswith("(on rank 1 of 2)")
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
@@ -88,9 +104,10 @@ def test_evaluate_refuses_other_classes_and_no_checkpoint(
     assert errors(job) == ["error: --checkpoint is required"]
 
 
-def test_rank_0_fails_to_save(launch: Launch, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 3), ("gloo", 2)])
+def test_rank_0_fails_to_save(data: Path, tmp_path: Path, launcher: str, ranks: int) -> None:
     """A file-size limit lets the packed images and the metrics be written, and no checkpoint."""
-    job = command("mpirun", 3, "train", *small(data, tmp_path / "run", train__epochs=2))
+    job = command(launcher, ranks, "train", *small(data, tmp_path / "run", train__epochs=2))
     began = time.monotonic()
     job_done = run(["bash", "-c", 'ulimit -f 20000; exec "$@"', "-", *job])
     assert time.monotonic() - began < 120

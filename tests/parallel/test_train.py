@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.statistics import get_statistics
 from tests.parallel.conftest import Launch, checkpoint_file, events, small, summary
 
 
@@ -38,12 +40,8 @@ def test_every_launcher(launch: Launch, data: Path, weights: Path, tmp_path: Pat
         assert (tmp_path / "run" / name).stat().st_size > 0
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     assert checkpoint_file(tmp_path / "run", "best.json").exists()
-    kinds = [event["event"] for event in map(dict, _all_events(tmp_path / "run"))]
+    kinds = [json.loads(line)["event"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["start", "train", "valid", "checkpoint", "test", "end"]
-
-
-def _all_events(run_dir: Path) -> list[dict[str, object]]:
-    return [e for kind in ("start", "train", "valid", "checkpoint", "test", "end") for e in events(run_dir, kind)]
 
 
 def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
@@ -73,6 +71,7 @@ def test_same_seed_same_bits_and_resume(launch: Launch, data: Path, tmp_path: Pa
     for name in ("again", "resumed"):
         assert all(torch.equal(t, states[name].model[key]) for key, t in states["once"].model.items()), name
         assert torch.equal(states["once"].rank_buffers, states[name].rank_buffers)
+        assert len(events(tmp_path / name, "start")) == 1
         for kind in ("train", "valid"):
             assert curve(tmp_path / name, kind) == curve(tmp_path / "once", kind)
 
@@ -105,6 +104,37 @@ def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     assert curves[0] == pytest.approx(curves[2], abs=1e-5)
     assert curves[0][2] < curves[0][0] - 0.01
+
+
+def test_resuming_from_a_file_in_another_run_directory(
+    launch: Launch, data: Path, trained: Path, tmp_path: Path
+) -> None:
+    first = checkpoint_file(trained)
+    flags = small(data, tmp_path / "run", model__trainable="all", train__epochs=3, valid__batch_size=8)
+    job = launch("mpirun", 2, "train", *flags, "--run.resume", str(first))
+    assert job.returncode == 0, job.stderr
+    assert [e["epoch"] for e in events(tmp_path / "run", "train")] == [1, 2, 3]
+    assert checkpoint_file(tmp_path / "run", "best.json").exists()
+    assert first.exists()
+
+
+def test_sharded_validation_counts_the_same(launch: Launch, data: Path, trained: Path, tmp_path: Path) -> None:
+    """Two runs of the same bits: one validates on rank 0, one on both."""
+    flags = small(data, tmp_path, model__trainable="all", train__epochs=2, valid__batch_size=8, valid__sharded="true")
+    assert launch("mpirun", 2, "train", *flags).returncode == 0
+    mine, theirs = (curve(run_dir, "valid") for run_dir in (tmp_path, trained))
+    for (_, loss, accuracy), (_, other_loss, other_accuracy) in zip(mine, theirs, strict=True):
+        assert accuracy == other_accuracy
+        assert loss == pytest.approx(other_loss, rel=1e-6)
+
+
+def test_saved_statistics_are_the_average_over_the_ranks(trained: Path) -> None:
+    saved = checkpoint.load(checkpoint_file(trained))
+    model = build("resnet18", 10, "all", seed=0)
+    model.load_state_dict(saved.model)
+    assert saved.rank_buffers.shape[0] == 2
+    assert not torch.equal(saved.rank_buffers[0], saved.rank_buffers[1])
+    assert torch.equal(get_statistics(model), saved.rank_buffers.mean(0))
 
 
 def test_evaluate_counts_the_same_on_any_number_of_ranks(launch: Launch, data: Path, trained: Path) -> None:

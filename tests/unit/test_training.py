@@ -116,10 +116,10 @@ def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
 def test_folder_keeps_the_newest_and_the_best(tmp_path: Path, state: Checkpoint) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     for epoch in range(1, 7):
-        folder.add(Checkpoint(**{**vars(state), "epoch": epoch}), accuracy=0.5, is_best=epoch <= 2)
+        folder.add(Checkpoint(**{**vars(state), "epoch": epoch}), accuracy=0.9 if epoch == 2 else epoch / 10)
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["epoch-0002.pt", "epoch-0005.pt", "epoch-0006.pt"]
-    assert folder.newest() == tmp_path / "epoch-0006.pt"
-    assert folder.best() == tmp_path / "epoch-0002.pt"
+    assert folder.last() == {"file": "epoch-0006.pt", "epoch": 6, "metric": 0.6}
+    assert folder.best() == {"file": "epoch-0002.pt", "epoch": 2, "metric": 0.9}
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
