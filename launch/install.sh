@@ -237,7 +237,7 @@ get_horovod() { # sets WHEEL
 install_project() {
   local project=$ROOT
   if [[ $SETUP_DEV != 0 ]]; then project+='[dev]'; fi
-  install "$VENV" --reinstall-package horovod "$WHEEL" --editable "$project"
+  install "$VENV" --compile-bytecode --reinstall-package horovod "$WHEEL" --editable "$project" # or each rank compiles torch at each start
   # Horovod starts mpirun by its bare name, and the .venv need not be activated.
   # shellcheck disable=SC2016 # for the script to expand
   script horovodrun 'bin=$(dirname "$(readlink -f "$0")")

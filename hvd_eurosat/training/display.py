@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -94,7 +95,7 @@ class Display:
         """The per-class table and then, last, the accuracy with its counts."""
         if not self._speaks:
             return
-        table = Table(title=f"{split} set")
+        table = Table(title=f"{split} set", box=box.SIMPLE_HEAD)
         for column in ("class", "images", "correct", "recall", "precision", "F1"):
             table.add_column(column, justify="left" if column == "class" else "right")
         confusion = evaluation.confusion
@@ -102,5 +103,5 @@ class Display:
         for name, hit, n, m in zip(classes, hits, true, said, strict=True):
             shares = (hit / max(n, 1), hit / max(m, 1), 2 * hit / max(n + m, 1))
             table.add_row(name, str(n), str(hit), *(f"{100 * share:.1f}%" for share in shares))
-        Console().print(table)
+        Console(force_terminal=False).print(table)  # mpirun gives each rank a terminal, whatever it writes to itself
         self.say(evaluation.line(split))
