@@ -88,7 +88,7 @@ class Journal:
         if not self._files:
             return
         is_best = validation.accuracy > self._files.best_accuracy()
-        self._files.record("valid", state.epoch, step=state.step, loss=validation.loss, accuracy=validation.accuracy)
+        self._files.record("valid", state.epoch, step=state.step, **validation.event())
         self.display.epoch(self._config.train.epochs, self._files.events("train")[-1], validation, is_best)
         due = state.epoch % self._config.run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
         if due or is_best:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,10 @@ class Evaluation:
     def accuracy(self) -> float:
         """A fraction 0..1."""
         return self.correct / self.count
+
+    def event(self) -> dict[str, Any]:
+        """What metrics.jsonl holds of it."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "confusion": self.confusion.tolist()}
 
     def line(self, split: str) -> str:
         """The line that ends the output of train and evaluate."""

@@ -122,7 +122,7 @@ class RunDirectory:
         trained, validated = self.events("train"), self.events("valid")
         best = self.checkpoints.best() or {}
         seconds = sum(event["seconds"] for event in trained)
-        self.record("test", best["epoch"], loss=test.loss, accuracy=test.accuracy)
+        self.record("test", best["epoch"], **test.event())
         plots.learning_curves(self._history, self.path / "plots" / "learning_curves.png")
         title = f"{self.path.name}: {test.line('test')}"
         plots.confusion_matrix(
