@@ -24,7 +24,7 @@ GRASS, CROP, SCRUB, WOOD = (52, 92, 82), (44, 86, 68), (92, 96, 84), (38, 64, 70
 ROAD, TRACK, ASPHALT = (150, 150, 156), (170, 156, 144), (92, 96, 106)
 SHADOW = (40, 46, 58)
 ROOF_RED, ROOF_GREY, ROOF_WHITE = (164, 112, 102), (128, 128, 138), (236, 234, 238)
-NAVY, TEAL, SILT = (28, 50, 84), (56, 104, 108), (88, 112, 110)
+NAVY, TEAL, SILT = (28, 50, 84), (62, 120, 124), (88, 112, 110)
 
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
 _SQUARE = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
