@@ -209,22 +209,24 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
         status = main(world, settings) or 0
     except SharedError as error:
         if _rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _say(f"error: {error}")
+        if _hvd().size() > 1:
+            _hvd().barrier()  # the launcher ends every rank when the first leaves, rank 0 before it has spoken too
         _leave(2)
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         _abort(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _abort(130)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}")
         _abort(1)
     except Exception as error:
         if type(error).__name__ == "HorovodInternalError":  # the rank that failed has said why
-            print(f"rank {_rank()} ({socket.gethostname()}) lost the other ranks", file=sys.stderr, flush=True)
+            _say(f"rank {_rank()} ({socket.gethostname()}) lost the other ranks")
             _abort(1)
         where = f" on rank {_rank()} ({socket.gethostname()})" if _is_parallel() else ""
-        print(f"{traceback.format_exc()}error: the run failed{where}", file=sys.stderr, flush=True)
+        _say(f"{traceback.format_exc()}error: the run failed{where}")
         _abort(1)
     _leave(status)
 
@@ -285,10 +287,8 @@ def _check_places(world: World, places: list[_Place]) -> None:
         raise UserError(f"srun started {tasks} tasks that do not see each other: use srun --mpi=pmix, or mpirun")
     used, there = len(frozenset().union(*(p.cores for p in places))), len(os.sched_getaffinity(os.getppid()))
     if world.is_main and _under_mpi() and used < there:
-        print(
-            f"warning: mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none",
-            file=sys.stderr,
-            flush=True,
+        _say(
+            f"warning: mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none"
         )
 
 
@@ -298,6 +298,12 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # glibc before 2.35 takes less
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _say(text: str) -> None:
+    """A message on standard error in one write, which launchers that label each rank's words keep together."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _hvd() -> Any:
