@@ -6,6 +6,7 @@ NP     ?= 2
 RECIPE ?= recipes/quickstart.toml
 DATA   ?= sample
 ARGS   ?=
+SAMPLE_RATIOS := 80,10,10
 
 BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
@@ -26,7 +27,7 @@ setup: ## .venv with everything in it, Horovod included
 	@bash launch/install.sh
 
 data/$(NAME): | setup
-	$(BIN)/python -m hvd_eurosat.prepare --source $(DATA) --out $@ $(if $(filter sample,$(DATA)),--ratios 80,10,10)
+	$(BIN)/python -m hvd_eurosat.prepare --source $(DATA) --out $@ $(if $(filter sample,$(DATA)),--ratios $(SAMPLE_RATIOS))
 
 train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (and ARGS), into runs/
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.train \
