@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hvd_eurosat.config import Settings
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.watchdog import Watchdog
 
 T = TypeVar("T")
 C = TypeVar("C", bound=Settings)
@@ -29,6 +30,7 @@ C = TypeVar("C", bound=Settings)
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 BUCKET_BYTES = 16 * 2**20
+PULSE_SECONDS = 1.0
 
 DEFAULTS = {
     # The ranks wait minutes for rank 0's validation or for a node's packing: not a stall to warn of after 60 s.
@@ -43,7 +45,17 @@ DEFAULTS = {
 
 
 class SharedError(UserError):
-    """A UserError that every rank raises at the same place, so that all can leave in good order."""
+    """An error that every rank raises at the same place, so that all can leave in good order."""
+
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Pulse:
+    """The sign of life that ranks at work give to those that wait for them."""
+
+    due: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,50 +68,77 @@ class World:
     local_size: int
     device: torch.device
     threads: int
+    _watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
+    _pulse: _Pulse = field(default_factory=_Pulse, compare=False)
 
     @property
     def is_main(self) -> bool:
         """Rank 0 validates, saves and speaks."""
         return self.rank == 0
 
+    def watch(self, seconds: float) -> None:
+        """From here on this rank is ended after `seconds` without progress, and when its launcher dies."""
+        self._watchdog.start(seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", _is_parallel())
+
+    def tick(self, phase: str | None = None) -> None:
+        """This rank made progress, in this phase; within `together` the ranks that wait hear of it too."""
+        self._watchdog.beat(phase)
+        if self._pulse.due is not None and time.monotonic() > self._pulse.due:
+            self._give_pulse(at_work=True)
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block this rank waits for the others."""
+        return self._watchdog.waiting()
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value (picklable), in the order of the ranks. Collective."""
-        return list(_hvd().allgather_object(value, name="gather")) if self.size > 1 else [value]
+        if self.size == 1:
+            return [value]
+        with self.waiting():
+            return list(_hvd().allgather_object(value, name="gather"))
 
     def from_main(self, value: T) -> T:
         """Rank 0's value (picklable) on every rank. Collective."""
-        return _hvd().broadcast_object(value, root_rank=0, name="from_main") if self.size > 1 else value
+        if self.size == 1:
+            return value
+        with self.waiting():
+            return cast(T, _hvd().broadcast_object(value, root_rank=0, name="from_main"))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's tensors (dense, of any memory format) to every rank, in place. Collective."""
         if self.size > 1:
             memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-            _hvd().broadcast_parameters([(f"broadcast.{i}", m) for i, m in enumerate(memory)], root_rank=0)
+            with self.waiting():
+                _hvd().broadcast_parameters([(f"broadcast.{i}", m) for i, m in enumerate(memory)], root_rank=0)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor. Collective."""
-        return _hvd().allreduce(tensor, op=_hvd().Sum) if self.size > 1 else tensor.clone()
+        if self.size == 1:
+            return tensor.clone()
+        with self.waiting():
+            return cast(Tensor, _hvd().allreduce(tensor, op=_hvd().Sum))
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor [...], as one [size, ...]. Collective."""
-        return _hvd().allgather(tensor[None]) if self.size > 1 else tensor[None]
-
-    def wait(self) -> None:
-        """Until every rank is here, asleep instead of spinning on a core. Collective."""
         if self.size == 1:
-            return
-        handle = _hvd().allreduce_async(torch.zeros(1), name="wait", op=_hvd().Sum)
-        while not _hvd().poll(handle):
-            time.sleep(0.005)
-        _hvd().synchronize(handle)
+            return tensor[None].clone()
+        with self.waiting():
+            return cast(Tensor, _hvd().allgather(tensor[None]))
 
     def together(self, work: Callable[[], T]) -> T:
-        """What `work` returns, on every rank; a UserError on any of them is raised on all. Collective."""
+        """What `work` returns, on every rank; a UserError on any of them is raised on all. Collective.
+
+        Ranks with little or no work wait asleep for the others, which show by `tick` that they are alive.
+        """
         result, error = None, None
+        self._pulse.due = time.monotonic() + PULSE_SECONDS if self.size > 1 else None
         try:
             result = work()
         except UserError as raised:
             error = str(raised)
+        while self.size > 1 and self._give_pulse(at_work=False):
+            pass
+        self._pulse.due = None
         errors = self.gather(error)
         if all(e == errors[0] for e in errors):
             shared = errors[0]
@@ -109,6 +148,15 @@ class World:
         if shared:
             raise SharedError(shared)
         return result  # type: ignore[return-value]
+
+    def _give_pulse(self, at_work: bool) -> bool:
+        """Whether any rank is at work yet. Collective."""
+        with self.waiting():
+            handle = _hvd().allreduce_async(torch.tensor([float(at_work)]), name="pulse", op=_hvd().Sum)
+            while not _hvd().poll(handle):
+                time.sleep(0.005)
+            self._pulse.due = time.monotonic() + PULSE_SECONDS
+            return bool(_hvd().synchronize(handle) > 0)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0 (picklable), on every rank, or its UserError. Collective."""
@@ -136,47 +184,48 @@ class GradientBuckets:
 
     Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
-    backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion.
+    backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
+    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own.
     """
 
-    def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter]) -> None:
+    def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter], notes: int) -> None:
         self._world = world
-        self._buckets: list[Tensor] = []
         self._missing: list[int] = []
-        self._sizes: list[int] = []
         self._handles: dict[int, int] = {}
-        for group in _split(list(reversed(parameters))):
-            self._add_bucket(group)
+        groups = _split(list(reversed(parameters)))
+        self._sizes = [len(group) for group in groups]
+        rooms = [sum(p.numel() for p in group) for group in groups]
+        rooms[-1] += notes
+        self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
+        self.notes = self.buffers[-1][-notes:]
+        for number, group in enumerate(groups):
+            self._hold(number, group)
 
-    def _add_bucket(self, parameters: list[torch.nn.Parameter]) -> None:
-        number = len(self._buckets)
-        buffer = torch.zeros(sum(p.numel() for p in parameters), device=self._world.device)
-        self._buckets.append(buffer)
-        self._sizes.append(len(parameters))
-        self._missing.append(len(parameters))
+    def _hold(self, number: int, parameters: list[torch.nn.Parameter]) -> None:
         offset = 0
         for parameter in parameters:
-            piece = buffer[offset : offset + parameter.numel()]
+            piece = self.buffers[number][offset : offset + parameter.numel()]
             parameter.grad = piece.as_strided(parameter.shape, parameter.stride())
             offset += parameter.numel()
-            parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+            parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(number))
 
     def _arrived(self, number: int) -> None:
         self._missing[number] -= 1
         if self._missing[number] == 0 and self._world.size > 1:
-            buffer = self._buckets[number]
+            buffer = self.buffers[number]
             self._handles[number] = _hvd().allreduce_async_(buffer, name=f"gradients.{number}", op=_hvd().Sum)
 
     def zero(self) -> None:
-        """Start a step: all gradients to zero, in place."""
-        for buffer in self._buckets:
+        """Start a step: all gradients and notes to zero, in place."""
+        for buffer in self.buffers:
             buffer.zero_()
         self._missing = list(self._sizes)
 
     def wait(self) -> None:
-        """Until the sums over all ranks are in the parameters' gradients."""
-        for handle in self._handles.values():
-            _hvd().synchronize(handle)
+        """Until the sums over all ranks are in the parameters' gradients and in the notes."""
+        with self._world.waiting():
+            for handle in self._handles.values():
+                _hvd().synchronize(handle)
         self._handles.clear()
 
 
@@ -195,14 +244,14 @@ def _split(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter
 def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int | None]) -> NoReturn:
     """Run a verb: its configuration from the command line, the same on all ranks, then `main`; the one way out.
 
-    Statuses: 0 done, 1 failed, 2 bad usage, configuration or data. When one rank fails alone, all end: its error is
-    printed once and the whole job is aborted.
+    Statuses: 0 done, 1 failed, 2 bad usage, configuration or data, and what `main` returns on all ranks alike. When
+    one rank fails alone, all end: its error is printed once and the whole job is aborted.
     """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        if _rank() == 0:
+            configure(sys.argv[1:])
+        sys.exit(0)
     try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            if _rank() == 0:
-                configure(sys.argv[1:])
-            sys.exit(0)
         world = start()
         settings = world.together(lambda: configure(sys.argv[1:]))
         world.agree("configuration", settings.flat())
@@ -210,25 +259,26 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
     except SharedError as error:
         if _rank() == 0:
             _say(f"error: {error}")
-        if _hvd().size() > 1:
-            _hvd().barrier()  # the launcher ends every rank when the first leaves, rank 0 before it has spoken too
-        _leave(2)
+        status = error.status
     except (UserError, RunError) as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}{_where()}")
         _abort(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         _abort(130)
     except OSError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}{_where()}")
         _abort(1)
-    except Exception as error:
+    except BaseException as error:
         if type(error).__name__ == "HorovodInternalError":  # the rank that failed has said why
-            _say(f"rank {_rank()} ({socket.gethostname()}) lost the other ranks")
-            _abort(1)
-        where = f" on rank {_rank()} ({socket.gethostname()})" if _is_parallel() else ""
-        _say(f"{traceback.format_exc()}error: the run failed{where}")
+            _say(f"lost the other ranks{_where()}")
+        else:
+            _say(f"{traceback.format_exc()}error: the run failed{_where()}")
         _abort(1)
-    _leave(status)
+    _leave_together(status)
+
+
+def _where() -> str:
+    return f" (rank {_rank()} on {socket.gethostname()})" if _is_parallel() else ""
 
 
 def start() -> World:
@@ -324,9 +374,12 @@ def _rank() -> int:
     return int(next((os.environ[v] for v in ("HOROVOD_RANK", *RANK_VARIABLES) if v in os.environ), 0))
 
 
-def _leave(status: int) -> NoReturn:
-    if "horovod.torch" in sys.modules and _hvd().is_initialized():
-        _hvd().shutdown()
+def _leave_together(status: int) -> NoReturn:
+    """Collective."""
+    hvd = _hvd()
+    if hvd.size() > 1:
+        hvd.barrier()  # the launcher ends every rank when the first leaves with an error
+    hvd.shutdown()
     sys.exit(status)
 
 

@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -133,8 +134,16 @@ class Run(Section):
     """auto continues from the newest checkpoint of run.dir if there is one, never starts anew, or a checkpoint FILE"""
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
-    keep: PositiveInt = 1
+    checkpoint_steps: NonNegativeInt = 0
+    """also save after every so many steps; 0: only after epochs"""
+    keep: PositiveInt = 2
     """how many of the newest checkpoints to keep, beside the best"""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """when a checkpoint cannot be written: train on, and stop after three in a row; or stop at once"""
+    watchdog_seconds: NonNegativeFloat = 600.0
+    """end the job when a rank makes no progress for so long, and name it; 0: never"""
+    verify_interval: NonNegativeInt = 200
+    """steps between checks that all ranks have the same weights; 0: never"""
 
     @property
     def path(self) -> Path:

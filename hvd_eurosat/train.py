@@ -5,27 +5,29 @@ horovodrun -np 8 python -m hvd_eurosat.train --config recipes/finetune.toml --da
 
 from __future__ import annotations
 
-import time
-
 from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, load
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
 from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.errors import STOPPED, Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
 from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.header import header
 from hvd_eurosat.training.journal import Journal
 from hvd_eurosat.training.metrics import Evaluation, evaluate
-from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
-from hvd_eurosat.training.statistics import averaged_statistics, put_statistics
+from hvd_eurosat.training.signals import StopRequest
+from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, check_compiler
 
 
-def train(world: World, config: Config) -> None:
-    """Train, validate and save every epoch; then test the best checkpoint."""
+def train(world: World, config: Config) -> int:
+    """Train, validate and save every epoch; then test the best checkpoint. Returns the job's exit status."""
+    world.watch(config.run.watchdog_seconds)
+    world.tick("opening the data")
     world.together(lambda: check_compiler(config, world.device))
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
@@ -36,78 +38,86 @@ def train(world: World, config: Config) -> None:
     journal = Journal(world, config, tree)
     start = journal.find_start()
     if start and journal.is_finished():
-        return
+        return 0
 
+    world.tick("building the network")
     model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed)
     model.to(world.device)
-    set_weights(world, config, model, start)
-    optimiser = build_optimiser(model, config.optim)
-    if start:
-        optimiser.load_state_dict(start.optimiser)
+    state = TrainingState(world, config, tree, model, choose(world, config, start))
+    begin(world, config, state, start)
+    step = Step(state, world, config)
+    journal.begin(start, header(world, config, tree, model, batches, state.precision), state.snapshot())
+    stop = StopRequest()
+    try:
+        while state.epoch < config.train.epochs:
+            train_epoch(world, config, state, step, batches, journal, stop)
+            world.tick(f"validation after epoch {state.epoch + 1}")
+            with state.statistics.averaged(world):
+                validation = evaluate_split(world, config, state, images["valid"], stop)
+            sums, rate = state.sums.over_all(world), state.optimiser.param_groups[0]["lr"]
+            state.end_epoch()
+            journal.validated(state.epoch, state.step, rate, sums, validation)
+            journal.save(state.snapshot())
+
+        world.tick("test")
+        journal.saved()
+        model.load_state_dict(journal.best_model())
+        test = evaluate_split(world, config, state, images["test"], stop)
+        journal.finish(test, summary(world, model, images))
+    except Stopped:
+        world.tick("saving")
+        journal.stopped(state.snapshot())
+        return STOPPED
+    return 0
+
+
+def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
+    """Rank 0's precision for all, or the one that the run began with. Collective."""
     chosen = Precision(start.precision) if start else choose_precision(config.train.precision, world.device)
-    precision = world.from_main(chosen)
-    step = Step(model, optimiser, world, config, precision)
-    journal.begin(start, header(world, config, tree, model, batches, precision))
-
-    for epoch in range(start.epoch if start else 0, config.train.epochs):
-        train_epoch(world, config, step, batches, epoch, journal)
-        with averaged_statistics(model, world) as every_rank:
-            validation = evaluate_split(world, config, model, images["valid"], precision)
-            state = Checkpoint(
-                model=model.state_dict(),
-                optimiser=optimiser.state_dict(),
-                rank_buffers=every_rank,
-                epoch=epoch + 1,
-                step=(epoch + 1) * batches.steps,
-                config=config.model_dump(mode="json"),
-                classes=list(tree.classes),
-                digest=tree.digest,
-                precision=precision.name,
-            )
-            journal.validated(state, validation)
-        world.wait()
-
-    best = journal.best_checkpoint()
-    if best:
-        model.load_state_dict(best.model)
-    world.broadcast(model.state_dict().values())
-    test = evaluate_split(world, config, model, images["test"], precision)
-    journal.finish(test, summary(world, model, images))
-    world.wait()
+    return world.from_main(chosen)
 
 
-def set_weights(world: World, config: Config, model: LandCoverResNet, start: Checkpoint | None) -> None:
-    """Rank 0's weights on every rank; after a checkpoint, also each rank's own BatchNorm statistics. Collective."""
+def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> None:
+    """A checkpoint's state, or rank 0's weights, on every rank. Collective."""
     if start:
-        model.load_state_dict(start.model)
-        same_world = len(start.rank_buffers) == world.size
-        put_statistics(model, start.rank_buffers[world.rank] if same_world else start.rank_buffers.mean(0))
+        state.restore(start)
         return
-    world.together(lambda: load_weights(model, config.model.weights, config.model.arch) if world.is_main else None)
-    world.broadcast(model.state_dict().values())
+    world.together(
+        lambda: load_weights(state.model, config.model.weights, config.model.arch) if world.is_main else None
+    )
+    world.broadcast(state.model.state_dict().values())
 
 
-def train_epoch(world: World, config: Config, step: Step, batches: TrainBatches, epoch: int, journal: Journal) -> None:
-    """Every rank its shard of the epoch (from 0), in steps. Collective."""
-    began = time.perf_counter()
-    global_batch = config.train.batch_size * world.size
-    journal.begin_epoch(epoch + 1, batches.steps)
-    for number, batch in enumerate(batches.epoch(epoch)):
-        progress = epoch + number * global_batch / batches.length
-        rate = learning_rate(config.optim, config.train.epochs, global_batch, progress)
-        step(batch, epoch, rate)
-        journal.stepped(number + 1, step.sums)
-    sums = step.sums.take(world)
-    journal.trained(epoch + 1, (epoch + 1) * batches.steps, sums, rate, time.perf_counter() - began)
+def train_epoch(
+    world: World,
+    config: Config,
+    state: TrainingState,
+    step: Step,
+    batches: TrainBatches,
+    journal: Journal,
+    stop: StopRequest,
+) -> None:
+    """What is left of an epoch, every rank its shard, in steps. Collective. Raises Stopped between two steps."""
+    first = state.samples
+    journal.begin_epoch(state.epoch + 1, batches.steps(first))
+    for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
+        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}")
+        progress = state.epoch + state.samples / batches.length
+        step(batch, learning_rate(config.optim, config.train.epochs, batches.global_batch, progress), stop())
+        if config.run.verify_interval and state.step % config.run.verify_interval == 0:
+            state.verify()
+        if config.run.checkpoint_steps and state.step % config.run.checkpoint_steps == 0:
+            journal.save(state.snapshot())
+        step.check()
+        journal.stepped(number, state.sums, state.samples - first)
+    journal.trained(state.samples - first)
 
 
-def evaluate_split(
-    world: World, config: Config, model: LandCoverResNet, images: Images, precision: Precision
-) -> Evaluation:
+def evaluate_split(world: World, config: Config, state: TrainingState, images: Images, stop: StopRequest) -> Evaluation:
     """The model on a split: rank 0 alone, or all ranks with valid.sharded; the sums on every rank. Collective."""
     shards = world.size if config.valid.sharded else 1
     mine = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
-    return evaluate(model, mine, precision, world)
+    return evaluate(state.model, mine, state.precision, world, stop)
 
 
 def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> dict[str, int]:

@@ -56,49 +56,52 @@ def open_images(
     world: World, tree: Tree, splits: Sequence[str], size: int, cache_dir: Path | None
 ) -> dict[str, Images]:
     """The packed images of some splits, after one rank of each node has packed what was not. Collective."""
-    packed = world.node_by_node(lambda: {split: open_packed(tree, split, size, cache_dir) for split in splits})
+
+    def read() -> dict[str, Packed]:
+        return {split: open_packed(tree, split, size, cache_dir, world.tick) for split in splits}
+
+    packed = world.node_by_node(read)
     return {split: Images(arrays, world.device) for split, arrays in packed.items()}
 
 
 class TrainBatches:
-    """One rank's batches of an epoch: its DistributedSampler shard in whole batches.
+    """One rank's batches of an epoch: its DistributedSampler shard in whole batches, from any sample on.
 
-    The last batch is filled up with samples of weight 0 from the shard's beginning: every step has the same shape
-    and well-filled BatchNorm statistics. A global batch is the same set of samples whatever the number of ranks.
+    The order is that of DistributedSampler, and so is the interleaving: of the epoch's position p on, rank r of W has
+    p + r, p + W + r, ... A DistributedSampler of W ranks knows no offset, so one of a single rank gives the order.
+    The last batch goes on from the order's beginning with samples of weight 0: every step has the same shape and
+    well-filled BatchNorm statistics. A global batch is the same set of samples whatever the number of ranks.
     """
 
     def __init__(self, images: Images, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         self.length = len(images)
-        if world_size > len(images):
-            raise UserError(f"{world_size} ranks are more than the {len(images)} training images")
-        shard = math.ceil(len(images) / world_size)
-        if batch_size > shard:
-            raise UserError(f"train.batch_size {batch_size} is larger than a rank's shard of {shard} training images")
+        self.shard = math.ceil(self.length / world_size)
+        self.global_batch = batch_size * world_size
+        if world_size > self.length:
+            raise UserError(f"{world_size} ranks are more than the {self.length} training images")
+        if batch_size > self.shard:
+            raise UserError(
+                f"train.batch_size {batch_size} is larger than a rank's shard of {self.shard} training images"
+            )
         self._images = images
-        self._batch_size = batch_size
-        self._rank, self._world_size = rank, world_size
-        self._sampler: DistributedSampler[Tensor] = DistributedSampler(
-            _Length(len(images)), world_size, rank, shuffle=True, seed=seed
+        self._mine = rank + world_size * torch.arange(batch_size)
+        self._order: DistributedSampler[Tensor] = DistributedSampler(
+            _Length(self.length), num_replicas=1, rank=0, shuffle=True, seed=seed
         )
-        self.steps = math.ceil(shard / batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, in its own order."""
-        self._sampler.set_epoch(epoch)
-        shard = torch.tensor(list(self._sampler))
-        filled = torch.cat([shard, shard])[: self.steps * self._batch_size].to(self._images.storage)
-        for step, indices in enumerate(filled.split(self._batch_size)):
-            yield self._images.batch(indices, self._real(step), self.total(step))
+    def steps(self, samples: int = 0) -> int:
+        """Steps of an epoch of which `samples` have been seen."""
+        return math.ceil((self.length - samples) / self.global_batch)
 
-    def total(self, step: int) -> int:
-        """How many samples count in a step on all ranks."""
-        first, end = (min(s * self._batch_size * self._world_size, len(self._images)) for s in (step, step + 1))
-        return end - first
-
-    def _real(self, step: int) -> int:
-        """Samples that count: the shard's position p is the epoch's position p * world size + rank."""
-        ours = math.ceil((len(self._images) - self._rank) / self._world_size)
-        return min(self._batch_size, ours - step * self._batch_size)
+    def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch in its own order, from the sample at position `samples` on."""
+        self._order.set_epoch(epoch)
+        order = torch.tensor(list(self._order), device=self._images.storage)
+        for first in range(samples, self.length, self.global_batch):
+            positions = first + self._mine
+            real = int((positions < self.length).sum())
+            total = min(self.global_batch, self.length - first)
+            yield self._images.batch(order[positions.to(order.device) % self.length], real, total)
 
 
 class _Length(Dataset[Tensor]):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -29,11 +30,14 @@ class Packed:
     files: tuple[str, ...]
 
 
-def pack(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Path:
+def pack(
+    tree: Tree, split: str, image_size: int, cache_dir: Path | None, tick: Callable[[], None] = lambda: None
+) -> Path:
     """The path of the split's packed .npy file, which is built first when it is missing.
 
     It holds uint8 [N, image_size, image_size, 3] in the order of tree.files(split); a .json beside it holds
     shape and sha256. Several hosts may build on one file system: each writes a file of its own and renames it.
+    `tick` is called after each image.
     Raises UserError for a bad or changed image and a folder that cannot be written, RunError for a full disk.
     """
     folder = cache_dir or tree.root / ".packed"
@@ -44,7 +48,7 @@ def pack(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Pat
     partial = folder / f".{path.stem}.{secrets.token_hex(8)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checksum = _write(partial, tree, split, shape)
+        checksum = _write(partial, tree, split, shape, tick)
         if path.exists() and path.with_suffix(".json").exists():  # another job's, which it may have mapped
             return path
         partial.replace(path)
@@ -64,12 +68,14 @@ def pack(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Pat
     return path
 
 
-def open_packed(tree: Tree, split: str, image_size: int, cache_dir: Path | None) -> Packed:
+def open_packed(
+    tree: Tree, split: str, image_size: int, cache_dir: Path | None, tick: Callable[[], None] = lambda: None
+) -> Packed:
     """The split's packed images, built when missing (see pack).
 
     Raises RunError for a packed file that is not as it was written; its content is left to verify_packed.
     """
-    path = pack(tree, split, image_size, cache_dir)
+    path = pack(tree, split, image_size, cache_dir, tick)
     files = tuple(tree.files(split))
     images = _map(path)
     if images.shape != (len(files), image_size, image_size, 3):
@@ -89,7 +95,7 @@ def verify_packed(path: Path) -> None:
         raise _damaged(path)
 
 
-def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...]) -> str:
+def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], tick: Callable[[], None]) -> str:
     """Writes the .npy file and returns its sha256."""
     size = shape[1]
     native = _native_size(tree, size)
@@ -106,6 +112,7 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...]) -> str:
         for pixels in in_threads(read, tree.files(split), f"packing {split}"):
             digest.update(pixels)
             file.write(pixels)
+            tick()
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

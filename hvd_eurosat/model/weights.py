@@ -12,6 +12,7 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.model.stored import read_content
 
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V2, "resnet18": ResNet18_Weights.IMAGENET1K_V1}
@@ -45,6 +46,8 @@ def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, torchvision's keys; nothing in the file is executed."""
+    if path.suffix == ".pt" and path.with_suffix(".json").exists():
+        return dict(read_content(path)["model"])
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -54,10 +57,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the readers let through whatever damaged bytes lead them to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.weights {path}: not a file of weights: {reason}") from None
-    state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"model.weights {path}: not a state dict")
-    return state
+    return content
 
 
 def _imagenet(arch: str) -> dict[str, Tensor]:

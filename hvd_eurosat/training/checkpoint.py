@@ -2,45 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
 from hvd_eurosat.config import Config, flatten
-from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet, build
+from hvd_eurosat.model.stored import Blob, Record, read_content, read_record
 from hvd_eurosat.training.files import replacing, write_text
 
-FORMAT = 1
+FORMAT = 2
 MAY_DIFFER = ("train.epochs", "valid.", "run.")
+VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `epoch` epochs and `step` steps.
+    """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
     model: state dict with the BatchNorm statistics averaged over the ranks; rank_buffers: float32 [world size, n],
-    each rank's own statistics, flattened; config: the resolved configuration (nested keys); digest: of the data's
-    content; precision: the one that the run took; history: the events of metrics.jsonl.
+    each rank's own statistics, flattened; sums: float64 [world size, 3], each rank's loss, correct and samples of the
+    epoch in progress; config: the resolved configuration (nested keys); digest: of the data's content; precision: the
+    one that the run took; history: the events of metrics.jsonl.
     """
 
     model: dict[str, Tensor]
     optimiser: dict[str, Any]
     rank_buffers: Tensor
+    sums: Tensor
     epoch: int
+    samples: int
     step: int
     config: dict[str, Any]
     classes: list[str]
     digest: str
     precision: str
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def metric(self) -> float | None:
+        """Validation accuracy, a fraction, at the end of an epoch."""
+        events = [event for event in self.history if event["event"] == "valid" and event["epoch"] == self.epoch]
+        return float(events[-1]["accuracy"]) if events and not self.samples else None
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending."""
+        return f"epoch-{self.epoch:04d}" + (f"-step-{self.step:08d}" if self.samples else "")
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The names of the convolution weights, where they do not train."""
+        trains = self.config["model"]["trainable"] == "all"
+        return frozenset(name for name, tensor in self.model.items() if tensor.ndim == 4 and not trains)
+
+    def size_on_disk(self, copies: int) -> int:
+        """The bytes that so many checkpoints like this one take, with two numbers a weight for the optimiser."""
+        frozen = sum(tensor.nbytes for name, tensor in self.model.items() if name in self.frozen)
+        changing = sum(tensor.nbytes for tensor in self.model.values()) - frozen
+        return frozen + copies * (3 * changing + self.rank_buffers.nbytes)
 
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
@@ -65,75 +97,126 @@ class Checkpoint:
             raise UserError(f"cannot resume: the images of {config.data.root} are not those that the run began with")
 
 
-def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write to a temporary name, sync, rename, sync the folder. Raises RunError where that fails."""
-    versions = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    content = {"format": FORMAT, "versions": versions, **vars(checkpoint)}
-    try:
-        with replacing(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # as which torch reports a full disk
-        raise RunError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-
-
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU; nothing in it is executed. Raises UserError if it is not a whole one."""
+    content = read_content(path)
+    record = read_record(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
-    except Exception:  # the reader lets through whatever damaged bytes lead it to
-        raise UserError(f"checkpoint {path}: damaged, or not a checkpoint") from None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise UserError(f"checkpoint {path}: not a checkpoint of this version of hvd_eurosat")
-    content.pop("versions", None)
-    return Checkpoint(**content)
+        checkpoint = Checkpoint(**content)
+        noted = (record.epoch, record.step, record.samples)
+    except TypeError:
+        raise UserError(f"checkpoint {path}: not a checkpoint of this version of hvd_eurosat") from None
+    if record.format != FORMAT or (checkpoint.epoch, checkpoint.step, checkpoint.samples) != noted:
+        raise UserError(f"checkpoint {path}: its .json does not belong to it")
+    return checkpoint
 
 
 class CheckpointFolder:
     """`checkpoints/` of a run: the newest `keep`, the best, and last.json and best.json, which name them.
 
-    Each of the two holds file, epoch, step and metric (validation accuracy, a fraction).
+    Each of the two holds file, epoch, step and metric (validation accuracy, a fraction; null between epochs).
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
+        self._frozen: Blob | None = None
 
-    def last(self) -> dict[str, Any] | None:
-        """What last.json says, if there is a checkpoint."""
-        return self._read("last.json")
+    def records(self) -> list[Record]:
+        """What the checkpoints here say of themselves, oldest first; files that say nothing readable are left out."""
+        records = []
+        for path in self.folder.glob("epoch-*.json"):
+            with contextlib.suppress(UserError):
+                records.append(read_record(path))
+        return sorted(records, key=lambda record: (record.step, record.epoch))
 
-    def best(self) -> dict[str, Any] | None:
-        """What best.json says, if there is a checkpoint."""
-        return self._read("best.json")
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that verifies; damaged ones are reported and set aside.
 
-    def path(self, note: dict[str, Any]) -> Path:
-        """Where the checkpoint is that last.json or best.json names."""
-        return self.folder / str(note["file"])
+        Raises UserError where there are checkpoints and none is whole: the run is not begun again in silence.
+        """
+        order = {record.content.file: place for place, record in enumerate(self.records())}
+        paths = [path.with_suffix(".pt") for path in self.folder.glob("epoch-*.json")]
+        for path in sorted(paths, key=lambda path: order.get(path.name, -1), reverse=True):
+            try:
+                return load(path)
+            except UserError as error:
+                report(f"{error}; it is set aside as {path.name}.damaged")
+                _set_aside(path)
+        if list(self.folder.glob("*.damaged")):
+            raise UserError(f"no checkpoint in {self.folder} is whole: give another run.dir, or --run.resume never")
+        return None
 
-    def add(self, checkpoint: Checkpoint, accuracy: float) -> None:
-        """Save, point last.json (and best.json) at it, then remove what neither names and `keep` does not hold."""
-        path = self.folder / f"epoch-{checkpoint.epoch:04d}.pt"
-        save(checkpoint, path)
-        note = json.dumps({"file": path.name, "epoch": checkpoint.epoch, "step": checkpoint.step, "metric": accuracy})
-        best = self.best()
-        if best is None or accuracy > best["metric"]:
-            write_text(self.folder / "best.json", note + "\n")
-        write_text(self.folder / "last.json", note + "\n")
+    def best(self) -> Record | None:
+        """The validated checkpoint with the highest accuracy, the earliest of several."""
+        validated = [record for record in self.records() if record.metric is not None]
+        return max(validated, key=lambda record: record.metric or 0.0, default=None)
+
+    def path(self, record: Record) -> Path:
+        """Where a checkpoint is."""
+        return self.folder / record.content.file
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Save, point last.json and best.json at the newest and the best, remove what is neither nor among `keep`.
+
+        Raises RunError where the disk is full or gone; the earlier checkpoints are as they were, and no part of the
+        new one is left.
+        """
+        path = self.folder / f"{checkpoint.name}.pt"
+        if any(record.content.file == path.name for record in self.records()):
+            return
+        self._write_frozen(checkpoint)
+        buffer = io.BytesIO()
+        changing = {name: t for name, t in checkpoint.model.items() if name not in checkpoint.frozen}
+        torch.save(vars(dataclasses.replace(checkpoint, model=changing)), buffer)
+        content = buffer.getvalue()
+        with replacing(path) as file:
+            file.write(content)
+        record = Record(
+            format=FORMAT,
+            epoch=checkpoint.epoch,
+            step=checkpoint.step,
+            samples=checkpoint.samples,
+            metric=checkpoint.metric,
+            world_size=len(checkpoint.rank_buffers),
+            content=Blob.of(path.name, content),
+            frozen=self._frozen,
+            versions=VERSIONS,
+        )
+        try:
+            write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self._point("last.json", record)
+        self._point("best.json", self.best() or record)
         self._remove_old()
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            note = json.loads((self.folder / name).read_text())
-            return {"file": str(note["file"]), "epoch": int(note["epoch"]), "metric": float(note["metric"])}
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{self.folder / name}: unreadable; name a checkpoint with --run.resume FILE") from None
+    def _write_frozen(self, checkpoint: Checkpoint) -> None:
+        if self._frozen or not checkpoint.frozen:
+            return
+        content = safetensors.torch.save({name: checkpoint.model[name].contiguous() for name in checkpoint.frozen})
+        digest = Blob.of("", content).sha256
+        blob = Blob.of(f"frozen-{digest[:16]}.safetensors", content)
+        if not (self.folder / blob.file).exists():
+            with replacing(self.folder / blob.file) as file:
+                file.write(content)
+        self._frozen = blob
+
+    def _point(self, name: str, record: Record) -> None:
+        note = {"file": record.content.file, "epoch": record.epoch, "step": record.step, "metric": record.metric}
+        write_text(self.folder / name, json.dumps(note) + "\n")
 
     def _remove_old(self) -> None:
-        files = sorted(self.folder.glob("epoch-*.pt"))
-        kept = {*files[-self._keep :], *(self.path(note) for note in (self.last(), self.best()) if note)}
-        for path in set(files) - kept:
-            path.unlink()
+        records, best = self.records(), self.best()
+        kept = {record.content.file for record in [*records[-self._keep :], *([best] if best else [])]}
+        for record in records:
+            if record.content.file not in kept:
+                self.path(record).with_suffix(".json").unlink(missing_ok=True)
+                self.path(record).unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> None:
+    for part in (path.with_suffix(".json"), path):
+        if part.exists():
+            part.rename(f"{part}.damaged")

@@ -66,11 +66,11 @@ class Display:
         interval = BAR_SECONDS if self._live else LINE_SECONDS
         return self._speaks and time.perf_counter() - self._shown > interval
 
-    def progress(self, step: int, sums: Sums, ranks: int) -> None:
-        """After `step` steps of the epoch, with the sums of this rank's shard."""
+    def progress(self, step: int, sums: Sums, samples: int) -> None:
+        """After `step` steps and `samples` samples since `begin`, with the sums of this rank's shard of the epoch."""
         self._shown = time.perf_counter()
         seconds = self._shown - self._began
-        rate = sums.samples * ranks / seconds
+        rate = samples / seconds
         status = f"loss {sums.loss:.4f}  accuracy {100 * sums.accuracy:.1f}%  {rate:,.0f} images/s"
         self._bar.update(self._task, completed=step, status=status)
         if not self._live:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 
 import torch
@@ -23,7 +22,6 @@ def header(
     """A line for each fact: devices, data, network, batch arithmetic, schedule."""
     total, trainable = count_parameters(model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
-    shard = math.ceil(counts["train"] / world.size)
     train, optim = config.train, config.optim
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
@@ -34,9 +32,9 @@ def header(
         + f" images of {config.data.image_size}x{config.data.image_size}",
         "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
-        "batches": f"{train.batch_size} x {world.size} ranks = {train.batch_size * world.size} images a step; "
-        f"{shard:,} images a rank, {batches.steps} steps an epoch, {batches.steps * train.epochs:,} in all",
-        "optimiser": f"{optim.name}, learning rate {peak_rate(optim, train.batch_size * world.size):g} "
+        "batches": f"{train.batch_size} x {world.size} ranks = {batches.global_batch} images a step; "
+        f"{batches.shard:,} images a rank, {batches.steps()} steps an epoch, {batches.steps() * train.epochs:,} in all",
+        "optimiser": f"{optim.name}, learning rate {peak_rate(optim, batches.global_batch):g} "
         f"{optim.schedule}, {train.epochs} epochs",
     }
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
+
+from torch import Tensor
 
 from hvd_eurosat import __version__
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.tree import Tree
-from hvd_eurosat.errors import RunError
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.run_directory import RunDirectory
+from hvd_eurosat.training.saver import Saver
 
 
 class Journal:
@@ -25,81 +28,109 @@ class Journal:
         self._config = config
         self._tree = tree
         self.display = Display(world.is_main)
-        self._files = world.together(lambda: RunDirectory(config) if world.is_main else None)
+        self._files = world.together(lambda: RunDirectory(config, self.display.warn) if world.is_main else None)
+        self._saver: Saver | None = None
 
     def find_start(self) -> Checkpoint | None:
         """The checkpoint to go on from, on every rank, by `run.resume`. Collective."""
-        return self._world.on_main(self._find_start)
-
-    def _find_start(self) -> Checkpoint | None:
-        start = self._files.start(self._config.run.resume) if self._files else None
-        if start:
-            start.check_resumable(self._config, self._tree.classes, self._tree.digest)
-        return start
+        return self._world.on_main(lambda: self._files.start(self._config, self._tree) if self._files else None)
 
     def is_finished(self) -> bool:
         """Whether the run was completed before, with as many epochs; if so, shows its result. Collective."""
-        finished = bool(self._files and self._files.finished_epochs() >= self._config.train.epochs)
-        if self._files and finished:
-            self.display.say(f"{self._files.path} holds a finished run; raise train.epochs to go on")
-            self.display.result("test", self._files.tested(), self._tree.classes)
-        return self._world.from_main(finished)
+        return self._world.on_main(self._is_finished)
 
-    def begin(self, start: Checkpoint | None, header: Mapping[str, str]) -> None:
-        """From here on the run directory is this run's; its history is cut back to the checkpoint."""
+    def _is_finished(self) -> bool:
+        if not self._files or self._files.finished_epochs() < self._config.train.epochs:
+            return False
+        self.display.say(f"{self._files.path} holds a finished run; raise train.epochs to go on")
+        self.display.result("test", self._files.tested(), self._tree.classes)
+        return True
+
+    def begin(self, start: Checkpoint | None, header: Mapping[str, str], first: Checkpoint | None) -> None:
+        """From here on the run directory is this run's; its history is cut back to the checkpoint. Collective.
+
+        first: the state as it will be saved, by which the room on the disk is checked.
+        """
         self.display.header(header)
-        if self._files:
-            self._files.begin(start)
-            if not start:
-                self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
+        self._world.together(lambda: self._begin(start, first))
         if start:
-            self.display.say(f"resuming after epoch {start.epoch}")
+            between = f", step {start.step}" if start.samples else ""
+            self.display.say(f"resuming after epoch {start.epoch}{between}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are frozen as random numbers: give --model.weights, or train all")
 
+    def _begin(self, start: Checkpoint | None, first: Checkpoint | None) -> None:
+        if not self._files or not first:
+            return
+        self._files.check_space(first.size_on_disk(copies=self._config.run.keep + 2))
+        self._files.begin(start)
+        if not start:
+            self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
+        stop_at_once = self._config.run.on_save_error == "stop"
+        self._saver = Saver(self._files.checkpoints, stop_at_once, self.display.warn)
+
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """An epoch (from 1) of training."""
+        """An epoch (from 1) of training, of which so many steps are left."""
+        self._began = time.perf_counter()
         self.display.begin(epoch, self._config.train.epochs, steps)
 
-    def stepped(self, step: int, sums: Sums) -> None:
-        """Progress, now and then, from the sums of rank 0's shard."""
+    def stepped(self, step: int, sums: Sums, samples: int) -> None:
+        """Progress, now and then: steps and samples since begin_epoch, and the sums of rank 0's shard."""
         if self.display.is_due():
-            self.display.progress(step, sums, self._world.size)
+            self.display.progress(step, sums, samples)
 
-    def trained(self, epoch: int, step: int, sums: Sums, learning_rate: float, seconds: float) -> None:
-        """The end of an epoch (from 1) of training, with the sums over all ranks."""
+    def trained(self, samples: int) -> None:
+        """The end of an epoch of training, of which so many samples were seen since begin_epoch."""
         self.display.end()
-        if not math.isfinite(sums.loss):
-            raise RunError(f"the loss of epoch {epoch} is not finite: try a lower optim.lr")
-        if self._files:
-            self._files.record(
-                "train",
-                epoch,
-                step=step,
-                loss=sums.loss,
-                accuracy=sums.accuracy,
-                learning_rate=learning_rate,
-                images_per_second=sums.samples / seconds,
-                seconds=seconds,
-            )
+        self._seconds = time.perf_counter() - self._began
+        self._rate = samples / self._seconds
 
-    def validated(self, state: Checkpoint, validation: Evaluation) -> None:
-        """An epoch's validation; a checkpoint every checkpoint_interval, at the best so far and at the end."""
+    def validated(self, epoch: int, step: int, learning_rate: float, sums: Sums, validation: Evaluation) -> None:
+        """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation."""
         if not self._files:
             return
-        is_best = validation.accuracy > self._files.best_accuracy()
-        self._files.record("valid", state.epoch, step=state.step, **validation.event())
+        best = max((event["accuracy"] for event in self._files.events("valid")), default=-1.0)
+        facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
+        times = {"images_per_second": self._rate, "seconds": self._seconds}
+        self._files.record("train", epoch, step=step, **facts, **times)
+        self._files.record("valid", epoch, step=step, **validation.event())
+        is_best = validation.accuracy > best
         self.display.epoch(self._config.train.epochs, self._files.events("train")[-1], validation, is_best)
-        due = state.epoch % self._config.run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
-        if due or is_best:
-            self._files.save(state)
 
-    def best_checkpoint(self) -> Checkpoint | None:
-        """The best checkpoint, on rank 0 alone."""
-        return self._files.best_checkpoint() if self._files else None
+    def save(self, state: Checkpoint | None) -> None:
+        """A checkpoint, in the background, which carries the history up to and with itself.
+
+        At the end of an epoch: every checkpoint_interval, at the best so far and at the end.
+        """
+        if not self._files or not self._saver or not state:
+            return
+        run, accuracies = self._config.run, [event["accuracy"] for event in self._files.events("valid")]
+        is_best = bool(accuracies) and accuracies[-1] > max(accuracies[:-1], default=-1.0)
+        due = state.epoch % run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
+        if state.samples or due or is_best:
+            if not state.samples:
+                self._files.record("checkpoint", state.epoch, step=state.step)
+            self._saver.save(dataclasses.replace(state, history=self._files.history()))
+
+    def saved(self) -> None:
+        """Wait until the last checkpoint is on the disk. Collective."""
+        self._world.together(lambda: self._saver.finish(self._world.tick) if self._saver else None)
+
+    def stopped(self, state: Checkpoint | None) -> None:
+        """The run was asked to stop: save, and say how it goes on. Collective."""
+        self.display.end()
+        if state and state.samples:
+            self.save(state)
+        self.saved()
+        if self._files and state:
+            self.display.say(f"stopped on request at step {state.step}, saved in {self._files.path}: start it again")
+
+    def best_model(self) -> dict[str, Tensor]:
+        """The state dict of the best checkpoint, on every rank. Collective."""
+        best = self._world.on_main(lambda: self._files.best_checkpoint().model if self._files else None)
+        return cast(dict[str, Tensor], best)
 
     def finish(self, test: Evaluation, facts: Mapping[str, Any]) -> None:
-        """The test result: in the plots, in summary.json and, last, on the terminal."""
-        if self._files:
-            self._files.finish(test, facts, self._tree)
-            self.display.result("test", test, self._tree.classes)
+        """The test result: in the plots, in summary.json and, last, on the terminal. Collective."""
+        self._world.together(lambda: self._files.finish(test, facts, self._tree) if self._files else None)
+        self.display.result("test", test, self._tree.classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from hvd_eurosat.cluster import World
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.precision import Precision
 
@@ -26,18 +27,18 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self.total = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def take(self, world: World) -> Sums:
-        """The sums over all ranks; this rank's begin again at zero. Collective."""
-        over_all = Sums(world.device)
+    def over_all(self, world: World) -> Sums:
+        """The sums over all ranks, on the CPU. Collective."""
+        over_all = Sums(torch.device("cpu"))
         over_all.total = world.sum(self.total).cpu()
-        self.total = torch.zeros_like(self.total)
         return over_all
 
-    def add(self, log_probabilities: Tensor, batch: Batch) -> None:
-        """A batch; without waiting for the device."""
+    def add(self, log_probabilities: Tensor, batch: Batch, skip: Tensor) -> None:
+        """A batch, unless `skip` (bool []) is true; without waiting for the device."""
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         correct = log_probabilities.argmax(1) == batch.labels
-        self.total += torch.stack([losses, correct, torch.ones_like(losses)]).double() @ batch.weights.double()
+        sums = torch.stack([losses, correct, torch.ones_like(losses)]).double() @ batch.weights.double()
+        self.total += sums.masked_fill(skip, 0)
 
     @property
     def samples(self) -> int:
@@ -46,7 +47,7 @@ class Sums:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood."""
+        """Mean negative log-likelihood; nan before the first sample, as accuracy is."""
         return float(self.total[0] / self.total[2])
 
     @property
@@ -86,15 +87,38 @@ class Evaluation:
         return f"{split} accuracy: {100 * self.accuracy:.2f}% ({self.correct}/{self.count})"
 
 
+def evaluate(
+    model: LandCoverResNet,
+    batches: Iterable[Batch],
+    precision: Precision,
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """The model in evaluation mode over batches, summed over all ranks. Collective.
+
+    Raises Stopped on every rank if `stop` came true on one before its last batch.
+    """
+    was_training = model.training
+    model.eval()
+    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, precision, world, stop))
+    model.train(was_training)
+    loss, confusion, stopped = world.sum(loss), world.sum(confusion).cpu(), world.sum(stopped)
+    if stopped:
+        raise Stopped
+    return Evaluation(float(loss / confusion.sum()), confusion)
+
+
 @torch.no_grad()
-def evaluate(model: LandCoverResNet, batches: Iterable[Batch], precision: Precision, world: World) -> Evaluation:
-    """The model in evaluation mode over batches, summed over all ranks. Collective."""
+def _evaluate(
+    model: LandCoverResNet, batches: Iterable[Batch], precision: Precision, world: World, stop: Callable[[], bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's sum of the losses (float64 []), confusion matrix (int64 [C, C]), and whether it stopped (0 or 1)."""
     classes = model.fc.out_features
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
-    was_training = model.training
-    model.eval()
     for batch in batches:
+        if stop():
+            return loss, confusion, torch.ones(())
         with precision.autocast(world.device):
             log_probabilities = model(normalise(batch.images))
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
@@ -103,7 +127,5 @@ def evaluate(model: LandCoverResNet, batches: Iterable[Batch], precision: Precis
         confusion += multiclass_confusion_matrix(
             log_probabilities, labels, classes, ignore_index=IGNORED, validate_args=False
         )
-    model.train(was_training)
-    world.wait()
-    loss, confusion = world.sum(loss), world.sum(confusion).cpu()
-    return Evaluation(float(loss / confusion.sum()), confusion)
+        world.tick()
+    return loss, confusion, torch.zeros(())

@@ -23,7 +23,10 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
         nesterov = optim.momentum > 0
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+        sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+        for parameter in parameters if nesterov else []:  # torch leaves it uninitialised if the first step is skipped
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return kind(groups, lr=optim.lr, fused=True)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,106 +27,152 @@ Event = dict[str, Any]
 
 
 class RunDirectory:
-    """Rank 0's files. Opening it creates the folders; raises UserError where it cannot write."""
+    """Rank 0's files, which one job at a time may use.
 
-    def __init__(self, config: Config) -> None:
+    Opening it creates the folders; raises UserError where it cannot write, or another job has it open.
+    """
+
+    def __init__(self, config: Config, report: Callable[[str], None]) -> None:
         self.path = config.run.path
         self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.run.keep)
         self._config = config
+        self._report = report
         self._history: list[Event] = []
-        self._make_folders()
+        self._tensorboard: SummaryWriter | None = None
+        self._open()
 
-    def _make_folders(self) -> None:
+    def _open(self) -> None:
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             (self.path / "plots").mkdir(exist_ok=True)
-            write_text(self.path / ".writable", "")
-            (self.path / ".writable").unlink()
-            for partial in self.checkpoints.folder.glob(".epoch-*"):  # of a job that was killed while it saved
+            self._lock = (self.path / ".lock").open("a+")
+            self._take_lock()
+            for partial in self.checkpoints.folder.glob(".*"):  # of a job that was killed while it saved
                 partial.unlink()
-        except (OSError, RunError) as error:
-            raise UserError(f"run.dir {self.path}: {error}") from None
+        except OSError as error:
+            raise UserError(f"run.dir {self.path}: {error.strerror}") from None
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            raise UserError(f"run.dir {self.path} is in use by another job ({owner}): wait, or give another") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
+    def start(self, config: Config, tree: Tree) -> Checkpoint | None:
+        """The checkpoint that `run.resume` means, if any. An earlier run that it does not go on with is set aside."""
+        resume = config.run.resume
+        if resume == "auto":
+            start = self.checkpoints.newest(self._report)
+        else:
+            start = checkpoint.load(Path(resume).expanduser()) if resume != "never" else None
+        if start:
+            start.check_resumable(config, tree.classes, tree.digest)
+        if resume != "auto" and not (start and self._is_newest(Path(resume).expanduser())):
+            self._set_aside()
+        return start
+
+    def _is_newest(self, path: Path) -> bool:
+        records = self.checkpoints.records()
+        return bool(records) and self.checkpoints.path(records[-1]).samefile(path)
 
     def _set_aside(self) -> None:
         if not (self.path / "metrics.jsonl").exists():
             return
         number = next(n for n in range(1, 10**6) if not Path(f"{self.path}.{n}").exists())
         old = self.path.rename(f"{self.path}.{number}")
-        print(f"the earlier run is now in {old}", flush=True)
-        self._make_folders()
+        self._lock.close()
+        self._report(f"the earlier run is now in {old}")
+        self._open()
 
-    def start(self, resume: str) -> Checkpoint | None:
-        """The checkpoint that `run.resume` means, if any. An earlier run that it does not go on with is set aside."""
-        last = self.checkpoints.last()
-        if resume == "auto":
-            return checkpoint.load(self.checkpoints.path(last)) if last else None
-        chosen = checkpoint.load(Path(resume).expanduser()) if resume != "never" else None
-        if not (chosen and last and Path(resume).expanduser().samefile(self.checkpoints.path(last))):
-            self._set_aside()
-        return chosen
+    def check_space(self, wanted: int) -> None:
+        """Raise UserError unless the disk has room for so many bytes."""
+        free = shutil.disk_usage(self.path).free
+        if free < wanted:
+            raise UserError(f"run.dir {self.path}: {free / 1e6:,.0f} MB free, {wanted / 1e6:,.0f} MB wanted")
 
     def finished_epochs(self) -> int:
         """The epochs of the run that was completed here; 0 if none was."""
-        return int(self._summary().get("epochs", 0))
+        try:
+            return int(json.loads((self.path / "summary.json").read_text())["epochs"])
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path / 'summary.json'}: unreadable; remove it to run again") from None
 
     def tested(self) -> Evaluation:
         """The test of the run that was completed here."""
-        summary = self._summary()
-        return Evaluation(summary["test_loss"], torch.tensor(summary["test_confusion"]))
+        try:
+            lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+            test = next(line for line in reversed(lines) if line["event"] == "test")
+            return Evaluation(float(test["loss"]), torch.tensor(test["confusion"]))
+        except (OSError, ValueError, KeyError, TypeError, StopIteration):
+            raise UserError(f"{self.path / 'metrics.jsonl'}: unreadable; remove summary.json to test again") from None
 
     def begin(self, start: Checkpoint | None) -> None:
         """Write config.toml, and cut metrics.jsonl back to the start, so that it reads as one undisturbed run."""
         self._history = list(start.history) if start else []
         (self.path / "summary.json").unlink(missing_ok=True)
         write_text(self.path / "config.toml", self._config.to_toml())
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(event) + "\n" for event in self._history))
+        self._write_history()
+        if start:
+            self.checkpoints.add(start)
         epoch = self._history[-1]["epoch"] if self._history else -1
-        if start and not self.checkpoints.last():
-            self.checkpoints.add(start, self.events("valid")[-1]["accuracy"])
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch + 1)
 
     def record(self, event: str, epoch: int, **values: Any) -> None:
-        """One line of metrics.jsonl, and TensorBoard's scalars."""
-        line = {"event": event, "epoch": epoch, **values}
-        self._history.append(line)
+        """One line of metrics.jsonl, and TensorBoard's scalars. What cannot be written is reported, and kept."""
+        self._history.append({"event": event, "epoch": epoch, **values})
         try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
-        for name, value in values.items():
-            if isinstance(value, float):
-                self._tensorboard.add_scalar(f"{name}/{event}", value, epoch)
-        self._tensorboard.flush()
+            self._write_history()
+        except RunError as error:
+            self._report(f"{error}; it is tried again with the next event")
+        with self._tensorboard_or_none() as tensorboard:
+            for name, value in values.items():
+                if tensorboard and isinstance(value, float):
+                    tensorboard.add_scalar(f"{name}/{event}", value, epoch)
+            if tensorboard:
+                tensorboard.flush()
+
+    @contextlib.contextmanager
+    def _tensorboard_or_none(self) -> Any:
+        """TensorBoard's writer until it first fails."""
+        try:
+            yield self._tensorboard
+        except Exception as error:  # its own thread's, of whatever kind
+            self._report(f"no more TensorBoard events: {error}")
+            self._tensorboard = None
+
+    def _write_history(self) -> None:
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(event) + "\n" for event in self._history))
+
+    def history(self) -> list[Event]:
+        """The events so far."""
+        return list(self._history)
 
     def events(self, event: str) -> list[Event]:
         """The events of one kind so far, oldest first."""
         return [line for line in self._history if line["event"] == event]
 
-    def best_accuracy(self) -> float:
-        """Of the best checkpoint so far; -1 before there is one."""
-        best = self.checkpoints.best()
-        return float(best["metric"]) if best else -1.0
-
     def best_checkpoint(self) -> Checkpoint:
-        """The checkpoint with the best validation accuracy."""
+        """The checkpoint with the best validation accuracy. Raises RunError if it is not whole."""
         best = self.checkpoints.best()
         if best is None:
-            raise RunError(f"no best checkpoint in {self.checkpoints.folder}")
+            raise RunError(f"no validated checkpoint in {self.checkpoints.folder}")
         return checkpoint.load(self.checkpoints.path(best))
-
-    def save(self, state: Checkpoint) -> None:
-        """A checkpoint, which carries the history up to and with itself."""
-        accuracy = self.events("valid")[-1]["accuracy"]
-        self.record("checkpoint", state.epoch, step=state.step)
-        self.checkpoints.add(dataclasses.replace(state, history=self._history), accuracy)
 
     def finish(self, test: Evaluation, facts: Mapping[str, Any], tree: Tree) -> None:
         """The plots, and last of all summary.json."""
         trained, validated = self.events("train"), self.events("valid")
-        best = self.checkpoints.best() or {}
+        best = self.checkpoints.best()
+        if best is None:
+            raise RunError(f"no validated checkpoint in {self.checkpoints.folder}")
         seconds = sum(event["seconds"] for event in trained)
-        self.record("test", best["epoch"], **test.event())
+        self.record("test", best.epoch, **test.event())
         plots.learning_curves(self._history, self.path / "plots" / "learning_curves.png")
         title = f"{self.path.name}: {test.line('test')}"
         plots.confusion_matrix(
@@ -131,25 +181,18 @@ class RunDirectory:
         summary = {
             "test_accuracy": test.accuracy,
             "valid_accuracy": validated[-1]["accuracy"],
-            "best_valid_accuracy": best["metric"],
-            "best_epoch": best["epoch"],
+            "best_valid_accuracy": best.metric,
+            "best_epoch": best.epoch,
             "epochs": trained[-1]["epoch"],
             **facts,
             "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in trained) / seconds,
             "seconds": seconds,
             "synthetic": tree.synthetic,
             "classes": list(tree.classes),
-            "test_loss": test.loss,
-            "test_confusion": test.confusion.tolist(),
         }
         self.record("end", trained[-1]["epoch"])
-        self._tensorboard.close()
+        with self._tensorboard_or_none() as tensorboard:
+            if tensorboard:
+                tensorboard.close()
+        self._write_history()
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-    def _summary(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.path / "summary.json").read_text()))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            raise UserError(f"{self.path / 'summary.json'}: unreadable; remove it to run again") from None

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hvd_eurosat.cluster import GradientBuckets, World
+from hvd_eurosat.cluster import GradientBuckets, SharedError, World
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.augment import augment, normalise
 from hvd_eurosat.data.batches import Batch
-from hvd_eurosat.errors import UserError
-from hvd_eurosat.training.metrics import Sums
-from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.errors import Stopped, UserError
+from hvd_eurosat.training.state import TrainingState
+
+GPU_LAG = 4  # steps that the host is behind the device when it reads what the step found
+NON_FINITE_STEPS = 3
 
 
 def check_compiler(config: Config, device: torch.device) -> None:
@@ -28,38 +31,87 @@ class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Nothing waits for the device.
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
-    number, and Horovod adds. `sums` gathers the metrics of this rank.
+    number, and Horovod adds. With the gradients the ranks add their losses and their requests to stop: all come to
+    the same decision after the same step.
     """
 
-    def __init__(
-        self, model: nn.Module, optimiser: torch.optim.Optimizer, world: World, config: Config, precision: Precision
-    ) -> None:
-        self._optimiser = optimiser
+    def __init__(self, state: TrainingState, world: World, config: Config) -> None:
+        self._state = state
         self._config = config
-        self._precision = precision
         self._device = world.device
-        self._gradients = GradientBuckets(world, [p for p in model.parameters() if p.requires_grad])
-        self._forward = torch.compile(model) if config.train.compile else model
-        self.sums = Sums(world.device)
+        trainable = [p for p in state.model.parameters() if p.requires_grad]
+        self._gradients = GradientBuckets(world, trainable, notes=2)
+        self._forward = torch.compile(state.model) if config.train.compile else state.model
+        self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
+        self._skipped_in_a_row = 0
 
-    def __call__(self, batch: Batch, epoch: int, learning_rate: float) -> None:
-        """Train on a batch of an epoch (from 0)."""
-        for group in self._optimiser.param_groups:
+    def __call__(self, batch: Batch, learning_rate: float, stop: bool) -> None:
+        """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
+        state, gradients = self._state, self._gradients
+        for group in state.optimiser.param_groups:
             group["lr"] = learning_rate
-        self._gradients.zero()
-        with self._precision.autocast(self._device):
-            log_probabilities = self._forward(self._prepare(batch, epoch))
+        before = state.statistics.flat.clone()
+        gradients.zero()
+        with state.precision.autocast(self._device):
+            log_probabilities = self._forward(self._prepare(batch))
         # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
         losses = F.cross_entropy(
             log_probabilities, batch.labels, reduction="none", label_smoothing=self._config.train.label_smoothing
         )
-        (losses @ batch.weights / batch.total).backward()
-        self.sums.add(log_probabilities.detach(), batch)
-        self._gradients.wait()
-        self._optimiser.step()
+        loss = losses @ batch.weights / batch.total
+        gradients.notes[0].copy_(loss.detach())
+        gradients.notes[1].fill_(float(stop))
+        loss.backward()
+        gradients.wait()
+        total = torch.stack([buffer.sum() for buffer in gradients.buffers]).sum()  # not finite if any of them is not
+        skip = ~total.isfinite()
+        state.optimiser.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused optimisers leave everything as it is where this is 1
+        state.optimiser.step()
+        state.statistics.flat.copy_(torch.where(skip, before, state.statistics.flat))
+        state.sums.add(log_probabilities.detach(), batch, skip)
+        self._findings.add(torch.stack([skip.float(), gradients.notes[1]]))
+        state.advance(batch.total)
 
-    def _prepare(self, batch: Batch, epoch: int) -> Tensor:
-        images, data = batch.images, self._config.data
-        if data.augment:
-            images = augment(images, batch.indices, self._config.train.seed, epoch, data.max_shift)
+    def check(self) -> None:
+        """On every rank alike: raise Stopped if one was asked to stop, SharedError after too many skipped steps."""
+        for skipped, stop in self._findings.read():
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            if self._skipped_in_a_row == NON_FINITE_STEPS:
+                raise SharedError(
+                    f"loss or gradient was not finite in {NON_FINITE_STEPS} steps in a row, up to step "
+                    f"{self._state.step}: try a lower optim.lr",
+                    status=1,
+                )
+            if stop:
+                raise Stopped
+
+    def _prepare(self, batch: Batch) -> Tensor:
+        images, config = batch.images, self._config
+        if config.data.augment:
+            images = augment(images, batch.indices, config.train.seed, self._state.epoch, config.data.max_shift)
         return normalise(images)
+
+
+class _Findings:
+    """Numbers on their way from the device to the host, which reads them `lag` steps later and so never waits."""
+
+    def __init__(self, lag: int) -> None:
+        self._lag = lag
+        self._queue: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, numbers: Tensor) -> None:
+        event = None
+        if self._lag:
+            numbers = torch.empty(len(numbers), pin_memory=True).copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._queue.append((numbers, event))
+
+    def read(self) -> list[list[float]]:
+        read = []
+        while len(self._queue) > self._lag:
+            numbers, event = self._queue.popleft()
+            if event:
+                event.synchronize()
+            read.append(numbers.tolist())
+        return read

@@ -116,4 +116,4 @@ def test_rank_0_fails_to_save(data: Path, tmp_path: Path, launcher: str, ranks: 
     assert job_done.returncode == 1
     assert len(errors(job_done)) == 1
     assert "cannot write" in errors(job_done)[0]
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))

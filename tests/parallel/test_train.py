@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.statistics import get_statistics
+from hvd_eurosat.training.statistics import Statistics
 from tests.parallel.conftest import Launch, checkpoint_file, events, small, summary
 
 
@@ -134,7 +134,7 @@ def test_saved_statistics_are_the_average_over_the_ranks(trained: Path) -> None:
     model.load_state_dict(saved.model)
     assert saved.rank_buffers.shape[0] == 2
     assert not torch.equal(saved.rank_buffers[0], saved.rank_buffers[1])
-    assert torch.equal(get_statistics(model), saved.rank_buffers.mean(0))
+    assert torch.equal(Statistics(model).flat, saved.rank_buffers.mean(0))
 
 
 def test_evaluate_counts_the_same_on_any_number_of_ranks(launch: Launch, data: Path, trained: Path) -> None:

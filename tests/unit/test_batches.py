@@ -41,6 +41,22 @@ def test_global_batches_are_the_same_sets_on_any_number_of_ranks() -> None:
     assert steps[0] == steps[1] == steps[2]
 
 
+@pytest.mark.parametrize(("count", "size"), [(96, 4), (97, 5)])
+def test_an_epoch_goes_on_where_it_was_left(count: int, size: int) -> None:
+    """On as many ranks the same batches, padding included; from 4 ranks to 2 to 3 every sample once."""
+    images = make_images(count)
+    whole = list(TrainBatches(images, size, 1, 2, seed=3).epoch(1))
+    rest = list(TrainBatches(images, size, 1, 2, seed=3).epoch(1, 6 * size))
+    assert [batch.indices.tolist() for batch in whole[3:]] == [batch.indices.tolist() for batch in rest]
+    seen, samples = [], 0
+    for ranks, steps in ((4, 2), (2, 3), (3, count)):
+        shards = [TrainBatches(images, size, rank, ranks, seed=3).epoch(1, samples) for rank in range(ranks)]
+        for step, _ in zip(zip(*shards, strict=True), range(steps), strict=False):
+            seen += [index for batch in step for index in counted(batch)]
+            samples += step[0].total
+    assert sorted(seen) == list(range(count))
+
+
 def test_each_epoch_has_its_own_order() -> None:
     batches = TrainBatches(make_images(40), 40, 0, 1, seed=0)
     orders = [next(batches.epoch(epoch)).indices.tolist() for epoch in (0, 1, 0)]

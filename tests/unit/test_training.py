@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -10,11 +14,15 @@ import torch
 from hvd_eurosat.config import Config, Optim, load
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
+from hvd_eurosat.model.stored import Blob, read_record
+from hvd_eurosat.model.weights import read_state
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.saver import Saver
+from hvd_eurosat.training.state import digest
 
 
 def rates(optim: Optim, batch: int = 64) -> list[float]:
@@ -71,7 +79,9 @@ def state() -> Checkpoint:
         model=model.state_dict(),
         optimiser=optimiser.state_dict(),
         rank_buffers=torch.zeros(2, 3),
+        sums=torch.zeros(2, 3, dtype=torch.float64),
         epoch=1,
+        samples=0,
         step=10,
         config=Config().model_dump(mode="json"),
         classes=["a", "b"],
@@ -81,26 +91,85 @@ def state() -> Checkpoint:
     )
 
 
+def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Checkpoint:
+    """The state at another time."""
+    history = [{"event": "valid", "epoch": epoch, "accuracy": accuracy}]
+    return dataclasses.replace(state, epoch=epoch, samples=samples, step=10 * epoch + samples, history=history)
+
+
+def never(message: str) -> None:
+    raise AssertionError(message)
+
+
 def test_checkpoint_round_trip(tmp_path: Path, state: Checkpoint) -> None:
-    checkpoint.save(state, tmp_path / "c.pt")
-    loaded = checkpoint.load(tmp_path / "c.pt")
+    CheckpointFolder(tmp_path, keep=1).add(state)
+    loaded = checkpoint.load(tmp_path / "epoch-0001.pt")
     assert all(torch.equal(tensor, loaded.model[name]) for name, tensor in state.model.items())
     assert loaded.history == state.history
     assert loaded.config == state.config
-    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    frozen = next(name for name in names if name.startswith("frozen-"))
+    assert names == ["best.json", "epoch-0001.json", "epoch-0001.pt", frozen, "last.json"]
+    assert (tmp_path / frozen).stat().st_size > 44e6
+    assert (tmp_path / "epoch-0001.pt").stat().st_size < 2e5
 
 
-def test_damaged_checkpoints(tmp_path: Path, state: Checkpoint) -> None:
-    path = tmp_path / "c.pt"
-    checkpoint.save(state, path)
+def test_nothing_damaged_is_read(tmp_path: Path, state: Checkpoint) -> None:
+    """Truncated, a byte flipped anywhere, of a checkpoint and of its frozen weights: the one before is taken."""
+    rng = random.Random(0)
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.add(state)
+    folder.add(at(state, 2, 0.6))
+    path = tmp_path / "epoch-0002.pt"
     whole = path.read_bytes()
-    for size in (0, 1, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+    damaged = [whole[:size] for size in (0, 1, len(whole) // 2, len(whole) - 1)]
+    for _ in range(100):
+        place = rng.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"epoch-0002\.pt: damaged"):
             checkpoint.load(path)
-    torch.save({"something": "else"}, path)
-    with pytest.raises(UserError, match="not a checkpoint of this version"):
+    reports: list[str] = []
+    newest = folder.newest(reports.append)
+    assert newest is not None
+    assert newest.epoch == 1
+    assert len(reports) == 1
+    assert "epoch-0002.pt: damaged" in reports[0]
+    frozen = next(tmp_path.glob("frozen-*"))
+    content = bytearray(frozen.read_bytes())
+    content[len(content) // 2] ^= 1
+    frozen.write_bytes(content)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        folder.newest(reports.append)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        folder.newest(never)
+
+
+class Canary:
+    """What a pickle would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("field", ["model", "optimiser", "history"])
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, state: Checkpoint, field: str) -> None:
+    """A forger writes the right digest, too."""
+    CheckpointFolder(tmp_path, keep=1).add(state)
+    path = tmp_path / "epoch-0001.pt"
+    torch.save({**torch.load(path, weights_only=True), field: Canary(tmp_path / "canary")}, path)
+    record = read_record(path)
+    forged = record.model_copy(update={"content": Blob.of(path.name, path.read_bytes())})
+    path.with_suffix(".json").write_text(forged.model_dump_json())
+    with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        read_state(path)
+    assert not (tmp_path / "canary").exists()
 
 
 def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
@@ -114,12 +183,18 @@ def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
 
 
 def test_folder_keeps_the_newest_and_the_best(tmp_path: Path, state: Checkpoint) -> None:
+    """Of 20 saves, some between epochs."""
     folder = CheckpointFolder(tmp_path, keep=2)
-    for epoch in range(1, 7):
-        folder.add(Checkpoint(**{**vars(state), "epoch": epoch}), accuracy=0.9 if epoch == 2 else epoch / 10)
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["epoch-0002.pt", "epoch-0005.pt", "epoch-0006.pt"]
-    assert folder.last() == {"file": "epoch-0006.pt", "epoch": 6, "metric": 0.6}
-    assert folder.best() == {"file": "epoch-0002.pt", "epoch": 2, "metric": 0.9}
+    for epoch in range(1, 11):
+        folder.add(at(state, epoch, 0.9 if epoch == 2 else epoch / 20))
+        best = 1 if epoch == 1 else 2
+        assert (tmp_path / f"epoch-{best:04d}.pt").exists()
+        folder.add(at(state, epoch, 0.99, samples=5))
+    names = sorted(path.name for path in tmp_path.glob("*.pt"))
+    assert names == ["epoch-0002.pt", "epoch-0010-step-00000105.pt", "epoch-0010.pt"]
+    last, best = (json.loads((tmp_path / name).read_text()) for name in ("last.json", "best.json"))
+    assert last == {"file": "epoch-0010-step-00000105.pt", "epoch": 10, "step": 105, "metric": None}
+    assert best == {"file": "epoch-0002.pt", "epoch": 2, "step": 20, "metric": 0.9}
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -131,5 +206,25 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
 
 
 def test_a_failing_save_is_a_run_error(state: Checkpoint) -> None:
-    with pytest.raises(RunError, match=r"cannot write /proc/c\.pt"):
-        checkpoint.save(state, Path("/proc/c.pt"))
+    with pytest.raises(RunError, match=r"cannot write /proc/frozen-"):
+        CheckpointFolder(Path("/proc"), keep=1).add(state)
+
+
+@pytest.mark.parametrize(("stop_at_once", "failures"), [(True, 1), (False, 3)])
+def test_saving_fails_in_the_background(state: Checkpoint, stop_at_once: bool, failures: int) -> None:
+    reports: list[str] = []
+    saver = Saver(CheckpointFolder(Path("/proc"), keep=1), stop_at_once, reports.append)
+    for _ in range(failures):
+        saver.save(state)
+    with pytest.raises(RunError, match="cannot write"):
+        saver.wait()
+    assert len(reports) == failures
+
+
+def test_a_digest_tells_ranks_apart() -> None:
+    """One bit of one weight, and weights in another order."""
+    weights = torch.randn(1000)
+    other = weights.clone()
+    other.view(torch.int32)[7] ^= 1
+    swapped = weights[torch.arange(1000) ^ 1]
+    assert len({int(digest(w)) for w in (weights, other, swapped)}) == 3

@@ -1,0 +1,98 @@
+"""A checkpoint's files: FILE.pt (tensors and settings), FILE.json (what it is, and its digest), the frozen weights.
+
+The weights that do not train are written once, as safetensors, and named by every checkpoint that goes with them.
+The .json is written last: where it stands, the checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hvd_eurosat.errors import UserError
+
+
+class Blob(BaseModel):
+    """A file beside the .json, by its name, size in bytes and sha256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    size: int
+    sha256: str
+
+    @staticmethod
+    def of(file: str, content: bytes) -> Blob:
+        """What to note of a file."""
+        return Blob(file=file, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    def read(self, folder: Path) -> bytes:
+        """The file's bytes. Raises UserError unless they are the ones that were written."""
+        path = folder / self.file
+        if Path(self.file).name != self.file:
+            raise UserError(f"checkpoint {folder}: {self.file!r} is not a file beside it")
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+        if Blob.of(self.file, content) != self:
+            raise UserError(f"checkpoint {path}: damaged (its sha256 is not the one in the .json)")
+        return content
+
+
+class Record(BaseModel):
+    """What a checkpoint's .json says, for people and programs.
+
+    epoch: completed ones; step: optimiser steps in all; samples: seen of the epoch in progress; metric: validation
+    accuracy (a fraction), where the checkpoint was validated.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int
+    epoch: int
+    step: int
+    samples: int
+    metric: float | None
+    world_size: int
+    content: Blob
+    frozen: Blob | None
+    versions: dict[str, str]
+
+
+def read_record(path: Path) -> Record:
+    """What FILE.json says. Raises UserError if it is missing or damaged."""
+    try:
+        return Record.model_validate_json(path.with_suffix(".json").read_bytes())
+    except FileNotFoundError:
+        missing = path if not path.exists() else path.with_suffix(".json")
+        raise UserError(f"checkpoint {missing}: No such file or directory") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except ValidationError:
+        raise UserError(f"checkpoint {path.with_suffix('.json')}: damaged, or not of this version") from None
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What is in FILE.pt, "model" with its frozen weights; every byte verified, nothing executed.
+
+    Raises UserError where a file is missing or damaged, or holds more than tensors and plain values.
+    """
+    record = read_record(path)
+    if record.content.file != path.name:
+        raise UserError(f"checkpoint {path}: its .json belongs to {record.content.file}")
+    content = record.content.read(path.parent)
+    frozen = record.frozen.read(path.parent) if record.frozen else None
+    try:
+        fields = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        if frozen:
+            fields["model"] = {**safetensors.torch.load(frozen), **fields["model"]}
+    except Exception:  # the readers let through whatever a forged file leads them to
+        raise UserError(f"checkpoint {path}: not a checkpoint") from None
+    return fields

@@ -1,0 +1,138 @@
+"""A companion process for every rank, which ends it when it makes no progress.
+
+A thread of the rank could not: a stopped process, or one whose native code holds the GIL, silences its own threads.
+The rank notes its progress in shared memory; the companion, which runs this file, looks at it twice a second. Python
+passes signals on to it at once (signal.set_wakeup_fd), even while the rank is blocked in native code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import mmap
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+LOOK_SECONDS = 0.5
+WAITING_GRACE = 3.0  # the rank that others wait for is ended, and so named, before them
+ENDING_GRACE = 3.0  # after SIGTERM: the rank that this one waits for may be gone
+SIGNAL_GRACE = 1.0  # launchers pass the same signal on twice
+STACKS = signal.SIGQUIT
+
+
+BEAT = struct.Struct("dd?200s")
+
+
+class Beat(NamedTuple):
+    """What a rank notes: when (time.monotonic), the limit in seconds (0: none), whether it waits, and its phase."""
+
+    time: float
+    limit: float
+    waits: bool
+    phase: bytes
+
+
+class Watchdog:
+    """The rank's side. Nothing is watched before `start`."""
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._limit = 0.0
+        self._phase = "starting"
+
+    def start(self, seconds: float, name: str, launched: bool) -> None:
+        """Watch this process: end it after `seconds` without a beat, or when its launcher dies (if it has one)."""
+        if self._memory:
+            return
+        file = os.memfd_create("beats")
+        os.ftruncate(file, BEAT.size)
+        self._memory = mmap.mmap(file, BEAT.size)
+        self._limit = seconds
+        faulthandler.register(STACKS, all_threads=True)
+        program = [sys.executable, "-I", "-S", __file__]
+        arguments = [file, os.getpid(), os.getppid() if launched else 0, name]
+        companion = subprocess.Popen(
+            [*program, *map(str, arguments)], stdin=subprocess.PIPE, pass_fds=[file], start_new_session=True
+        )
+        os.close(file)
+        self._companion = companion
+        if companion.stdin:  # its end tells the companion that this process is gone
+            os.set_blocking(companion.stdin.fileno(), False)
+            signal.set_wakeup_fd(companion.stdin.fileno(), warn_on_full_buffer=False)
+        self.beat()
+
+    def beat(self, phase: str | None = None, waits: bool = False) -> None:
+        """Progress was made; from here on this process is in `phase`."""
+        self._phase = phase or self._phase
+        if self._memory:
+            beat = Beat(time.monotonic(), self._limit, waits, self._phase.encode()[:200])
+            BEAT.pack_into(self._memory, 0, *beat)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within the block this process waits for the other ranks."""
+        self.beat(waits=True)
+        yield
+        self.beat()
+
+
+def _watch(memory: mmap.mmap, rank: int, launcher: int, name: str) -> None:
+    """The companion's side: returns when the rank has ended."""
+    signals: list[tuple[float, int]] = []
+    while True:
+        ready, _, _ = select.select([0], [], [], LOOK_SECONDS)
+        if ready:
+            received = os.read(0, 64)
+            if not received:
+                return
+            signals += [(time.monotonic(), number) for number in received if number in (signal.SIGTERM, signal.SIGUSR1)]
+        beat = Beat(*BEAT.unpack_from(memory))
+        orphaned = launcher != 0 and _parent(rank) != launcher
+        reason = "lost its launcher" if orphaned else _reason(beat, signals)
+        if reason is not None:
+            _end(rank, f"error: {name} {reason}" if reason else "", stacks="threads" in reason)
+            return
+
+
+def _reason(beat: Beat, signals: list[tuple[float, int]]) -> str | None:
+    """Why the rank must be ended, if it must; "" where others have said why."""
+    idle = time.monotonic() - beat.time
+    if signals and signals[-1][0] - signals[0][0] > SIGNAL_GRACE:
+        return "was told twice to stop"
+    if beat.waits and idle > ENDING_GRACE and any(number == signal.SIGTERM for _, number in signals):
+        return ""
+    if beat.limit and idle > beat.limit + (WAITING_GRACE if beat.waits else 0):
+        did = "waited for the other ranks" if beat.waits else "made no progress"
+        return f"{did} for {idle:.0f} s in {beat.phase.rstrip(bytes(1)).decode(errors='replace')}; its threads:"
+    return None
+
+
+def _end(rank: int, message: str, stacks: bool) -> None:
+    if message:
+        os.write(2, f"{message}\n".encode())
+    with contextlib.suppress(ProcessLookupError):
+        if stacks:
+            os.kill(rank, STACKS)
+            os.kill(rank, signal.SIGCONT)  # a stopped process shows its stacks too
+            time.sleep(1)
+        os.kill(rank, signal.SIGKILL)
+
+
+def _parent(process: int) -> int:
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    _file, _rank, _launcher = map(int, sys.argv[1:4])
+    _watch(mmap.mmap(_file, BEAT.size), _rank, _launcher, sys.argv[4])
