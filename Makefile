@@ -18,10 +18,10 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train test lint format constraints clean
+.PHONY: help setup train test test-faults lint format constraints clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 setup: ## .venv with everything in it, Horovod included
 	@bash launch/install.sh
@@ -34,7 +34,10 @@ train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (and ARGS), into
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
 
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
-	$(BIN)/python -m pytest tests/unit tests/parallel $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" tests/unit tests/parallel tests/faults $(ARGS)
+
+test-faults: setup ## the whole fault suite (docs/reliability.md)
+	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 lint: setup ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check

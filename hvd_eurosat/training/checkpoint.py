@@ -33,9 +33,9 @@ class Checkpoint:
     """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
     model: state dict with the BatchNorm statistics averaged over the ranks; rank_buffers: float32 [world size, n],
-    each rank's own statistics, flattened; sums: float64 [world size, 3], each rank's loss, correct and samples of the
-    epoch in progress; config: the resolved configuration (nested keys); digest: of the data's content; precision: the
-    one that the run took; history: the events of metrics.jsonl.
+    each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
+    config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
+    took; history: the events of metrics.jsonl.
     """
 
     model: dict[str, Tensor]

@@ -92,7 +92,9 @@ class Journal:
         best = max((event["accuracy"] for event in self._files.events("valid")), default=-1.0)
         facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
         times = {"images_per_second": self._rate, "seconds": self._seconds}
-        self._files.record("train", epoch, step=step, **facts, **times)
+        self._files.record("train", epoch, step=step, skipped_steps=sums.skipped, **facts, **times)
+        if sums.skipped:
+            self.display.warn(f"{sums.skipped} steps of epoch {epoch} were skipped: loss or gradients were not finite")
         self._files.record("valid", epoch, step=step, **validation.event())
         is_best = validation.accuracy > best
         self.display.epoch(self._config.train.epochs, self._files.events("train")[-1], validation, is_best)

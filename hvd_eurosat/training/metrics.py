@@ -22,23 +22,33 @@ IGNORED = -1
 
 
 class Sums:
-    """Loss, correct and samples of training, summed over the samples that count: `total`, float64 [3]."""
+    """Of training: loss, correct and samples over the samples that count, and skipped steps: `total`, float64 [4].
 
-    def __init__(self, device: torch.device) -> None:
-        self.total = torch.zeros(3, dtype=torch.float64, device=device)
+    All ranks skip the same steps, and each counts its share of one.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.total = torch.zeros(4, dtype=torch.float64, device=world.device)
+        self._share = 1 / world.size
 
     def over_all(self, world: World) -> Sums:
         """The sums over all ranks, on the CPU. Collective."""
-        over_all = Sums(torch.device("cpu"))
+        over_all = Sums(world)
         over_all.total = world.sum(self.total).cpu()
         return over_all
 
-    def add(self, log_probabilities: Tensor, batch: Batch, skip: Tensor) -> None:
-        """A batch, unless `skip` (bool []) is true; without waiting for the device."""
+    def add(self, log_probabilities: Tensor, batch: Batch, skipped: Tensor) -> None:
+        """A batch, unless its step was skipped (bool []); without waiting for the device."""
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         correct = log_probabilities.argmax(1) == batch.labels
         sums = torch.stack([losses, correct, torch.ones_like(losses)]).double() @ batch.weights.double()
-        self.total += sums.masked_fill(skip, 0)
+        self.total[:3] += sums.masked_fill(skipped, 0)
+        self.total[3] += skipped * self._share
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were skipped because loss or gradients were not finite."""
+        return round(float(self.total[3]))
 
     @property
     def samples(self) -> int:

@@ -187,6 +187,7 @@ class RunDirectory:
             **facts,
             "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in trained) / seconds,
             "seconds": seconds,
+            "skipped_steps": sum(event["skipped_steps"] for event in trained),
             "synthetic": tree.synthetic,
             "classes": list(tree.classes),
         }

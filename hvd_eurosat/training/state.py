@@ -31,7 +31,7 @@ class TrainingState:
         self.precision = precision
         self.optimiser = build_optimiser(model, config.optim)
         self.statistics = Statistics(model)
-        self.sums = Sums(world.device)
+        self.sums = Sums(world)
         self.epoch = self.samples = self.step = 0
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
 

@@ -88,7 +88,7 @@ def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Pat
     assert "cannot resume: optim.lr was 0.01 and is 0.5 now" in other.stderr
     anew = launch("python", 1, "train", *flags, "--optim.lr", "0.5", "--run.resume", "never")
     assert anew.returncode == 0
-    assert f"the earlier run is now in {tmp_path / 'run.1'}" in anew.stdout
+    assert f"the earlier run is now in {tmp_path / 'run.1'}" in anew.stderr
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])

@@ -79,7 +79,7 @@ def state() -> Checkpoint:
         model=model.state_dict(),
         optimiser=optimiser.state_dict(),
         rank_buffers=torch.zeros(2, 3),
-        sums=torch.zeros(2, 3, dtype=torch.float64),
+        sums=torch.zeros(2, 4, dtype=torch.float64),
         epoch=1,
         samples=0,
         step=10,

@@ -1,0 +1,130 @@
+"""The training job with a fault in it: FAULT="rank call_number function action" and train's own arguments.
+
+The fault happens on `rank` just before the call_number-th call of `function` (module:qualified.name). It is a real
+one: the process stops, dies, sleeps, sends itself or its launcher a signal, or its numbers go wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_eurosat import cluster
+from hvd_eurosat.config import Config, load
+from hvd_eurosat.train import train
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.saver import Saver
+from hvd_eurosat.training.step import Step
+
+HOURS = 10_000
+
+
+def send(process: int, number: signal.Signals) -> None:
+    """A signal, which takes a moment to go through a launcher."""
+    os.kill(process, number)
+    time.sleep(0.5)
+
+
+def flip(step: Step) -> None:
+    """One bit of one trainable weight of this rank."""
+    with torch.no_grad():
+        step._state.model.fc.weight.view(torch.int32)[0, 0] ^= 1
+
+
+def nan_loss(step: Step) -> None:
+    """The loss of the coming step is nan on this rank alone."""
+    forward = step._forward
+    step._forward = lambda images: (setattr(step, "_forward", forward), forward(images) * float("nan"))[1]
+
+
+def disk() -> Path:
+    """The file system of the run directory."""
+    run_dir = Path(sys.argv[sys.argv.index("--run.dir") + 1])
+    return run_dir.parent
+
+
+def fill(*_: object, for_good: bool = False) -> None:
+    """Another's file takes all the room that is left; for one save, or for good."""
+    other = disk() / "other"
+    with contextlib.suppress(OSError), other.open("wb") as file:
+        while True:
+            file.write(bytes(2**16))
+            file.flush()
+    if not for_good:
+        report = Saver._save
+
+        def saved(saver: Saver, state: Checkpoint) -> None:
+            report(saver, state)
+            other.unlink(missing_ok=True)
+
+        Saver._save = saved  # type: ignore[method-assign]
+
+
+def fail(*_: object) -> None:
+    """An error that nobody foresaw."""
+    raise ValueError("planted")
+
+
+ACTIONS: dict[str, Callable[..., object]] = {
+    "fail": fail,
+    "exit": lambda *_: sys.exit(0),
+    "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda *_: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda *_: time.sleep(HOURS),
+    "gil": lambda *_: [ctypes.PyDLL(None).usleep(10**6) for _ in iter(int, 1)],  # keeps the GIL asleep, for ever
+    "usr1": lambda *_: send(os.getpid(), signal.SIGUSR1),
+    "term": lambda *_: send(os.getpid(), signal.SIGTERM),
+    "usr1-launcher": lambda *_: send(os.getppid(), signal.SIGUSR1),
+    "term-launcher": lambda *_: send(os.getppid(), signal.SIGTERM),
+    "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),
+    "fill": fill,
+    "fill-for-good": functools.partial(fill, for_good=True),
+    "remove": lambda *_: shutil.rmtree(disk() / "run"),
+    "nan": nan_loss,
+    "flip": flip,
+}
+
+
+def plant(rank: str, call_number: int, function: str, action: str) -> None:
+    """Put the fault into the code."""
+    module_name, _, path = function.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    owner = functools.reduce(getattr, parents, owner)
+    original = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(original)
+    def faulty(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call_number:
+            print(f"fault at {time.time()}", file=sys.stderr, flush=True)
+            ACTIONS[action](*arguments)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, faulty)
+
+
+def main(world: cluster.World, config: Config) -> int:
+    """train, on the chosen rank with the fault."""
+    rank, number, function, action = os.environ["FAULT"].split()
+    if rank == str(world.rank):
+        plant(rank, int(number), function, action)
+    return train(world, config)
+
+
+if __name__ == "__main__":
+    cluster.run(load, main)

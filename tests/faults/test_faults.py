@@ -1,0 +1,151 @@
+"""Loses nothing and never hangs: every fault is injected for real into a running job (see docs/reliability.md)."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import EPOCHS, STEP, STEPS, Inject, environment, fingerprint, flags, launched
+from tests.parallel.conftest import summary
+
+WATCHDOG = 10
+EVALUATE = "hvd_eurosat.training.metrics:_evaluate"
+PHASES = {
+    "packing": "1 hvd_eurosat.data.packed:_write",
+    "first step": f"1 {STEP}",
+    "mid-epoch": f"{STEPS + 2} {STEP}",
+    "validation": f"2 {EVALUATE}",
+    "test": f"{EPOCHS + 1} {EVALUATE}",
+}
+slow = pytest.mark.slow
+
+
+def resumed(inject: Inject, run_dir: Path, undisturbed: str) -> None:
+    """Started again, the run ends as if nothing had happened."""
+    job = inject(run_dir)
+    assert job.returncode == 0, job.output
+    assert fingerprint(run_dir) == undisturbed
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun", marks=slow)])
+def test_a_rank_is_killed(inject: Inject, tmp_path: Path, undisturbed: str, launcher: str) -> None:
+    job = inject(tmp_path / "run", f"1 {STEPS + 3} {STEP} kill", launcher, run__checkpoint_steps=1)
+    assert job.returncode != 0
+    assert job.late < 5
+    resumed(inject, tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("gloo", marks=slow)])
+@pytest.mark.parametrize("action", ["stop", pytest.param("sleep", marks=slow), "gil"])
+def test_a_rank_hangs(inject: Inject, tmp_path: Path, launcher: str, action: str) -> None:
+    fault = f"1 {STEPS + 2} {STEP} {action}"
+    job = inject(tmp_path / "run", fault, launcher, run__watchdog_seconds=WATCHDOG)
+    assert job.returncode != 0
+    assert WATCHDOG - 1 < job.late < WATCHDOG + 5
+    named = [error for error in job.errors if "rank 1 of 2" in error]
+    assert "made no progress for" in named[0]
+    assert f"in epoch 2, step {STEPS + 2}; its threads:" in named[0]
+    assert "line" in job.output
+    assert "inject.py" in job.output
+
+
+@slow
+@pytest.mark.parametrize("action", ["stop", "sleep"])
+@pytest.mark.parametrize("phase", ["validation", "test"])
+def test_rank_0_hangs_while_the_others_wait(inject: Inject, tmp_path: Path, phase: str, action: str) -> None:
+    job = inject(tmp_path / "run", f"0 {PHASES[phase]} {action}", run__watchdog_seconds=WATCHDOG)
+    assert job.returncode != 0
+    assert WATCHDOG - 1 < job.late < WATCHDOG + 5
+    assert any("rank 0 of 2" in error and phase in error for error in job.errors)
+
+
+@pytest.mark.parametrize("action", ["fail", pytest.param("exit", marks=slow)])
+@pytest.mark.parametrize("phase", [pytest.param(p, marks=() if p in ("mid-epoch", "test") else slow) for p in PHASES])
+def test_one_rank_fails(inject: Inject, tmp_path: Path, data: Path, phase: str, action: str) -> None:
+    cache = {"data__cache_dir": tmp_path / "cache"}
+    rank = 1 if phase in ("first step", "mid-epoch") else 0
+    job = inject(tmp_path / "run", f"{rank} {PHASES[phase]} {action}", **cache)
+    assert job.returncode == 1
+    assert job.late < 5
+    assert len(job.errors) == 1, job.output
+    assert job.errors[0].startswith(f"error: the run failed (rank {rank} on ")
+    assert ("planted" in job.output) == (action == "fail")
+
+
+def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
+    job = inject(tmp_path / "run", "0 2 hvd_eurosat.training.checkpoint:CheckpointFolder.add fail")
+    assert job.returncode == 1
+    assert "planted" in job.output
+    assert job.errors == [error for error in job.errors if "(rank 0 on" in error]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fault", "status"),
+    [
+        ("mpirun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75),
+        ("mpirun", f"1 {STEPS + 3} {STEP} term", 75),
+        pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
+        pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
+        pytest.param("gloo", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
+        pytest.param("python", f"0 {STEPS + 2} {STEP} term", 75, marks=slow),
+        pytest.param("mpirun", f"0 2 {EVALUATE} usr1", 75, marks=slow),
+        pytest.param("mpirun", f"0 {EPOCHS + 1} {EVALUATE} usr1", 75, marks=slow),
+    ],
+)
+def test_asked_to_stop(
+    inject: Inject, tmp_path: Path, undisturbed: str, launcher: str, fault: str, status: int
+) -> None:
+    ranks = 1 if launcher == "python" else 2
+    job = inject(tmp_path / "run", fault, launcher, ranks)
+    assert job.returncode == status, job.output
+    assert job.late < 10
+    assert "stopped on request at step" in job.output
+    assert not (tmp_path / "run" / "summary.json").exists()
+    if ranks == 2:
+        resumed(inject, tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])
+def test_stop_and_resume_at_every_step(data: Path, tmp_path: Path, ranks: int) -> None:
+    arguments = flags(data, tmp_path / "runs", train__epochs=1, data__max_shift=2)
+    job = launched("mpirun", ranks, "tests.faults.every_step", *arguments)
+    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    prints = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("fingerprint")]
+    assert len(prints) == 1 + -(-80 // (10 * ranks))
+    assert len(set(prints)) == 1
+
+
+def test_a_loss_is_not_a_number_on_one_rank(inject: Inject, tmp_path: Path) -> None:
+    """The step is skipped on both: its samples do not count, and training goes on."""
+    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} nan", run__verify_interval=1)
+    assert job.returncode == 0, job.output
+    assert summary(tmp_path / "run")["skipped_steps"] == 1
+
+
+def test_a_bit_flips_on_one_rank(inject: Inject, tmp_path: Path) -> None:
+    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} flip", run__verify_interval=1)
+    assert job.returncode == 1
+    assert job.errors == [f"error: the weights of rank 1 differ from the others' at step {STEPS + 2}"]
+
+
+def test_the_launcher_dies(inject: Inject, tmp_path: Path) -> None:
+    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} kill-launcher")
+    assert job.returncode != 0
+    assert job.late < 5
+
+
+def test_a_run_directory_is_used_by_one_job_at_a_time(inject: Inject, data: Path, tmp_path: Path) -> None:
+    first = launched("python", 1, "tests.faults.inject", *flags(data, tmp_path / "run"))
+    fault = f"0 2 {STEP} sleep"
+    with subprocess.Popen(first, env=environment(FAULT=fault), stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert "fault at" in running.stderr.readline()
+        second = launched("python", 1, "hvd_eurosat.train", *flags(data, tmp_path / "run"))
+        refused = subprocess.run(second, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        running.kill()
+    assert refused.returncode == 2
+    assert f"is in use by another job (process {running.pid} on " in refused.stderr
+    assert subprocess.run(second, env=environment(), capture_output=True, timeout=120, check=False).returncode == 0
