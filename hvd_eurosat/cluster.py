@@ -52,10 +52,14 @@ class SharedError(UserError):
         self.status = status
 
 
-class _Pulse:
-    """The sign of life that ranks at work give to those that wait for them."""
+class _Process:
+    """What this process keeps, also while the world around it changes (elastic jobs)."""
 
-    due: float | None = None
+    def __init__(self) -> None:
+        self.watchdog = Watchdog()
+        self.pulse_due: float | None = None  # the sign of life that ranks at work give to those that wait for them
+        self.committed: Any = None
+        self.members: Any = None  # Horovod's elastic state, which hears of hosts that come and go
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,7 @@ class World:
     local_size: int
     device: torch.device
     threads: int
-    _watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
-    _pulse: _Pulse = field(default_factory=_Pulse, compare=False)
+    _process: _Process = field(default_factory=_Process, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -78,17 +81,19 @@ class World:
 
     def watch(self, seconds: float) -> None:
         """From here on this rank is ended after `seconds` without progress, and when its launcher dies."""
-        self._watchdog.start(seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", _is_parallel())
+        self._process.watchdog.start(
+            seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", _is_parallel()
+        )
 
     def tick(self, phase: str | None = None) -> None:
         """This rank made progress, in this phase; within `together` the ranks that wait hear of it too."""
-        self._watchdog.beat(phase)
-        if self._pulse.due is not None and time.monotonic() > self._pulse.due:
+        self._process.watchdog.beat(phase)
+        if self._process.pulse_due is not None and time.monotonic() > self._process.pulse_due:
             self._give_pulse(at_work=True)
 
     def waiting(self) -> contextlib.AbstractContextManager[None]:
         """Within the block this rank waits for the others."""
-        return self._watchdog.waiting()
+        return self._process.watchdog.waiting()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value (picklable), in the order of the ranks. Collective."""
@@ -131,14 +136,14 @@ class World:
         Ranks with little or no work wait asleep for the others, which show by `tick` that they are alive.
         """
         result, error = None, None
-        self._pulse.due = time.monotonic() + PULSE_SECONDS if self.size > 1 else None
+        self._process.pulse_due = time.monotonic() + PULSE_SECONDS if self.size > 1 else None
         try:
             result = work()
         except UserError as raised:
             error = str(raised)
         while self.size > 1 and self._give_pulse(at_work=False):
             pass
-        self._pulse.due = None
+        self._process.pulse_due = None
         errors = self.gather(error)
         if all(e == errors[0] for e in errors):
             shared = errors[0]
@@ -155,12 +160,26 @@ class World:
             handle = _hvd().allreduce_async(torch.tensor([float(at_work)]), name="pulse", op=_hvd().Sum)
             while not _hvd().poll(handle):
                 time.sleep(0.005)
-            self._pulse.due = time.monotonic() + PULSE_SECONDS
+            self._process.pulse_due = time.monotonic() + PULSE_SECONDS
             return bool(_hvd().synchronize(handle) > 0)
 
     def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0 (picklable), on every rank, or its UserError. Collective."""
         return self.from_main(self.together(lambda: work() if self.is_main else cast(T, None)))
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether ranks may be lost and join while the job runs (horovodrun --min-np)."""
+        return self._process.members is not None
+
+    def commit(self, state: Any) -> None:
+        """Keep a state from which all go on when ranks are lost or join, which may happen here. Collective."""
+        self._process.committed = state
+        self._process.members.check_host_updates()
+
+    def committed(self) -> Any:
+        """Rank 0's committed state on every rank, None in a job that has just begun. Collective."""
+        return self.from_main(self._process.committed) if self.is_elastic else None
 
     def agree(self, what: str, values: dict[str, Any]) -> None:
         """Raise on every rank unless all have the same values, naming what differs. Collective."""
@@ -251,11 +270,16 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
         if _rank() == 0:
             configure(sys.argv[1:])
         sys.exit(0)
-    try:
-        world = start()
+
+    def job(process: _Process) -> int:
+        world = _world(process)
         settings = world.together(lambda: configure(sys.argv[1:]))
         world.agree("configuration", settings.flat())
-        status = main(world, settings) or 0
+        return main(world, settings) or 0
+
+    try:
+        _init()
+        status = _elastically(job) if os.environ.get("HOROVOD_ELASTIC") == "1" else job(_Process())
     except SharedError as error:
         if _rank() == 0:
             _say(f"error: {error}")
@@ -281,8 +305,33 @@ def _where() -> str:
     return f" (rank {_rank()} on {socket.gethostname()})" if _is_parallel() else ""
 
 
+def _elastically(job: Callable[[_Process], int]) -> int:
+    """The job, begun again from its last commit, without ending the process, whenever ranks are lost or join."""
+    from horovod.common.elastic import State, run_fn
+
+    class Members(State):  # type: ignore[misc]  # the state itself is the World's to keep
+        def sync(self) -> None: ...
+
+        def restore(self) -> None: ...
+
+    process = _Process()
+    process.members = Members(_hvd().broadcast_object, _hvd().rank)
+
+    def regroup() -> None:
+        process.watchdog.rest()  # new hosts may take their time
+        _hvd().shutdown()
+        _hvd().init()
+
+    return cast(int, run_fn(lambda _: job(process), regroup)(process.members))
+
+
 def start() -> World:
-    """Join the job: Horovod, this rank's device and its share of the node's cores. Collective."""
+    """Join the job. Collective."""
+    _init()
+    return _world(_Process())
+
+
+def _init() -> None:
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     if _under_mpi():
@@ -293,13 +342,17 @@ def start() -> World:
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
         _hvd().init()
+
+
+def _world(process: _Process) -> World:
+    """This rank's place among the others: its device and its share of the node's cores. Collective."""
     hvd = _hvd()
     local_rank, device = hvd.local_rank(), torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
-    world = World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1)
+    world = World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1, _process=process)
     places = [place for place in world.gather(_Place.of(device)) if place.host == socket.gethostname()]
     world.together(lambda: _check_places(world, places))
     own = frozenset(os.sched_getaffinity(0))
@@ -371,6 +424,8 @@ def _is_parallel() -> bool:
 
 
 def _rank() -> int:
+    if "horovod.torch" in sys.modules and _hvd().is_initialized():
+        return int(_hvd().rank())
     return int(next((os.environ[v] for v in ("HOROVOD_RANK", *RANK_VARIABLES) if v in os.environ), 0))
 
 

@@ -1,6 +1,6 @@
 """How good a checkpoint is on a split, as a table per class and an accuracy with its counts.
 
-python -m hvd_eurosat.evaluate --checkpoint runs/finetune/checkpoints/epoch-0015.pt --data.root data --split test
+python -m hvd_eurosat.evaluate --checkpoint runs/finetune/checkpoints/best.json --data.root data --split test
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class EvaluateSettings(Settings):
     """How good a checkpoint is on a split; batches and precision are those of the run that saved it."""
 
     checkpoint: UserPath
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt (best.json beside it names the best)"""
+    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
     split: Literal["train", "valid", "test"] = "test"
     """which images"""
     data: Place = Place()

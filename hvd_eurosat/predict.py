@@ -1,6 +1,6 @@
 """The class of each image in files and folders, as a CSV file.
 
-python -m hvd_eurosat.predict --checkpoint runs/finetune/checkpoints/epoch-0015.pt --input patches --out predictions
+python -m hvd_eurosat.predict --checkpoint runs/finetune/checkpoints/best.json --input patches --out predictions
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PredictSettings(Settings):
     """The class of each image in files and folders; images of another size than the network's are resized."""
 
     checkpoint: UserPath
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt (best.json beside it names the best)"""
+    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
     input: UserPath
     """an image, or a folder of images, searched with its subfolders"""
     out: UserPath

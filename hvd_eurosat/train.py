@@ -23,6 +23,8 @@ from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, check_compiler
 
+COMMIT_STEPS = 25  # what an elastic job may lose with a rank
+
 
 def train(world: World, config: Config) -> int:
     """Train, validate and save every epoch; then test the best checkpoint. Returns the job's exit status."""
@@ -58,6 +60,7 @@ def train(world: World, config: Config) -> int:
             state.end_epoch()
             journal.validated(state.epoch, state.step, rate, sums, validation)
             journal.save(state.snapshot())
+            journal.commit(state.snapshot())
 
         world.tick("test")
         journal.saved()
@@ -68,6 +71,8 @@ def train(world: World, config: Config) -> int:
         world.tick("saving")
         journal.stopped(state.snapshot())
         return STOPPED
+    finally:
+        journal.close()
     return 0
 
 
@@ -108,6 +113,8 @@ def train_epoch(
             state.verify()
         if config.run.checkpoint_steps and state.step % config.run.checkpoint_steps == 0:
             journal.save(state.snapshot())
+        if world.is_elastic and state.step % COMMIT_STEPS == 0:
+            journal.commit(state.snapshot())
         step.check()
         journal.stepped(number, state.sums, state.samples - first)
     journal.trained(state.samples - first)

@@ -75,6 +75,11 @@ class Watchdog:
             beat = Beat(time.monotonic(), self._limit, waits, self._phase.encode()[:200])
             BEAT.pack_into(self._memory, 0, *beat)
 
+    def rest(self) -> None:
+        """Nothing is expected until the next beat."""
+        if self._memory:
+            BEAT.pack_into(self._memory, 0, time.monotonic(), 0.0, False, b"")
+
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Within the block this process waits for the other ranks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ class Record(BaseModel):
     versions: dict[str, str]
 
 
+def named(path: Path) -> Path:
+    """The checkpoint that best.json or last.json names; any other path is the checkpoint itself."""
+    if path.name not in ("best.json", "last.json"):
+        return path
+    try:
+        return path.parent / Path(str(json.loads(path.read_bytes())["file"])).name
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"checkpoint {path}: names no checkpoint") from None
+
+
 def read_record(path: Path) -> Record:
     """What FILE.json says. Raises UserError if it is missing or damaged."""
     try:
@@ -84,6 +97,7 @@ def read_content(path: Path) -> dict[str, Any]:
 
     Raises UserError where a file is missing or damaged, or holds more than tensors and plain values.
     """
+    path = named(path)
     record = read_record(path)
     if record.content.file != path.name:
         raise UserError(f"checkpoint {path}: its .json belongs to {record.content.file}")

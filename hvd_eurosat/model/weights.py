@@ -46,7 +46,7 @@ def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, torchvision's keys; nothing in the file is executed."""
-    if path.suffix == ".pt" and path.with_suffix(".json").exists():
+    if path.suffix == ".json" or (path.suffix == ".pt" and path.with_suffix(".json").exists()):
         return dict(read_content(path)["model"])
     try:
         if path.suffix == ".safetensors":

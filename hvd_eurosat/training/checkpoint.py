@@ -20,7 +20,7 @@ from hvd_eurosat import __version__
 from hvd_eurosat.config import Config, flatten
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet, build
-from hvd_eurosat.model.stored import Blob, Record, read_content, read_record
+from hvd_eurosat.model.stored import Blob, Record, named, read_content, read_record
 from hvd_eurosat.training.files import replacing, write_text
 
 FORMAT = 2
@@ -98,9 +98,12 @@ class Checkpoint:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU; nothing in it is executed. Raises UserError if it is not a whole one."""
-    content = read_content(path)
-    record = read_record(path)
+    """Read a checkpoint onto the CPU; nothing in it is executed. Raises UserError if it is not a whole one.
+
+    best.json and last.json stand for the checkpoints that they name.
+    """
+    path = named(path)
+    content, record = read_content(path), read_record(path)
     try:
         checkpoint = Checkpoint(**content)
         noted = (record.epoch, record.step, record.samples)

@@ -32,7 +32,10 @@ class Journal:
         self._saver: Saver | None = None
 
     def find_start(self) -> Checkpoint | None:
-        """The checkpoint to go on from, on every rank, by `run.resume`. Collective."""
+        """What to go on from, on every rank: the last commit, or a checkpoint by `run.resume`. Collective."""
+        committed = self._world.committed()
+        if committed:
+            return cast(Checkpoint, committed)
         return self._world.on_main(lambda: self._files.start(self._config, self._tree) if self._files else None)
 
     def is_finished(self) -> bool:
@@ -114,6 +117,12 @@ class Journal:
                 self._files.record("checkpoint", state.epoch, step=state.step)
             self._saver.save(dataclasses.replace(state, history=self._files.history()))
 
+    def commit(self, state: Checkpoint | None) -> None:
+        """Where ranks may be lost or join, keep the state in memory, with the history so far. Collective."""
+        if self._world.is_elastic and state:
+            history = self._world.from_main(self._files.history() if self._files else [])
+            self._world.commit(dataclasses.replace(state, history=history))
+
     def saved(self) -> None:
         """Wait until the last checkpoint is on the disk. Collective."""
         self._world.together(lambda: self._saver.finish(self._world.tick) if self._saver else None)
@@ -131,6 +140,14 @@ class Journal:
         """The state dict of the best checkpoint, on every rank. Collective."""
         best = self._world.on_main(lambda: self._files.best_checkpoint().model if self._files else None)
         return cast(dict[str, Tensor], best)
+
+    def close(self) -> None:
+        """Let another job, or this one once its ranks have changed, use the directory."""
+        self.display.end()
+        if self._saver:
+            self._saver.close()
+        if self._files:
+            self._files.close()
 
     def finish(self, test: Evaluation, facts: Mapping[str, Any]) -> None:
         """The test result: in the plots, in summary.json and, last, on the terminal. Collective."""

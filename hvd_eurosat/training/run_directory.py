@@ -95,6 +95,10 @@ class RunDirectory:
         if free < wanted:
             raise UserError(f"run.dir {self.path}: {free / 1e6:,.0f} MB free, {wanted / 1e6:,.0f} MB wanted")
 
+    def close(self) -> None:
+        """Another job may use the directory."""
+        self._lock.close()
+
     def finished_epochs(self) -> int:
         """The epochs of the run that was completed here; 0 if none was."""
         try:

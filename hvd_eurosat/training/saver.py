@@ -45,6 +45,11 @@ class Saver:
         if self._errors:
             raise self._errors[-1]
 
+    def close(self) -> None:
+        """Until nothing is being written, well or not."""
+        if self._thread:
+            self._thread.join()
+
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
             self._folder.add(checkpoint)

@@ -59,10 +59,13 @@ class TrainingState:
             self.sums.total.copy_(saved.sums.sum(0))
 
     def snapshot(self) -> Checkpoint | None:
-        """A copy of the state on rank 0, None on the others. Collective. Raises RunError if it is not finite."""
+        """A copy of the state, on rank 0 alone unless the job is elastic. Collective.
+
+        Raises RunError if it is not finite.
+        """
         sums = self._world.stack(self.sums.total)
         with self.statistics.averaged(self._world) as every:
-            if not self._world.is_main:
+            if not (self._world.is_main or self._world.is_elastic):
                 return None
             frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
             self._frozen = self._frozen or _copy(frozen)

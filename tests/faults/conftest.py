@@ -111,10 +111,14 @@ def inject(data: Path) -> Inject:
         done = subprocess.run(
             job, env=environment(FAULT=fault), capture_output=True, text=True, timeout=300, check=False
         )
+        deadline = time.monotonic() + 10
+        while survivors(run_dir) and time.monotonic() < deadline:
+            time.sleep(0.1)
         ended = time.time()
         happened = re.findall(r"fault at ([\d.]+)", done.stderr)
         assert "0 0" in fault or happened, done.stderr
         late = ended - float(happened[0]) if happened else 0.0
+        print(f"{launcher}, rank call function action: {fault}: ended after {late:.1f} s with {done.returncode}")
         assert not survivors(run_dir)
         return Ended(done.returncode, done.stdout + done.stderr, late)
 

@@ -5,6 +5,8 @@ Prints, on rank 0, the fingerprint of the undisturbed run and of each resumed on
 
 from __future__ import annotations
 
+import math
+
 from hvd_eurosat import cluster, train
 from hvd_eurosat.config import Config, load
 from hvd_eurosat.errors import STOPPED
@@ -32,14 +34,14 @@ def run(world: cluster.World, config: Config, name: str, stop_at: int) -> int:
 
 def main(world: cluster.World, config: Config) -> None:
     """Once undisturbed; then stopped after each step, and resumed."""
-    assert run(world, config, "undisturbed", 0) == 0
-    steps = 0
-    while run(world, config, f"stopped-{steps + 1}", steps + 1) == STOPPED:
-        steps += 1
-        assert run(world, config, f"stopped-{steps}", 0) == 0
-    if world.is_main:
-        for name in ["undisturbed", *(f"stopped-{step}" for step in range(1, steps + 1))]:
-            print("fingerprint", fingerprint(config.run.path / name))
+    steps = math.ceil(80 / (config.train.batch_size * world.size))
+    names = ["undisturbed", *(f"stopped-{step}" for step in range(1, steps + 1))]
+    for step, name in enumerate(names):
+        if step:
+            assert run(world, config, name, step) == STOPPED
+        assert run(world, config, name, 0) == 0
+    for name in names if world.is_main else []:
+        print("fingerprint", fingerprint(config.run.path / name))
 
 
 if __name__ == "__main__":
