@@ -25,11 +25,13 @@ from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.watchdog import Watchdog
 
 T = TypeVar("T")
+Tensors = TypeVar("Tensors", bound=Tensor)
 C = TypeVar("C", bound=Settings)
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 BUCKET_BYTES = 16 * 2**20
+BROADCAST_BYTES = 4 * 2**20
 PULSE_SECONDS = 1.0
 
 DEFAULTS = {
@@ -111,10 +113,10 @@ class World:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's tensors (dense, of any memory format) to every rank, in place. Collective."""
-        if self.size > 1:
-            memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-            with self.waiting():
-                _hvd().broadcast_parameters([(f"broadcast.{i}", m) for i, m in enumerate(memory)], root_rank=0)
+        memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+        for number, group in enumerate(_split(memory, BROADCAST_BYTES) if self.size > 1 else []):
+            with self.waiting():  # of groups, so that a slow network is not taken for a dead one
+                _hvd().broadcast_parameters([(f"broadcast.{number}.{i}", m) for i, m in enumerate(group)], root_rank=0)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, a new tensor. Collective."""
@@ -211,7 +213,7 @@ class GradientBuckets:
         self._world = world
         self._missing: list[int] = []
         self._handles: dict[int, int] = {}
-        groups = _split(list(reversed(parameters)))
+        groups = _split(list(reversed(parameters)), BUCKET_BYTES)
         self._sizes = [len(group) for group in groups]
         rooms = [sum(p.numel() for p in group) for group in groups]
         rooms[-1] += notes
@@ -248,15 +250,16 @@ class GradientBuckets:
         self._handles.clear()
 
 
-def _split(parameters: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
-    groups: list[list[torch.nn.Parameter]] = [[]]
+def _split(tensors: list[Tensors], room: int) -> list[list[Tensors]]:
+    """Groups of tensors, in order, of about `room` bytes each."""
+    groups: list[list[Tensors]] = [[]]
     filled = 0
-    for parameter in parameters:
-        if filled and filled + parameter.numel() * 4 > BUCKET_BYTES:
+    for tensor in tensors:
+        if filled and filled + tensor.nbytes > room:
             groups.append([])
             filled = 0
-        groups[-1].append(parameter)
-        filled += parameter.numel() * 4
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
     return groups
 
 

@@ -59,12 +59,13 @@ def train(world: World, config: Config) -> int:
             sums, rate = state.sums.over_all(world), state.optimiser.param_groups[0]["lr"]
             state.end_epoch()
             journal.validated(state.epoch, state.step, rate, sums, validation)
-            journal.save(state.snapshot())
-            journal.commit(state.snapshot())
+            saved = state.snapshot()
+            journal.save(saved)
+            journal.commit(saved)
 
         world.tick("test")
         journal.saved()
-        model.load_state_dict(journal.best_model())
+        model.load_state_dict(journal.best_model(), strict=False)
         test = evaluate_split(world, config, state, images["test"], stop)
         journal.finish(test, summary(world, model, images))
     except Stopped:

@@ -137,9 +137,14 @@ class Journal:
             self.display.say(f"stopped on request at step {state.step}, saved in {self._files.path}: start it again")
 
     def best_model(self) -> dict[str, Tensor]:
-        """The state dict of the best checkpoint, on every rank. Collective."""
-        best = self._world.on_main(lambda: self._files.best_checkpoint().model if self._files else None)
-        return cast(dict[str, Tensor], best)
+        """What of the best checkpoint's state dict is not frozen, on every rank. Collective."""
+        return self._world.on_main(self._best_model)
+
+    def _best_model(self) -> dict[str, Tensor]:
+        if not self._files:
+            return {}
+        best = self._files.best_checkpoint()
+        return {name: tensor for name, tensor in best.model.items() if name not in best.frozen}
 
     def close(self) -> None:
         """Let another job, or this one once its ranks have changed, use the directory."""

@@ -13,6 +13,7 @@ import importlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.step import Step
 
 HOURS = 10_000
+SLOW = "tc qdisc add dev eth0 root tbf rate 1mbit burst 32kbit latency 400ms"
 
 
 def send(process: int, number: signal.Signals) -> None:
@@ -72,6 +74,11 @@ def fill(*_: object, for_good: bool = False) -> None:
         Saver._save = saved  # type: ignore[method-assign]
 
 
+def network(*words: str) -> None:
+    """Change this rank's host's link to the others."""
+    subprocess.run(words, check=True)
+
+
 def fail(*_: object) -> None:
     """An error that nobody foresaw."""
     raise ValueError("planted")
@@ -92,6 +99,8 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "fill": fill,
     "fill-for-good": functools.partial(fill, for_good=True),
     "remove": lambda *_: shutil.rmtree(disk() / "run"),
+    "cut": lambda *_: network("ip", "link", "set", "eth0", "down"),
+    "slow-link": lambda *_: network(*SLOW.split()),
     "nan": nan_loss,
     "flip": flip,
 }
