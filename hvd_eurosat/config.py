@@ -46,7 +46,9 @@ class Section(BaseModel):
 
 
 class Place(Section):
-    """Where the images are."""
+    """Where the images are. Another key of [data], set for train in the environment, is none of this verb's."""
+
+    model_config = ConfigDict(extra="ignore")
 
     root: UserPath = Path("data")
     """class-folder tree with train/ valid/ test/, made by hvd_eurosat.prepare or unzipped by you"""
@@ -56,6 +58,8 @@ class Place(Section):
 
 class Data(Place):
     """The images."""
+
+    model_config = ConfigDict(extra="forbid")
 
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
     """side of the images in pixels; the packed arrays are resized to it when the files differ"""

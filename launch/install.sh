@@ -24,6 +24,10 @@ WHEELS=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_eurosat/wheels
 GPU_KERNELS=${HOROVOD_BUILD_CUDA_CC_LIST:-75,80,86,89,90,100,120} # compute capabilities: Turing to Blackwell
 STEPS=5
 
+PATH=:$PATH:
+PATH=${PATH//:"$VENV/bin":/:} # its own Open MPI is not the cluster's
+PATH=${PATH#:} PATH=${PATH%:}
+
 die() {
   printf 'setup: %s\n' "$*" >&2
   exit 1

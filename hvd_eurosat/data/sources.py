@@ -188,6 +188,9 @@ def _zip(archive: zipfile.ZipFile, path: Path) -> Source:
         if flaw:
             raise UserError(f"{path} is not safe to unpack: {member.filename!r} {flaw}")
         members[member.filename] = member
+    total, packed = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+    if total > max(MIN_SUSPECT, MAX_RATIO * packed):  # members may lie over one another
+        raise UserError(f"{path} is not safe to unpack: its {packed:,} bytes would become {total:,}")
 
     def read(name: str) -> bytes:
         member = members[name]

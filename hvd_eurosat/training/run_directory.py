@@ -178,7 +178,7 @@ class RunDirectory:
         seconds = sum(event["seconds"] for event in trained)
         self.record("test", best.epoch, **test.event())
         plots.learning_curves(self._history, self.path / "plots" / "learning_curves.png")
-        title = f"{self.path.name}: {test.line('test')}"
+        title = f"{self.path.name}{' (synthetic sample)' if tree.synthetic else ''}: {test.line('test')}"
         plots.confusion_matrix(
             test.confusion.numpy(), tree.classes, self.path / "plots" / "confusion_matrix.png", title
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hvd_eurosat import evaluate
 from hvd_eurosat.config import Config, load
 from hvd_eurosat.errors import UserError
 
@@ -95,6 +96,14 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch, variable: str, message
     with pytest.raises(UserError) as error:
         load([])
     assert message in str(error.value)
+
+
+def test_another_verb_passes_over_a_key_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVD_EUROSAT_DATA__AUGMENT", "false")
+    monkeypatch.setenv("HVD_EUROSAT_DATA__ROOT", "there")
+    assert evaluate.load(["--checkpoint", "c.pt"]).data.root == Path("there")
+    with pytest.raises(UserError, match="unrecognized arguments: --data.augment"):
+        evaluate.load(["--checkpoint", "c.pt", "--data.augment", "false"])
 
 
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda p: p.stem)

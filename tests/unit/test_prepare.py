@@ -415,6 +415,17 @@ def lying(tmp_path: Path, grow: Grow) -> Path:
     return zipped(tmp_path / "photos.zip", grow("photos", CLASSES))
 
 
+def test_a_zip_that_is_a_bomb_in_all(tmp_path: Path, run: Run) -> None:
+    """No member of it is suspect alone."""
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(40):
+            archive.writestr(f"{'AB'[number % 2]}/{number}.jpg", bytes(1_000_000))
+    status, _, said = run(tmp_path / "bomb.zip")
+    assert status == 2
+    assert "bytes would become 40,000,000" in said
+    assert not left(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("offset", "value", "said"),
     [
