@@ -35,7 +35,7 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         """The error lines, without the launcher's own words."""
-        lines = [re.sub(r"\[\d+,\d+\]<stderr>:", "", line) for line in self.output.splitlines()]
+        lines = [re.sub(r"^\[[\d,]+\]<std(err|out)>:\s*", "", line) for line in self.output.splitlines()]
         return [line for line in lines if line.startswith("error: ")]
 
 
