@@ -87,9 +87,12 @@ class World:
             seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", _is_parallel()
         )
 
-    def tick(self, phase: str | None = None) -> None:
-        """This rank made progress, in this phase; within `together` the ranks that wait hear of it too."""
-        self._process.watchdog.beat(phase)
+    def tick(self, phase: str | None = None, patience: float = 1.0) -> None:
+        """This rank made progress, and is now in `phase`, which may take `patience` times the watchdog's limit.
+
+        Within `together` the ranks that wait hear of it too.
+        """
+        self._process.watchdog.beat(phase, patience)
         if self._process.pulse_due is not None and time.monotonic() > self._process.pulse_due:
             self._give_pulse(at_work=True)
 

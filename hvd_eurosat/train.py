@@ -24,6 +24,7 @@ from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, check_compiler
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
+COMPILER_PATIENCE = 5  # times run.watchdog_seconds
 
 
 def train(world: World, config: Config) -> int:
@@ -107,7 +108,8 @@ def train_epoch(
     first = state.samples
     journal.begin_epoch(state.epoch + 1, batches.steps(first))
     for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
-        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}")
+        compiles = config.train.compile and number == 1
+        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", COMPILER_PATIENCE if compiles else 1)
         progress = state.epoch + state.samples / batches.length
         step(batch, learning_rate(config.optim, config.train.epochs, batches.global_batch, progress), stop())
         if config.run.verify_interval and state.step % config.run.verify_interval == 0:

@@ -45,7 +45,7 @@ class Watchdog:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._limit = 0.0
-        self._phase = "starting"
+        self._phase, self._patience = "starting", 1.0
 
     def start(self, seconds: float, name: str, launched: bool) -> None:
         """Watch this process: end it after `seconds` without a beat, or when its launcher dies (if it has one)."""
@@ -68,11 +68,12 @@ class Watchdog:
             signal.set_wakeup_fd(companion.stdin.fileno(), warn_on_full_buffer=False)
         self.beat()
 
-    def beat(self, phase: str | None = None, waits: bool = False) -> None:
-        """Progress was made; from here on this process is in `phase`."""
-        self._phase = phase or self._phase
+    def beat(self, phase: str | None = None, patience: float = 1.0, waits: bool = False) -> None:
+        """Progress was made; from here on this process is in `phase`, which may take `patience` times the limit."""
+        if phase:
+            self._phase, self._patience = phase, patience
         if self._memory:
-            beat = Beat(time.monotonic(), self._limit, waits, self._phase.encode()[:200])
+            beat = Beat(time.monotonic(), self._limit * self._patience, waits, self._phase.encode()[:200])
             BEAT.pack_into(self._memory, 0, *beat)
 
     def rest(self) -> None:
