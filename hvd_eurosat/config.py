@@ -34,7 +34,14 @@ else:
 S = TypeVar("S", bound="Settings")
 
 ENV_PREFIX = "HVD_EUROSAT_"
+TRAINABLE = r"^(bn\+head|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=0, le=4096)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -58,10 +65,28 @@ class Data(Place):
 
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
     """side of the images in pixels; the packed arrays are resized to it when the files differ"""
+    center_crop: Side = 0
+    """keep a square of this side from the centre of each image before that; 0: the whole image"""
+    resize: Side = 0
+    """bring each image to this side before the crop; 0: crop the image as it is"""
+    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
+    """of red, green and blue (0..1), subtracted from each pixel"""
+    std: tuple[Spread, Spread, Spread] = IMAGENET_STD
+    """of red, green and blue, by which each pixel is then divided"""
     augment: bool = True
     """show each training image in its eight flips and quarter turns, another one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
     """also shift each training image by up to this many pixels, mirrored at the border"""
+    random_horizontal_flip: Probability = 0.0
+    """also swap left and right of a training image with this probability"""
+    random_vertical_flip: Probability = 0.0
+    """also swap top and bottom of a training image with this probability"""
+    random_rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """also turn each training image by up to this many degrees either way, mirrored at the border"""
+    jitter_crop: Fraction = 0.0
+    """also cut up to this share of half the side off each of the four borders, then resize"""
+    random_zoom: Fraction = 0.0
+    """also cut up to this share of half the side off all four borders alike, then resize"""
 
 
 class Model(Section):
@@ -70,9 +95,19 @@ class Model(Section):
     arch: Literal["resnet50", "resnet18"] = "resnet50"
     """resnet18 is the small one, for tests and smoke runs"""
     weights: str = "imagenet"
-    """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, or a checkpoint of ours"""
-    trainable: Literal["bn+head", "head", "all"] = "bn+head"
-    """what learns: all BatchNorm layers and the head, the head alone, or every weight"""
+    """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a checkpoint of ours"""
+    trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
+    """what learns: bn+head (all BatchNorm layers and the head), head, all, or modules: layer4.2.bn3,fc"""
+    layers: UserPath | None = None
+    """a Keras layers.json of a ResNet-50, which says what learns and sets the four keys below"""
+    variant: Literal["auto", "v1", "v1.5"] = "auto"
+    """where a stage strides: v1.5 (torchvision) in its 3x3, v1 (Keras) in its first 1x1; auto: as the file says"""
+    bn_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """added to BatchNorm's variances; Keras takes 1.001e-5"""
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """share of the new batch in BatchNorm's running statistics; Keras takes 0.01"""
+    bn_affine: bool = True
+    """whether BatchNorm layers have weights and biases"""
 
 
 class Optim(Section):

@@ -12,7 +12,8 @@ from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, load
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
 from hvd_eurosat.data.tree import SPLITS, open_tree
-from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
+from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
+from hvd_eurosat.model.settle import settle
 from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.header import header
@@ -29,16 +30,19 @@ def train(world: World, config: Config) -> None:
     world.together(lambda: check_compiler(config, world.device))
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
-    images = open_images(world, tree, SPLITS, config.data.image_size, config.data.cache_dir)
+    images = open_images(world, tree, SPLITS, config.data, config.data)
     batches = world.together(
         lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
     )
+    settled = world.on_main(lambda: settle(config.model, len(tree.classes)))
+    config = config.model_copy(update={"model": settled})
     journal = Journal(world, config, tree)
     start = journal.find_start()
     if start and journal.is_finished():
         return
 
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed)
+    details = Details.of(config.model)
+    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed, details)
     model.to(world.device)
     set_weights(world, config, model, start)
     optimiser = build_optimiser(model, config.optim)
@@ -107,7 +111,7 @@ def evaluate_split(
     """The model on a split: rank 0 alone, or all ranks with valid.sharded; the sums on every rank. Collective."""
     shards = world.size if config.valid.sharded else 1
     mine = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
-    return evaluate(model, mine, precision, world)
+    return evaluate(model, mine, config.data, precision, world)
 
 
 def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> dict[str, int]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config import Config, flatten
+from hvd_eurosat.config import Config, Model, flatten
 from hvd_eurosat.errors import RunError, UserError
-from hvd_eurosat.model.resnet import LandCoverResNet, build
+from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
 
 FORMAT = 1
@@ -44,8 +44,8 @@ class Checkpoint:
 
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
-        arch, trainable = self.config["model"]["arch"], self.config["model"]["trainable"]
-        model = build(arch, len(self.classes), trainable, seed=0)
+        settings = Model(**self.config["model"])
+        model = build(settings.arch, len(self.classes), settings.trainable, seed=0, details=Details.of(settings))
         model.to(device)
         model.load_state_dict(self.model)
         return model

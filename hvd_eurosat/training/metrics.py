@@ -6,12 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from hvd_eurosat.cluster import World
+from hvd_eurosat.config import Data
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.model.resnet import LandCoverResNet
@@ -62,6 +65,13 @@ class Evaluation:
     loss: float
     confusion: Tensor
 
+    @staticmethod
+    def of(values: NDArray[np.float32], labels: NDArray[np.int64]) -> Evaluation:
+        """From log-probabilities [N, C] and the true classes [N]."""
+        log_probabilities, target = torch.from_numpy(values).double(), torch.from_numpy(labels)
+        loss = F.nll_loss(log_probabilities, target)
+        return Evaluation(float(loss), multiclass_confusion_matrix(log_probabilities, target, values.shape[1]))
+
     @property
     def count(self) -> int:
         """Images evaluated."""
@@ -87,7 +97,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: LandCoverResNet, batches: Iterable[Batch], precision: Precision, world: World) -> Evaluation:
+def evaluate(
+    model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision, world: World
+) -> Evaluation:
     """The model in evaluation mode over batches, summed over all ranks. Collective."""
     classes = model.fc.out_features
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -96,7 +108,7 @@ def evaluate(model: LandCoverResNet, batches: Iterable[Batch], precision: Precis
     model.eval()
     for batch in batches:
         with precision.autocast(world.device):
-            log_probabilities = model(normalise(batch.images))
+            log_probabilities = model(normalise(batch.images, data))
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
         labels = torch.where(batch.weights > 0, batch.labels, IGNORED)

@@ -59,7 +59,5 @@ class Step:
         self._optimiser.step()
 
     def _prepare(self, batch: Batch, epoch: int) -> Tensor:
-        images, data = batch.images, self._config.data
-        if data.augment:
-            images = augment(images, batch.indices, self._config.train.seed, epoch, data.max_shift)
-        return normalise(images)
+        data = self._config.data
+        return normalise(augment(batch.images, batch.indices, self._config.train.seed, epoch, data), data)
