@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from hvd_eurosat import rmldnn
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.jsonfile import read_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -113,20 +114,39 @@ class Model(Section):
 class Optim(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    """sgd is with Nesterov momentum"""
+    name: Literal["adam", "adamw", "sgd", "adagrad", "rmsprop", "lars", "lamb"] = "adam"
+    """lars and lamb are for large batches"""
     lr: PositiveFloat = 0.005
     """peak learning rate, before lr_scaling"""
     momentum: Fraction = 0.9
-    """of sgd"""
+    """of sgd, rmsprop and lars"""
+    nesterov: bool = True
+    """Nesterov's momentum, of sgd and lars"""
+    beta1: Fraction = 0.9
+    """decay of the running mean of gradients, of adam, adamw and lamb"""
+    beta2: Fraction = 0.999
+    """decay of the running mean of their squares"""
+    eps: PositiveFloat = 1e-8
+    """added to denominators, of all but sgd and lars"""
+    amsgrad: bool = False
+    """AMSGrad, of adam and adamw"""
+    trust: PositiveFloat = 1e-3
+    """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
     """not applied to BatchNorm"""
-    schedule: Literal["constant", "exponential", "cosine", "one_cycle"] = "one_cycle"
-    """exponential: times gamma every epoch; cosine: down to 0; one_cycle: up over 30 % of the run, then down to 0"""
+    schedule: Literal["constant", "exponential", "step", "multistep", "cosine", "one_cycle"] = "one_cycle"
+    """exponential: times gamma every epoch, step: every step_size epochs, multistep: at milestones; cosine: down to 0;
+    one_cycle: up over 30 % of the run, then down to 0"""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """factor per epoch of the exponential schedule"""
+    """factor of the exponential, step and multistep schedules"""
+    step_size: PositiveInt = 10
+    """epochs between the step schedule's steps"""
+    milestones: tuple[PositiveInt, ...] = ()
+    """epochs at which the multistep schedule steps"""
     warmup_epochs: NonNegativeFloat = 0.0
     """rise linearly over this many epochs first (one_cycle has its own rise)"""
+    warmup_start: Probability = 0.0
+    """share of the learning rate with which that rise begins"""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """multiply lr by global batch / reference_batch, or by its square root; give it some warmup_epochs"""
     reference_batch: PositiveInt = 64
@@ -142,6 +162,8 @@ class Train(Section):
     """images per rank and step"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
+    class_weights: tuple[PositiveFloat, ...] = ()
+    """weights of the classes in the loss, in the order of their names; only their ratios count"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto takes bf16 where the hardware is fast at it (GPUs, AMX, AVX512-BF16), else fp32"""
     compile: bool = False
@@ -170,6 +192,12 @@ class Run(Section):
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     keep: PositiveInt = 1
     """how many of the newest checkpoints to keep, beside the best"""
+    numbered_checkpoints: UserPath | None = None
+    """folder for model_checkpoint_<epoch>.pt every checkpoint_interval epochs, all of which are kept"""
+    outfile: UserPath | None = None
+    """x.txt gives x_train.txt, a line for each step, and x_test.txt, one for each validation (rmldnn's logs)"""
+    predictions: UserPath | None = None
+    """folder for output_1.h5 and predictions.csv of the test images, in the end"""
 
     @property
     def path(self) -> Path:
@@ -268,26 +296,37 @@ def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
     cli = CliSettingsSource[argparse.ArgumentParser](schema, root_parser=parser)
     _refuse_unknown_environment()
     flags = vars(parser.parse_args(list(argv)))
-    values = _read_recipe(Path(flags["config"])) if flags.get("config") else {}
+    values = _read_recipe(Path(flags["config"]), verb) if flags.get("config") else {}
     try:
         return schema(_cli_settings_source=cli(parsed_args=flags), **values)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, verb: str) -> dict[str, Any]:
+    values = _read_file(path.expanduser())
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        if path.suffix not in {".toml", ".json"}:
-            raise UserError(f"--config {path}: a recipe is a .toml or a .json file")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:  # both parsers' errors, and undecodable text
+        if rmldnn.is_rmldnn(values):
+            return rmldnn.translate(values, verb)
+    except ValueError as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict) or "config" in values:
         raise UserError(f"--config {path}: expected sections {', '.join(_sections())}")
     return values
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".json":
+        return read_json(path, "--config")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".toml":
+            raise UserError(f"--config {path}: a recipe is a .toml or a .json file")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:  # the parser's error, and undecodable text
+        raise UserError(f"--config {path}: {error}") from None
 
 
 def _sections() -> list[str]:

@@ -5,6 +5,7 @@ python -m hvd_eurosat.predict --checkpoint runs/finetune/checkpoints/epoch-0015.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 
@@ -32,7 +33,17 @@ class PredictSettings(Settings):
 
 def load(argv: Sequence[str]) -> PredictSettings:
     """The settings that a command line asks for."""
-    return read(PredictSettings, argv, "predict")
+    return read(PredictSettings, spread(argv), "predict")
+
+
+def spread(argv: Sequence[str]) -> list[str]:
+    """`--input a b` as a list in JSON, which takes any file name as it is."""
+    words = list(argv)
+    if "--input" in words:
+        first = words.index("--input") + 1
+        end = next((n for n in range(first, len(words)) if words[n].startswith("--")), len(words))
+        words[first:end] = [json.dumps(words[first:end])] if end > first else []
+    return words
 
 
 def main(world: World, settings: PredictSettings) -> None:

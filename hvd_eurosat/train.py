@@ -11,18 +11,20 @@ from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, load
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
-from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
 from hvd_eurosat.model.settle import settle
 from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.header import header
+from hvd_eurosat.training.inference import log_probabilities, write_predictions
 from hvd_eurosat.training.journal import Journal
 from hvd_eurosat.training.metrics import Evaluation, evaluate
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.outfile import Outfile
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.statistics import averaged_statistics, put_statistics
-from hvd_eurosat.training.step import Step, check_compiler
+from hvd_eurosat.training.step import Step, check_compiler, class_weights
 
 
 def train(world: World, config: Config) -> None:
@@ -50,11 +52,13 @@ def train(world: World, config: Config) -> None:
         optimiser.load_state_dict(start.optimiser)
     chosen = Precision(start.precision) if start else choose_precision(config.train.precision, world.device)
     precision = world.from_main(chosen)
-    step = Step(model, optimiser, world, config, precision)
+    weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
+    step = Step(model, optimiser, world, config, precision, weights)
     journal.begin(start, header(world, config, tree, model, batches, precision))
+    outfile = Outfile(world, config, start.epoch if start else 0)
 
     for epoch in range(start.epoch if start else 0, config.train.epochs):
-        train_epoch(world, config, step, batches, epoch, journal)
+        train_epoch(world, config, step, batches, epoch, journal, outfile)
         with averaged_statistics(model, world) as every_rank:
             validation = evaluate_split(world, config, model, images["valid"], precision)
             state = Checkpoint(
@@ -69,6 +73,7 @@ def train(world: World, config: Config) -> None:
                 precision=precision.name,
             )
             journal.validated(state, validation)
+            outfile.validated(epoch + 1, validation)
         world.wait()
 
     best = journal.best_checkpoint()
@@ -76,6 +81,8 @@ def train(world: World, config: Config) -> None:
         model.load_state_dict(best.model)
     world.broadcast(model.state_dict().values())
     test = evaluate_split(world, config, model, images["test"], precision)
+    if config.run.predictions:
+        predict_test(world, config, model, images["test"], tree, precision)
     journal.finish(test, summary(world, model, images))
     world.wait()
 
@@ -91,7 +98,15 @@ def set_weights(world: World, config: Config, model: LandCoverResNet, start: Che
     world.broadcast(model.state_dict().values())
 
 
-def train_epoch(world: World, config: Config, step: Step, batches: TrainBatches, epoch: int, journal: Journal) -> None:
+def train_epoch(
+    world: World,
+    config: Config,
+    step: Step,
+    batches: TrainBatches,
+    epoch: int,
+    journal: Journal,
+    outfile: Outfile,
+) -> None:
     """Every rank its shard of the epoch (from 0), in steps. Collective."""
     began = time.perf_counter()
     global_batch = config.train.batch_size * world.size
@@ -99,8 +114,10 @@ def train_epoch(world: World, config: Config, step: Step, batches: TrainBatches,
     for number, batch in enumerate(batches.epoch(epoch)):
         progress = epoch + number * global_batch / batches.length
         rate = learning_rate(config.optim, config.train.epochs, global_batch, progress)
-        step(batch, epoch, rate)
+        loss = step(batch, epoch, rate)
+        outfile.stepped(loss, step.parameters, rate)
         journal.stepped(number + 1, step.sums)
+    outfile.trained(epoch + 1)
     sums = step.sums.take(world)
     journal.trained(epoch + 1, (epoch + 1) * batches.steps, sums, rate, time.perf_counter() - began)
 
@@ -112,6 +129,18 @@ def evaluate_split(
     shards = world.size if config.valid.sharded else 1
     mine = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
     return evaluate(model, mine, config.data, precision, world)
+
+
+def predict_test(
+    world: World, config: Config, model: LandCoverResNet, images: Images, tree: Tree, precision: Precision
+) -> None:
+    """The log-probabilities of the test images, in files, from the batches that the test took. Collective."""
+    batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
+    values = log_probabilities(world, model, batches, config.data, precision)
+    if config.run.predictions and world.is_main:
+        files = tree.files("test")
+        names = [name.removeprefix("test/") for name in files]
+        write_predictions(config.run.predictions, names, [tree.root / name for name in files], values, tree.classes)
 
 
 def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training import checkpoint, plots
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
-from hvd_eurosat.training.files import write_text
+from hvd_eurosat.training.files import make_folder, write_text
 from hvd_eurosat.training.metrics import Evaluation
 
 Event = dict[str, Any]
@@ -33,6 +33,12 @@ class RunDirectory:
         self._make_folders()
 
     def _make_folders(self) -> None:
+        run = self._config.run
+        for key in ("numbered_checkpoints", "predictions"):
+            if folder := getattr(run, key):
+                make_folder(folder, f"run.{key}")
+        if run.outfile:
+            make_folder(run.outfile.parent, "run.outfile")
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             (self.path / "plots").mkdir(exist_ok=True)
@@ -115,7 +121,11 @@ class RunDirectory:
         """A checkpoint, which carries the history up to and with itself."""
         accuracy = self.events("valid")[-1]["accuracy"]
         self.record("checkpoint", state.epoch, step=state.step)
-        self.checkpoints.add(dataclasses.replace(state, history=self._history), accuracy)
+        state = dataclasses.replace(state, history=self._history)
+        self.checkpoints.add(state, accuracy)
+        run = self._config.run
+        if run.numbered_checkpoints and state.epoch % run.checkpoint_interval == 0:
+            checkpoint.save(state, run.numbered_checkpoints / f"model_checkpoint_{state.epoch}.pt")
 
     def finish(self, test: Evaluation, facts: Mapping[str, Any], tree: Tree) -> None:
         """The plots, and last of all summary.json."""
