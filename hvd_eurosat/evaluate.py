@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
+from pydantic_settings import CliSuppress
 
 from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data, Place, Settings, UserPath, read
+from hvd_eurosat.config import Data, Model, Place, Settings, UserPath, read
 from hvd_eurosat.data.batches import Batch, open_images, ordered_batches
 from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
 from hvd_eurosat.data.tree import open_tree
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.keras_json import read_layers
+from hvd_eurosat.model.resnet import Details
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.display import Display
@@ -43,6 +47,8 @@ class EvaluateSettings(Settings):
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
     data: Place = Place()
+    expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
+    """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def load(argv: Sequence[str]) -> EvaluateSettings:
 def main(world: World, settings: EvaluateSettings) -> None:
     """Spread the images over the ranks in whole batches: the counts are the same on any number of ranks."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
+    world.on_main(lambda: check_expected(settings, saved))
     if settings.out:
         world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
     work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
@@ -77,6 +84,22 @@ def main(world: World, settings: EvaluateSettings) -> None:
     if work.labels is not None:
         split = settings.input.name if settings.input else settings.split
         display.result(split, Evaluation.of(values, work.labels), saved.classes)
+
+
+def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
+    """Raise UserError where an rmldnn configuration asks for other images or another network than the checkpoint's."""
+    data, model = Data(**saved.config["data"]), Model(**saved.config["model"])
+    for key, value in settings.expected.items():
+        if key == "layers":
+            details, known = read_layers(Path(value)).details, Details.of(model)
+            if details != known:
+                raise UserError(
+                    f"neural_network.layers {value} is of a network with {details}; the checkpoint has {known}"
+                )
+        elif getattr(data, key) != value:
+            raise UserError(
+                f"neural_network.data.transforms mean {key} {value}; the checkpoint was trained with {getattr(data, key)}"
+            )
 
 
 def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:

@@ -46,6 +46,9 @@ SCHEDULERS = {
 }
 
 
+DETERMINISTIC = ("image_size", "resize", "center_crop", "mean", "std")
+
+
 class Part(BaseModel):
     """Unknown keys are errors, and so is text where a number is wanted."""
 
@@ -276,6 +279,8 @@ def _evaluate(network: NeuralNetwork) -> Values:
     if data.test_input_path is None:
         raise ValueError("neural_network.data.test_input_path is missing, and evaluation needs it")
     values = {"checkpoint": network.checkpoints.load, "input": data.test_input_path, "batch_size": data.test_batch_size}
+    expected = {key: value for key, value in prepare(data.transforms).items() if key in DETERMINISTIC}
+    values |= {"expected": {**expected, **({"layers": network.layers} if network.layers else {})}}
     return values | ({"out": data.test_output_path} if data.test_output_path else {})
 
 
