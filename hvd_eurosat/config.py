@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from hvd_eurosat import rmldnn
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.jsonfile import read_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,7 +36,14 @@ else:
 S = TypeVar("S", bound="Settings")
 
 ENV_PREFIX = "HVD_EUROSAT_"
+TRAINABLE = r"^(bn\+head|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=0, le=4096)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -63,10 +71,28 @@ class Data(Place):
 
     image_size: Annotated[int, Field(ge=32, le=1024)] = 64
     """side of the images in pixels; the packed arrays are resized to it when the files differ"""
+    center_crop: Side = 0
+    """keep a square of this side from the centre of each image before that; 0: the whole image"""
+    resize: Side = 0
+    """bring each image to this side before the crop; 0: crop the image as it is"""
+    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
+    """of red, green and blue (0..1), subtracted from each pixel"""
+    std: tuple[Spread, Spread, Spread] = IMAGENET_STD
+    """of red, green and blue, by which each pixel is then divided"""
     augment: bool = True
     """show each training image in its eight flips and quarter turns, another one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
     """also shift each training image by up to this many pixels, mirrored at the border"""
+    random_horizontal_flip: Probability = 0.0
+    """also swap left and right of a training image with this probability"""
+    random_vertical_flip: Probability = 0.0
+    """also swap top and bottom of a training image with this probability"""
+    random_rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """also turn each training image by up to this many degrees either way, mirrored at the border"""
+    jitter_crop: Fraction = 0.0
+    """also cut up to this share of half the side off each of the four borders, then resize"""
+    random_zoom: Fraction = 0.0
+    """also cut up to this share of half the side off all four borders alike, then resize"""
 
 
 class Model(Section):
@@ -75,28 +101,57 @@ class Model(Section):
     arch: Literal["resnet50", "resnet18"] = "resnet50"
     """resnet18 is the small one, for tests and smoke runs"""
     weights: str = "imagenet"
-    """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, or a checkpoint of ours"""
-    trainable: Literal["bn+head", "head", "all"] = "bn+head"
-    """what learns: all BatchNorm layers and the head, the head alone, or every weight"""
+    """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a checkpoint of ours"""
+    trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
+    """what learns: bn+head (all BatchNorm layers and the head), head, all, or modules: layer4.2.bn3,fc"""
+    layers: UserPath | None = None
+    """a Keras layers.json of a ResNet-50, which says what learns and sets the four keys below"""
+    variant: Literal["auto", "v1", "v1.5"] = "auto"
+    """where a stage strides: v1.5 (torchvision) in its 3x3, v1 (Keras) in its first 1x1; auto: as the file says"""
+    bn_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """added to BatchNorm's variances; Keras takes 1.001e-5"""
+    bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """share of the new batch in BatchNorm's running statistics; Keras takes 0.01"""
+    bn_affine: bool = True
+    """whether BatchNorm layers have weights and biases"""
 
 
 class Optim(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
-    """sgd is with Nesterov momentum"""
+    name: Literal["adam", "adamw", "sgd", "adagrad", "rmsprop", "lars", "lamb"] = "adam"
+    """lars and lamb are for large batches"""
     lr: PositiveFloat = 0.005
     """peak learning rate, before lr_scaling"""
     momentum: Fraction = 0.9
-    """of sgd"""
+    """of sgd, rmsprop and lars"""
+    nesterov: bool = True
+    """Nesterov's momentum, of sgd and lars"""
+    beta1: Fraction = 0.9
+    """decay of the running mean of gradients, of adam, adamw and lamb"""
+    beta2: Fraction = 0.999
+    """decay of the running mean of their squares"""
+    eps: PositiveFloat = 1e-8
+    """added to denominators, of all but sgd and lars"""
+    amsgrad: bool = False
+    """AMSGrad, of adam and adamw"""
+    trust: PositiveFloat = 1e-3
+    """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
     """not applied to BatchNorm"""
-    schedule: Literal["constant", "exponential", "cosine", "one_cycle"] = "one_cycle"
-    """exponential: times gamma every epoch; cosine: down to 0; one_cycle: up over 30 % of the run, then down to 0"""
+    schedule: Literal["constant", "exponential", "step", "multistep", "cosine", "one_cycle"] = "one_cycle"
+    """exponential: times gamma every epoch, step: every step_size epochs, multistep: at milestones; cosine: down to 0;
+    one_cycle: up over 30 % of the run, then down to 0"""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """factor per epoch of the exponential schedule"""
+    """factor of the exponential, step and multistep schedules"""
+    step_size: PositiveInt = 10
+    """epochs between the step schedule's steps"""
+    milestones: tuple[PositiveInt, ...] = ()
+    """epochs at which the multistep schedule steps"""
     warmup_epochs: NonNegativeFloat = 0.0
     """rise linearly over this many epochs first (one_cycle has its own rise)"""
+    warmup_start: Probability = 0.0
+    """share of the learning rate with which that rise begins"""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """multiply lr by global batch / reference_batch, or by its square root; give it some warmup_epochs"""
     reference_batch: PositiveInt = 64
@@ -112,6 +167,8 @@ class Train(Section):
     """images per rank and step"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
+    class_weights: tuple[PositiveFloat, ...] = ()
+    """weights of the classes in the loss, in the order of their names; only their ratios count"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto takes bf16 where the hardware is fast at it (GPUs, AMX, AVX512-BF16), else fp32"""
     compile: bool = False
@@ -148,6 +205,12 @@ class Run(Section):
     """end the job when a rank makes no progress for so long, and name it; 0: never"""
     verify_interval: NonNegativeInt = 200
     """steps between checks that all ranks have the same weights; 0: never"""
+    numbered_checkpoints: UserPath | None = None
+    """folder for model_checkpoint_<epoch>.pt every checkpoint_interval epochs, all of which are kept"""
+    outfile: UserPath | None = None
+    """x.txt gives x_train.txt, a line for each step, and x_test.txt, one for each validation (rmldnn's logs)"""
+    predictions: UserPath | None = None
+    """folder for output_1.h5 and predictions.csv of the test images, in the end"""
 
     @property
     def path(self) -> Path:
@@ -246,26 +309,37 @@ def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
     cli = CliSettingsSource[argparse.ArgumentParser](schema, root_parser=parser)
     _refuse_unknown_environment()
     flags = vars(parser.parse_args(list(argv)))
-    values = _read_recipe(Path(flags["config"])) if flags.get("config") else {}
+    values = _read_recipe(Path(flags["config"]), verb) if flags.get("config") else {}
     try:
         return schema(_cli_settings_source=cli(parsed_args=flags), **values)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, verb: str) -> dict[str, Any]:
+    values = _read_file(path.expanduser())
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        if path.suffix not in {".toml", ".json"}:
-            raise UserError(f"--config {path}: a recipe is a .toml or a .json file")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:  # both parsers' errors, and undecodable text
+        if rmldnn.is_rmldnn(values):
+            return rmldnn.translate(values, verb)
+    except ValueError as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict) or "config" in values:
         raise UserError(f"--config {path}: expected sections {', '.join(_sections())}")
     return values
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".json":
+        return read_json(path, "--config")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".toml":
+            raise UserError(f"--config {path}: a recipe is a .toml or a .json file")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except ValueError as error:  # the parser's error, and undecodable text
+        raise UserError(f"--config {path}: {error}") from None
 
 
 def _sections() -> list[str]:

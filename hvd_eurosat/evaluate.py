@@ -5,28 +5,60 @@ python -m hvd_eurosat.evaluate --checkpoint runs/finetune/checkpoints/best.json 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt
+from pydantic_settings import CliSuppress
 
 from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Place, Settings, UserPath, read
-from hvd_eurosat.data.batches import open_images, ordered_batches
+from hvd_eurosat.config import Data, Model, Place, Settings, UserPath, read
+from hvd_eurosat.data.batches import Batch, open_images, ordered_batches
+from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
 from hvd_eurosat.data.tree import open_tree
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.keras_json import read_layers
+from hvd_eurosat.model.resnet import Details
 from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.display import Display
-from hvd_eurosat.training.metrics import evaluate
+from hvd_eurosat.training.files import make_folder
+from hvd_eurosat.training.inference import log_probabilities, write_predictions
+from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import Precision
 
 
 class EvaluateSettings(Settings):
-    """How good a checkpoint is on a split; batches and precision are those of the run that saved it."""
+    """How good a checkpoint is on a split; images are prepared and computed with as in the run that saved it."""
 
     checkpoint: UserPath
     """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
     split: Literal["train", "valid", "test"] = "test"
     """which images"""
+    input: UserPath | None = None
+    """a folder of class folders to take instead of a split of data.root; without those there is no accuracy"""
+    out: UserPath | None = None
+    """folder for output_1.h5 (log-probabilities) and predictions.csv, if they are wanted"""
+    batch_size: NonNegativeInt = 0
+    """images per step; 0: as in the run that saved the checkpoint"""
     data: Place = Place()
+    expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
+    """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be evaluated. names: as in output_1.h5; labels: int64 [N], if known; batches: this rank's share."""
+
+    names: list[str]
+    files: list[Path]
+    labels: NDArray[np.int64] | None
+    batches: Iterable[Batch]
 
 
 def load(argv: Sequence[str]) -> EvaluateSettings:
@@ -35,8 +67,42 @@ def load(argv: Sequence[str]) -> EvaluateSettings:
 
 
 def main(world: World, settings: EvaluateSettings) -> None:
-    """Spread the split over the ranks in whole batches: the counts are the same on any number of ranks."""
+    """Spread the images over the ranks in whole batches: the counts are the same on any number of ranks."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
+    world.on_main(lambda: check_expected(settings, saved))
+    if settings.out:
+        world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
+    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
+    model, data = saved.build_model(world.device), Data(**saved.config["data"])
+    values = log_probabilities(world, model, work.batches, data, Precision(saved.precision))
+    if not world.is_main:
+        return
+    display = Display(speaks=True)
+    if settings.out:
+        write_predictions(settings.out, work.names, work.files, values, saved.classes)
+        display.say(f"{len(work.names):,} predictions in {settings.out}")
+    if work.labels is not None:
+        split = settings.input.name if settings.input else settings.split
+        display.result(split, Evaluation.of(values, work.labels), saved.classes)
+
+
+def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
+    """Raise UserError where an rmldnn configuration asks for other images or another network than the checkpoint's."""
+    data, model = Data(**saved.config["data"]), Model(**saved.config["model"])
+    for key, value in settings.expected.items():
+        if key == "layers":
+            details, known = read_layers(Path(value)).details, Details.of(model)
+            if details != known:
+                raise UserError(
+                    f"neural_network.layers {value} is of a network with {details}; the checkpoint has {known}"
+                )
+        elif getattr(data, key) != value:
+            was = getattr(data, key)
+            raise UserError(f"neural_network.data.transforms mean {key} {value}; the checkpoint was trained with {was}")
+
+
+def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:
+    """The images of data.root. Collective."""
     tree = world.together(lambda: open_tree(settings.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
     if list(tree.classes) != saved.classes:
@@ -44,12 +110,31 @@ def main(world: World, settings: EvaluateSettings) -> None:
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "
             f"{settings.data.root} has {', '.join(tree.classes)}"
         )
-    image_size, batch_size = saved.config["data"]["image_size"], saved.config["valid"]["batch_size"]
-    images = open_images(world, tree, [settings.split], image_size, settings.data.cache_dir)[settings.split]
-    model = saved.build_model(world.device)
-    mine = ordered_batches(images, batch_size, world.rank, world.size)
-    evaluation = evaluate(model, mine, Precision(saved.precision), world)
-    Display(world.is_main).result(settings.split, evaluation, tree.classes)
+    data, split = Data(**saved.config["data"]), settings.split
+    images = open_images(world, tree, [split], data, settings.data)[split]
+    batches = ordered_batches(images, batch_size(settings, saved), world.rank, world.size)
+    files = tree.files(split)
+    names = [name.removeprefix(f"{split}/") for name in files]
+    return Work(names, [tree.root / name for name in files], tree.labels(split), batches)
+
+
+def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:
+    """The images of settings.input. Collective."""
+    folder = Path(settings.input or "")
+    files = world.together(lambda: find_images([folder]))
+    world.agree("input", {"files": list(files)})
+    names, paths = list(files), list(files.values())
+    labels = world.together(lambda: folder_labels(names, saved.classes, str(folder)))
+    if labels is None and not settings.out:
+        raise cluster.SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
+    data = Data(**saved.config["data"])
+    batches = file_batches(paths, data, batch_size(settings, saved), world.device, world.rank, world.size)
+    return Work(names, paths, labels, batches)
+
+
+def batch_size(settings: EvaluateSettings, saved: Checkpoint) -> int:
+    """Images per step."""
+    return settings.batch_size or int(saved.config["valid"]["batch_size"])
 
 
 if __name__ == "__main__":

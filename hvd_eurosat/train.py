@@ -9,19 +9,21 @@ from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, load
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
-from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
-from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
+from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
+from hvd_eurosat.model.settle import settle
 from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.header import header
+from hvd_eurosat.training.inference import log_probabilities, write_predictions
 from hvd_eurosat.training.journal import Journal
 from hvd_eurosat.training.metrics import Evaluation, evaluate
 from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
-from hvd_eurosat.training.step import Step, check_compiler
+from hvd_eurosat.training.step import Step, check_compiler, class_weights
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
 COMPILER_PATIENCE = 5  # times run.watchdog_seconds
@@ -34,22 +36,27 @@ def train(world: World, config: Config) -> int:
     world.together(lambda: check_compiler(config, world.device))
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
-    images = open_images(world, tree, SPLITS, config.data.image_size, config.data.cache_dir)
+    images = open_images(world, tree, SPLITS, config.data, config.data)
     batches = world.together(
         lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
     )
+    settled = world.on_main(lambda: settle(config.model, len(tree.classes)))
+    config = config.model_copy(update={"model": settled})
     journal = Journal(world, config, tree)
     start = journal.find_start()
     if start and journal.is_finished():
         return 0
 
     world.tick("building the network")
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed)
+    details = Details.of(config.model)
+    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed, details)
     model.to(world.device)
     state = TrainingState(world, config, tree, model, choose(world, config, start))
     begin(world, config, state, start)
-    step = Step(state, world, config)
-    journal.begin(start, header(world, config, tree, model, batches, state.precision), state.snapshot())
+    weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
+    step = Step(state, world, config, weights)
+    facts = header(world, config, tree, model, batches, state.precision)
+    journal.begin(start, facts, state.snapshot(), state.samples // batches.global_batch)
     stop = StopRequest()
     try:
         while state.epoch < config.train.epochs:
@@ -68,6 +75,7 @@ def train(world: World, config: Config) -> int:
         journal.saved()
         model.load_state_dict(journal.best_model(), strict=False)
         test = evaluate_split(world, config, state, images["test"], stop)
+        predict_test(world, config, state, images["test"], tree)
         journal.finish(test, summary(world, model, images))
     except Stopped:
         world.tick("saving")
@@ -111,7 +119,9 @@ def train_epoch(
         compiles = config.train.compile and number == 1
         world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", COMPILER_PATIENCE if compiles else 1)
         progress = state.epoch + state.samples / batches.length
-        step(batch, learning_rate(config.optim, config.train.epochs, batches.global_batch, progress), stop())
+        rate = learning_rate(config.optim, config.train.epochs, batches.global_batch, progress)
+        step(batch, rate, stop())
+        journal.stepped(number, step, state, state.samples - first)
         if config.run.verify_interval and state.step % config.run.verify_interval == 0:
             state.verify()
         if config.run.checkpoint_steps and state.step % config.run.checkpoint_steps == 0:
@@ -119,7 +129,6 @@ def train_epoch(
         if world.is_elastic and state.step % COMMIT_STEPS == 0:
             journal.commit(state.snapshot())
         step.check()
-        journal.stepped(number, state.sums, state.samples - first)
     journal.trained(state.samples - first)
 
 
@@ -127,7 +136,19 @@ def evaluate_split(world: World, config: Config, state: TrainingState, images: I
     """The model on a split: rank 0 alone, or all ranks with valid.sharded; the sums on every rank. Collective."""
     shards = world.size if config.valid.sharded else 1
     mine = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
-    return evaluate(state.model, mine, state.precision, world, stop)
+    return evaluate(state.model, mine, config.data, state.precision, world, stop)
+
+
+def predict_test(world: World, config: Config, state: TrainingState, images: Images, tree: Tree) -> None:
+    """The log-probabilities of the test images, from the test's batches, in files of run.predictions. Collective."""
+    folder = config.run.predictions
+    if not folder:
+        return
+    batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
+    values = log_probabilities(world, state.model, batches, config.data, state.precision)
+    names = tree.files("test")
+    groups, files = [name.removeprefix("test/") for name in names], [tree.root / name for name in names]
+    world.together(lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None)
 
 
 def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> dict[str, int]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from hvd_eurosat.config import Data
 
 VIEWS = 8
+FLIP, TURN, CROP, ZOOM = 10, 20, 30, 40  # keys of `mix`, so that each draws numbers of its own
 
 
 def mix(indices: Tensor, *keys: int) -> Tensor:
@@ -45,28 +47,61 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def augment(images: Tensor, indices: Tensor, seed: int, epoch: int, max_shift: int) -> Tensor:
-    """Another view of each image every epoch, all eight in eight epochs, and a random shift.
+def augment(images: Tensor, indices: Tensor, seed: int, epoch: int, data: Data) -> Tensor:
+    """Another view of each image every epoch, all eight in eight epochs, and what else the configuration asks for.
 
-    images [B, C, S, S], indices int64 [B] (of the samples in their split). Random in (seed, epoch, index) only.
+    images uint8 [B, 3, S, S], indices int64 [B] (of the samples in their split). Random in (seed, epoch, index) only.
     Going through the views in turn shows more variety than drawing them (Jordan 2024, "alternating flip").
     """
-    images = turn_and_flip(images, (mix(indices, seed) ^ epoch) % VIEWS)
-    if max_shift:
-        span = 2 * max_shift + 1
-        dy, dx = (mix(indices, seed, epoch, axis) % span - max_shift for axis in (1, 2))
+    if data.augment:
+        images = turn_and_flip(images, (mix(indices, seed) ^ epoch) % VIEWS)
+    if data.augment and data.max_shift:
+        span = 2 * data.max_shift + 1
+        dy, dx = (mix(indices, seed, epoch, axis) % span - data.max_shift for axis in (1, 2))
         images = shift(images, dy, dx)
+    for key, (probability, axis) in enumerate(((data.random_horizontal_flip, 3), (data.random_vertical_flip, 2))):
+        if probability:
+            flips = _uniform(indices, seed, epoch, FLIP + key) < probability
+            images = torch.where(flips.view(-1, 1, 1, 1), images.flip(axis), images)
+    if data.random_rotate or data.jitter_crop or data.random_zoom:
+        images = resample(images, _places(indices, seed, epoch, data))
     return images
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] to float32 as the ImageNet weights expect it: (x / 255 - mean) / std, channels last."""
-    mean, std = _statistics(images.device)
+def resample(images: Tensor, places: Tensor) -> Tensor:
+    """Each image uint8 [B, C, S, S] seen through its own affine map, float32 [B, 2, 3] of the output's coordinates.
+
+    Bilinear, mirrored at the border; coordinates run from -1 to 1 between the image's edges.
+    """
+    grid = F.affine_grid(places, list(images.shape), align_corners=False)
+    sampled = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return sampled.round().to(torch.uint8)
+
+
+def _places(indices: Tensor, seed: int, epoch: int, data: Data) -> Tensor:
+    """A random turn about the centre, then a random window: the map from the output to the image, [B, 2, 3]."""
+    angle = (2 * _uniform(indices, seed, epoch, TURN) - 1) * math.radians(data.random_rotate)
+    left, right, top, bottom = (data.jitter_crop * _uniform(indices, seed, epoch, CROP + side) for side in range(4))
+    zoom = 1 - data.random_zoom * _uniform(indices, seed, epoch, ZOOM)
+    width, height = (1 - (left + right) / 2) * zoom, (1 - (top + bottom) / 2) * zoom
+    x, y = (left - right) / 2 * zoom, (top - bottom) / 2 * zoom
+    cos, sin = angle.cos(), angle.sin()
+    rows = [cos * width, -sin * height, cos * x - sin * y, sin * width, cos * height, sin * x + cos * y]
+    return torch.stack(rows, 1).view(-1, 2, 3)
+
+
+def _uniform(indices: Tensor, *keys: int) -> Tensor:
+    """Random numbers in [0, 1), float32 [B]."""
+    return (mix(indices, *keys) >> 7).float() / 2**24
+
+
+def normalise(images: Tensor, data: Data) -> Tensor:
+    """uint8 [B, 3, S, S] to float32 as the network takes it: (x / 255 - mean) / std, channels last."""
+    mean, std = _statistics(images.device, data.mean, data.std)
     scaled = images.to(torch.float32, memory_format=torch.channels_last) / (255 * std)
     return scaled - mean / std
 
 
 @functools.cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+def _statistics(device: torch.device, *values: tuple[float, ...]) -> list[Tensor]:
+    return [torch.tensor(each, device=device).view(1, 3, 1, 1) for each in values]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from hvd_eurosat.cluster import World
+from hvd_eurosat.config import Data, Place
+from hvd_eurosat.data.images import Crop
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import UserError
@@ -52,13 +53,12 @@ class Images:
         return Batch(indices.to(self.device), images.permute(0, 3, 1, 2), labels, weights, total)
 
 
-def open_images(
-    world: World, tree: Tree, splits: Sequence[str], size: int, cache_dir: Path | None
-) -> dict[str, Images]:
+def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, place: Place) -> dict[str, Images]:
     """The packed images of some splits, after one rank of each node has packed what was not. Collective."""
 
     def read() -> dict[str, Packed]:
-        return {split: open_packed(tree, split, size, cache_dir, world.tick) for split in splits}
+        crop, size = Crop.of(data), data.image_size
+        return {split: open_packed(tree, split, size, place.cache_dir, crop, world.tick) for split in splits}
 
     packed = world.node_by_node(read)
     return {split: Images(arrays, world.device) for split, arrays in packed.items()}

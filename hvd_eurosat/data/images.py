@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from io import BytesIO
 from typing import TypeVar
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 from rich.console import Console
 from rich.progress import track
+
+from hvd_eurosat.config import Data
 
 FORMATS = ("JPEG", "PNG", "TIFF")
 MAX_SIDE = 4096  # pixels; a decoded image then takes 48 MiB at most
@@ -47,9 +50,36 @@ def decode(data: bytes, size: int | None = None) -> Image.Image:
     return image
 
 
-def to_array(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """uint8 [size, size, 3], resized (bilinear, antialiased) where the image has another size."""
-    return np.asarray(resize(image, size))
+@dataclass(frozen=True)
+class Crop:
+    """What is done to an image before it gets its size: brought to `resize`, cut to its central `side`; 0: not that."""
+
+    resize: int = 0
+    side: int = 0
+
+    @staticmethod
+    def of(data: Data) -> "Crop":
+        """That of a configuration."""
+        return Crop(data.resize, data.center_crop)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The square that is left. Raises BadImageError where the image is smaller than that."""
+        image = resize(image, self.resize) if self.resize else image
+        if not self.side:
+            return image
+        width, height = image.size
+        if min(width, height) < self.side:
+            raise BadImageError(f"{width}x{height} pixels; data.center_crop is {self.side}")
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        return image.crop((left, top, left + self.side, top + self.side))
+
+
+WHOLE = Crop()
+
+
+def to_array(image: Image.Image, size: int, crop: Crop = WHOLE) -> NDArray[np.uint8]:
+    """uint8 [size, size, 3], cropped, then resized (bilinear, antialiased) where the image has another size."""
+    return np.asarray(resize(crop(image), size))
 
 
 def resize(image: Image.Image, size: int) -> Image.Image:
@@ -59,11 +89,13 @@ def resize(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def in_threads(function: Callable[[Item], Result], items: Collection[Item], title: str) -> Iterator[Result]:
+def in_threads(
+    function: Callable[[Item], Result], items: Collection[Item], title: str, ahead: int = 0
+) -> Iterator[Result]:
     """Results of function over items, in order, from one thread per core (Pillow lets go of the GIL).
 
-    A progress bar shows on stderr when that is a terminal. Only a few results wait at any time. The first
-    exception stops it.
+    A progress bar shows on stderr when that is a terminal. Only a few results, or `ahead`, wait at any time. The
+    first exception stops it.
     """
     console = Console(stderr=True)
     threads = len(os.sched_getaffinity(0))
@@ -72,7 +104,7 @@ def in_threads(function: Callable[[Item], Result], items: Collection[Item], titl
     try:
         for item in track(items, title, console=console, disable=not console.is_terminal, transient=True):
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 8 * threads:
+            if len(waiting) > max(ahead, 8 * threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

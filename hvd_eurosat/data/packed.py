@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_eurosat.data.images import BadImageError, decode, in_threads, to_array
+from hvd_eurosat.data.images import WHOLE, BadImageError, Crop, decode, in_threads, to_array
 from hvd_eurosat.data.tree import SPLITS, Tree, sha256_of
 from hvd_eurosat.errors import RunError, UserError
 
@@ -31,7 +31,12 @@ class Packed:
 
 
 def pack(
-    tree: Tree, split: str, image_size: int, cache_dir: Path | None, tick: Callable[[], None] = lambda: None
+    tree: Tree,
+    split: str,
+    image_size: int,
+    cache_dir: Path | None,
+    crop: Crop = WHOLE,
+    tick: Callable[[], None] = lambda: None,
 ) -> Path:
     """The path of the split's packed .npy file, which is built first when it is missing.
 
@@ -41,14 +46,15 @@ def pack(
     Raises UserError for a bad or changed image and a folder that cannot be written, RunError for a full disk.
     """
     folder = cache_dir or tree.root / ".packed"
-    path = folder / f"{tree.digest[:16]}-{split}-{image_size}.npy"
+    cropped = "" if crop == WHOLE else f"-{crop.resize}-{crop.side}"
+    path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}.npy"
     if path.exists() and path.with_suffix(".json").exists():
         return path
     shape = (len(tree.files(split)), image_size, image_size, 3)
     partial = folder / f".{path.stem}.{secrets.token_hex(8)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checksum = _write(partial, tree, split, shape, tick)
+        checksum = _write(partial, tree, split, shape, crop, tick)
         if path.exists() and path.with_suffix(".json").exists():  # another job's, which it may have mapped
             return path
         partial.replace(path)
@@ -69,13 +75,18 @@ def pack(
 
 
 def open_packed(
-    tree: Tree, split: str, image_size: int, cache_dir: Path | None, tick: Callable[[], None] = lambda: None
+    tree: Tree,
+    split: str,
+    image_size: int,
+    cache_dir: Path | None,
+    crop: Crop = WHOLE,
+    tick: Callable[[], None] = lambda: None,
 ) -> Packed:
     """The split's packed images, built when missing (see pack).
 
     Raises RunError for a packed file that is not as it was written; its content is left to verify_packed.
     """
-    path = pack(tree, split, image_size, cache_dir, tick)
+    path = pack(tree, split, image_size, cache_dir, crop, tick)
     files = tuple(tree.files(split))
     images = _map(path)
     if images.shape != (len(files), image_size, image_size, 3):
@@ -95,13 +106,13 @@ def verify_packed(path: Path) -> None:
         raise _damaged(path)
 
 
-def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], tick: Callable[[], None]) -> str:
+def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Crop, tick: Callable[[], None]) -> str:
     """Writes the .npy file and returns its sha256."""
     size = shape[1]
     native = _native_size(tree, size)
 
     def read(name: str) -> bytes:
-        return _pixels(tree, name, native, size)
+        return _pixels(tree, name, native, size, crop)
 
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -118,13 +129,13 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], tick: Cal
     return digest.hexdigest()
 
 
-def _pixels(tree: Tree, name: str, native: int, size: int) -> bytes:
+def _pixels(tree: Tree, name: str, native: int, size: int, crop: Crop) -> bytes:
     data = _read(tree, name)
     checksum = tree.checksums[name]
     if checksum and hashlib.sha256(data).hexdigest() != checksum:
         raise UserError(f"{tree.root / name} has changed since it was prepared: prepare the data again")
     try:
-        return to_array(decode(data, native), size).tobytes()
+        return to_array(decode(data, native), size, crop).tobytes()
     except BadImageError as error:
         raise UserError(f"{tree.root / name}: {error}") from None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from hvd_eurosat.config import Model
 from hvd_eurosat.model.convolution import use_matrix_products
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -14,39 +17,85 @@ BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Details:
+    """In what ResNet-50s differ. variant: v1 strides in the first 1x1 convolution of a stage, v1.5 in its 3x3.
+
+    epsilon and momentum (the share of the new batch) are BatchNorm's; without affine it has no weights and biases.
+    """
+
+    variant: str = "v1.5"
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+    affine: bool = True
+
+    @staticmethod
+    def of(model: Model) -> Details:
+        """Those of a configuration; auto is v1.5."""
+        variant = "v1" if model.variant == "v1" else "v1.5"
+        return Details(variant, model.bn_epsilon, model.bn_momentum, model.bn_affine)
+
+
+DEFAULT = Details()
+
+
 class LandCoverResNet(ResNet):
     """ResNet (He et al. 2015) whose head is a dense layer without bias and a log-softmax.
 
-    `trainable` is "all", "head" (the backbone stays in evaluation mode), or "bn+head": all BatchNorm layers and
-    the head train and no convolution does (Frankle et al. 2021, "Training BatchNorm and only BatchNorm").
-    Its state dict has torchvision's keys.
+    `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
+    al. 2021, "Training BatchNorm and only BatchNorm"), or names of modules between commas. A BatchNorm layer that does
+    not train stays in evaluation mode. Its state dict has torchvision's keys.
     """
 
-    def __init__(self, arch: str, classes: int, trainable: str) -> None:
+    def __init__(self, arch: str, classes: int, trainable: str, details: Details = DEFAULT) -> None:
         block, layers = BLOCKS[arch]
         # Blocks that begin as the identity suit training from scratch (Goyal et al. 2017); weights override it.
         super().__init__(block, layers, num_classes=classes, zero_init_residual=trainable == "all")
         use_matrix_products(self)
         self.fc: nn.Linear = nn.Linear(512 * block.expansion, classes, bias=False)
         self.trainable = trainable
-        batch_norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
-        if trainable != "all":
-            self.requires_grad_(False)
-            self.fc.requires_grad_(True)
-        if trainable == "bn+head":
-            for module in batch_norms:
-                module.requires_grad_(True)
+        self.details = details
+        self._frozen_norms: list[nn.BatchNorm2d] = []
+        for name, module in self.named_modules():
+            trains = is_trainable(name, module, trainable)
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(trains)
+            if isinstance(module, nn.BatchNorm2d):
+                self._set_up(module, trains)
+        if details.variant == "v1":
+            self._stride_first()
         self.train()
 
+    def _set_up(self, norm: nn.BatchNorm2d, trains: bool) -> None:
+        norm.eps, norm.momentum, norm.affine = self.details.epsilon, self.details.momentum, self.details.affine
+        if not norm.affine:
+            norm.register_parameter("weight", None)
+            norm.register_parameter("bias", None)
+        if not trains:
+            self._frozen_norms.append(norm)
+
+    def _stride_first(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+
     def train(self, mode: bool = True) -> LandCoverResNet:
-        """Training mode; with a frozen backbone, that one stays in evaluation mode."""
-        super().train(mode and self.trainable != "head")
-        self.training = mode
+        """Training mode; frozen BatchNorm layers stay in evaluation mode."""
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
         return self
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, 3, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
         return torch.log_softmax(super().forward(images).float(), dim=1)
+
+
+def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:
+    """Whether the module of this name learns under model.trainable."""
+    if trainable in ("bn+head", "head"):
+        return name == "fc" or (trainable == "bn+head" and isinstance(module, nn.BatchNorm2d))
+    return trainable == "all" or name in trainable.split(",")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -60,10 +109,10 @@ def batch_norm_buffers(model: nn.Module) -> list[Tensor]:
     return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
-def build(arch: str, classes: int, trainable: str, seed: int) -> LandCoverResNet:
+def build(arch: str, classes: int, trainable: str, seed: int, details: Details = DEFAULT) -> LandCoverResNet:
     """A network with random weights from `seed`, on the CPU, channels last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LandCoverResNet(arch, classes, trainable)
+        model = LandCoverResNet(arch, classes, trainable, details)
     model.to(memory_format=torch.channels_last)
     return model

@@ -1,36 +1,49 @@
-"""Weights from elsewhere: torchvision's ImageNet weights, state dicts, safetensors, this project's checkpoints."""
+"""Weights from elsewhere: torchvision's ImageNet weights, state dicts, safetensors, Keras' HDF5, our checkpoints."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.model import keras_weights
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.model.stored import read_content
+from hvd_eurosat.model.weight_file import Weights
 
+KERAS_SUFFIXES = (".h5", ".hdf5")
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V2, "resnet18": ResNet18_Weights.IMAGENET1K_V1}
 
 
 def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
-    """Put the weights of `source` (imagenet, none, or a file) into the model, all but a head of another width.
+    """Put the weights of `source` (imagenet, none, or a file) into the model, so that its features are the same.
 
-    Raises UserError where the file is missing, unreadable or of another network.
+    A head of another width or with a bias is left out. Raises UserError where the file is missing, unreadable or of
+    another network.
     """
     if source == "none":
         return
-    state = _imagenet(arch) if source == "imagenet" else read_state(Path(source).expanduser())
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    if "fc.weight" in state and state["fc.weight"].shape != model.fc.weight.shape:
+    weights = Weights(_imagenet(arch)) if source == "imagenet" else read_weights(Path(source).expanduser())
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.state.items()}
+    own = model.state_dict()
+    head = state.get("fc.weight")
+    if head is not None and (head.shape != model.fc.weight.shape or state.get("fc.bias", torch.zeros(1)).any()):
         del state["fc.weight"]
     state.pop("fc.bias", None)
-    own = model.state_dict()
+    if "bn1.weight" not in state and "bn1.bias" not in state:  # of a network whose BatchNorm has none
+        state |= _plain_norms(own)
+    if weights.epsilon is not None:
+        for name in state.keys() & own.keys():
+            if name.endswith("running_var"):
+                state[name] = state[name] + (weights.epsilon - model.details.epsilon)
     optional = {"fc.weight"} | {name for name in own if name.endswith("num_batches_tracked")}
     problems = [f"{name} is missing" for name in own.keys() - state.keys() - optional]
     problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
@@ -44,22 +57,47 @@ def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, torchvision's keys; nothing in the file is executed."""
+def _plain_norms(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of 1 and biases of 0 for all of the network's BatchNorm layers."""
+    norms = [name.removesuffix(".running_var") for name in own if name.endswith(".running_var")]
+    ones = {f"{norm}.weight": torch.ones_like(own[f"{norm}.running_var"]) for norm in norms}
+    zeros = {f"{norm}.bias": torch.zeros_like(own[f"{norm}.running_var"]) for norm in norms}
+    return {name: tensor for name, tensor in (ones | zeros).items() if name in own}
+
+
+def read_weights(path: Path) -> Weights:
+    """What a file of weights holds, by its suffix; nothing in the file is executed. Raises UserError."""
+    if path.suffix in KERAS_SUFFIXES:
+        return keras_weights.read_weights(path)
     if path.suffix == ".json" or (path.suffix == ".pt" and path.with_suffix(".json").exists()):
-        return dict(read_content(path)["model"])
+        content = read_content(path)
+        return _stated(content["model"], content["config"]["model"])
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     except OSError as error:
         raise UserError(f"model.weights {path}: {error.strerror or error}") from None
     except Exception as error:  # the readers let through whatever damaged bytes lead them to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.weights {path}: not a file of weights: {reason}") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"model.weights {path}: not a state dict")
-    return content
+
+
+def _safetensors(path: Path) -> Weights:
+    with safetensors.safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        return _stated(state, file.metadata() or {})
+
+
+def _torch(path: Path) -> Weights:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("not a state dict")
+    return _stated(state, getattr(state, "_metadata", {}).get("", {}))
+
+
+def _stated(state: dict[str, Tensor], facts: Mapping[str, Any]) -> Weights:
+    """With the variant and epsilon that our checkpoints and exports state and others do not."""
+    variant, epsilon = facts.get("variant"), facts.get("bn_epsilon")
+    return Weights(state, None if variant is None else str(variant), None if epsilon is None else float(epsilon))
 
 
 def _imagenet(arch: str) -> dict[str, Tensor]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config import Config, flatten
+from hvd_eurosat.config import Config, Model, flatten
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.resnet import LandCoverResNet, build
+from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.model.stored import Blob, Record, named, read_content, read_record
 from hvd_eurosat.training.files import replacing, write_text
 
@@ -32,13 +32,15 @@ VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python
 class Checkpoint:
     """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
-    model: state dict with the BatchNorm statistics averaged over the ranks; rank_buffers: float32 [world size, n],
+    model: state dict with the BatchNorm statistics averaged over the ranks; frozen: the weights that do not train, by
+    name; rank_buffers: float32 [world size, n],
     each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl.
     """
 
     model: dict[str, Tensor]
+    frozen: list[str]
     optimiser: dict[str, Any]
     rank_buffers: Tensor
     sums: Tensor
@@ -62,12 +64,6 @@ class Checkpoint:
         """The file's name without its ending."""
         return f"epoch-{self.epoch:04d}" + (f"-step-{self.step:08d}" if self.samples else "")
 
-    @property
-    def frozen(self) -> frozenset[str]:
-        """The names of the convolution weights, where they do not train."""
-        trains = self.config["model"]["trainable"] == "all"
-        return frozenset(name for name, tensor in self.model.items() if tensor.ndim == 4 and not trains)
-
     def size_on_disk(self, copies: int) -> int:
         """The bytes that so many checkpoints like this one take, with two numbers a weight for the optimiser."""
         frozen = sum(tensor.nbytes for name, tensor in self.model.items() if name in self.frozen)
@@ -76,8 +72,8 @@ class Checkpoint:
 
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
-        arch, trainable = self.config["model"]["arch"], self.config["model"]["trainable"]
-        model = build(arch, len(self.classes), trainable, seed=0)
+        settings = Model(**self.config["model"])
+        model = build(settings.arch, len(self.classes), settings.trainable, seed=0, details=Details.of(settings))
         model.to(device)
         model.load_state_dict(self.model)
         return model
@@ -114,15 +110,47 @@ def load(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
+    """Write FILE.pt, without the frozen weights if they are in a file of their own, and last FILE.json.
+
+    Raises RunError where the disk is full or gone; then no part is left.
+    """
+    buffer = io.BytesIO()
+    model = {name: tensor for name, tensor in checkpoint.model.items() if not frozen or name not in checkpoint.frozen}
+    torch.save(vars(dataclasses.replace(checkpoint, model=model)), buffer)
+    content = buffer.getvalue()
+    with replacing(path) as file:
+        file.write(content)
+    record = Record(
+        format=FORMAT,
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        samples=checkpoint.samples,
+        metric=checkpoint.metric,
+        world_size=len(checkpoint.rank_buffers),
+        content=Blob.of(path.name, content),
+        frozen=frozen,
+        versions=VERSIONS,
+    )
+    try:
+        write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return record
+
+
 class CheckpointFolder:
     """`checkpoints/` of a run: the newest `keep`, the best, and last.json and best.json, which name them.
 
-    Each of the two holds file, epoch, step and metric (validation accuracy, a fraction; null between epochs).
+    Each of the two holds file, epoch, step and metric (validation accuracy, a fraction; null between epochs). In the
+    folder `numbered` all of every `interval` epochs stay, as model_checkpoint_<epoch>.pt (rmldnn's names).
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, numbered: Path | None = None, interval: int = 1) -> None:
         self.folder = folder
         self._keep = keep
+        self._numbered, self._interval = numbered, interval
         self._frozen: Blob | None = None
 
     def records(self) -> list[Record]:
@@ -169,30 +197,11 @@ class CheckpointFolder:
         if any(record.content.file == path.name for record in self.records()):
             return
         self._write_frozen(checkpoint)
-        buffer = io.BytesIO()
-        changing = {name: t for name, t in checkpoint.model.items() if name not in checkpoint.frozen}
-        torch.save(vars(dataclasses.replace(checkpoint, model=changing)), buffer)
-        content = buffer.getvalue()
-        with replacing(path) as file:
-            file.write(content)
-        record = Record(
-            format=FORMAT,
-            epoch=checkpoint.epoch,
-            step=checkpoint.step,
-            samples=checkpoint.samples,
-            metric=checkpoint.metric,
-            world_size=len(checkpoint.rank_buffers),
-            content=Blob.of(path.name, content),
-            frozen=self._frozen,
-            versions=VERSIONS,
-        )
-        try:
-            write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
+        record = write(checkpoint, path, self._frozen)
         self._point("last.json", record)
         self._point("best.json", self.best() or record)
+        if self._numbered and not checkpoint.samples and checkpoint.epoch % self._interval == 0:
+            write(checkpoint, self._numbered / f"model_checkpoint_{checkpoint.epoch}.pt", frozen=None)
         self._remove_old()
 
     def _write_frozen(self, checkpoint: Checkpoint) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from hvd_eurosat.errors import RunError
+from hvd_eurosat.errors import RunError, UserError
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well: synced, renamed, its folder synced.
+    """A binary file (readable too) that becomes `path` when the block ends well: synced, renamed, its folder synced.
 
     After an exception in the block `path` is as it was and no partial file is left. Raises RunError where the file
     cannot be written.
@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_umask())
@@ -45,6 +45,14 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Before the work, so that a folder that cannot be made is known at once. Raises UserError, which names the key."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key} {folder}: {error.strerror}") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,8 +16,11 @@ from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.metrics import Evaluation, Sums
+from hvd_eurosat.training.outfile import Outfile
 from hvd_eurosat.training.run_directory import RunDirectory
 from hvd_eurosat.training.saver import Saver
+from hvd_eurosat.training.state import TrainingState
+from hvd_eurosat.training.step import Step
 
 
 class Journal:
@@ -30,6 +33,7 @@ class Journal:
         self.display = Display(world.is_main)
         self._files = world.together(lambda: RunDirectory(config, self.display.warn) if world.is_main else None)
         self._saver: Saver | None = None
+        self._outfile: Outfile | None = None
 
     def find_start(self) -> Checkpoint | None:
         """What to go on from, on every rank: the last commit, or a checkpoint by `run.resume`. Collective."""
@@ -49,26 +53,30 @@ class Journal:
         self.display.result("test", self._files.tested(), self._tree.classes)
         return True
 
-    def begin(self, start: Checkpoint | None, header: Mapping[str, str], first: Checkpoint | None) -> None:
+    def begin(
+        self, start: Checkpoint | None, header: Mapping[str, str], first: Checkpoint | None, batches: int
+    ) -> None:
         """From here on the run directory is this run's; its history is cut back to the checkpoint. Collective.
 
-        first: the state as it will be saved, by which the room on the disk is checked.
+        first: the state as it will be saved, by which the room on the disk is checked; batches: done of the epoch.
         """
         self.display.header(header)
-        self._world.together(lambda: self._begin(start, first))
+        self._world.together(lambda: self._begin(start, first, batches))
         if start:
             between = f", step {start.step}" if start.samples else ""
             self.display.say(f"resuming after epoch {start.epoch}{between}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are frozen as random numbers: give --model.weights, or train all")
 
-    def _begin(self, start: Checkpoint | None, first: Checkpoint | None) -> None:
+    def _begin(self, start: Checkpoint | None, first: Checkpoint | None, batches: int) -> None:
         if not self._files or not first:
             return
         self._files.check_space(first.size_on_disk(copies=self._config.run.keep + 2))
         self._files.begin(start)
         if not start:
             self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
+        if self._config.run.outfile:
+            self._outfile = Outfile(self._config.run.outfile, first.epoch, batches)
         stop_at_once = self._config.run.on_save_error == "stop"
         self._saver = Saver(self._files.checkpoints, stop_at_once, self.display.warn)
 
@@ -77,10 +85,13 @@ class Journal:
         self._began = time.perf_counter()
         self.display.begin(epoch, self._config.train.epochs, steps)
 
-    def stepped(self, step: int, sums: Sums, samples: int) -> None:
-        """Progress, now and then: steps and samples since begin_epoch, and the sums of rank 0's shard."""
+    def stepped(self, number: int, step: Step, state: TrainingState, samples: int) -> None:
+        """After step `number` and `samples` samples since begin_epoch: progress, now and then, of rank 0's shard."""
+        if self._outfile:
+            rate = state.optimiser.param_groups[0]["lr"]
+            self._outfile.stepped(state.epoch + 1, step.loss.clone(), step.gradient_norm(), rate)
         if self.display.is_due():
-            self.display.progress(step, sums, samples)
+            self.display.progress(number, state.sums, samples)
 
     def trained(self, samples: int) -> None:
         """The end of an epoch of training, of which so many samples were seen since begin_epoch."""
@@ -99,6 +110,8 @@ class Journal:
         if sums.skipped:
             self.display.warn(f"{sums.skipped} steps of epoch {epoch} were skipped: loss or gradients were not finite")
         self._files.record("valid", epoch, step=step, **validation.event())
+        if self._outfile:
+            self._outfile.validated(epoch, validation)
         is_best = validation.accuracy > best
         self.display.epoch(self._config.train.epochs, self._files.events("train")[-1], validation, is_best)
 
@@ -112,6 +125,8 @@ class Journal:
         run, accuracies = self._config.run, [event["accuracy"] for event in self._files.events("valid")]
         is_best = bool(accuracies) and accuracies[-1] > max(accuracies[:-1], default=-1.0)
         due = state.epoch % run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
+        if self._outfile:
+            self._outfile.flush()
         if state.samples or due or is_best:
             if not state.samples:
                 self._files.record("checkpoint", state.epoch, step=state.step)

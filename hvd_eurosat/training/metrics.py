@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from hvd_eurosat.cluster import World
+from hvd_eurosat.config import Data
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.errors import Stopped
@@ -73,6 +76,13 @@ class Evaluation:
     loss: float
     confusion: Tensor
 
+    @staticmethod
+    def of(values: NDArray[np.float32], labels: NDArray[np.int64]) -> Evaluation:
+        """From log-probabilities [N, C] and the true classes [N]."""
+        log_probabilities, target = torch.from_numpy(values).double(), torch.from_numpy(labels)
+        loss = F.nll_loss(log_probabilities, target)
+        return Evaluation(float(loss), multiclass_confusion_matrix(log_probabilities, target, values.shape[1]))
+
     @property
     def count(self) -> int:
         """Images evaluated."""
@@ -100,9 +110,10 @@ class Evaluation:
 def evaluate(
     model: LandCoverResNet,
     batches: Iterable[Batch],
+    data: Data,
     precision: Precision,
     world: World,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool],
 ) -> Evaluation:
     """The model in evaluation mode over batches, summed over all ranks. Collective.
 
@@ -110,7 +121,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, precision, world, stop))
+    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, data, precision, world, stop))
     model.train(was_training)
     loss, confusion, stopped = world.sum(loss), world.sum(confusion).cpu(), world.sum(stopped)
     if stopped:
@@ -120,7 +131,12 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate(
-    model: LandCoverResNet, batches: Iterable[Batch], precision: Precision, world: World, stop: Callable[[], bool]
+    model: LandCoverResNet,
+    batches: Iterable[Batch],
+    data: Data,
+    precision: Precision,
+    world: World,
+    stop: Callable[[], bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's sum of the losses (float64 []), confusion matrix (int64 [C, C]), and whether it stopped (0 or 1)."""
     classes = model.fc.out_features
@@ -130,7 +146,7 @@ def _evaluate(
         if stop():
             return loss, confusion, torch.ones(())
         with precision.autocast(world.device):
-            log_probabilities = model(normalise(batch.images))
+            log_probabilities = model(normalise(batch.images, data))
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
         labels = torch.where(batch.weights > 0, batch.labels, IGNORED)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hvd_eurosat.config import Optim
+from hvd_eurosat.training.large_batch import Lamb, Lars
 
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
@@ -21,14 +22,22 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    betas, nesterov = (optim.beta1, optim.beta2), optim.nesterov and optim.momentum > 0
     if optim.name == "sgd":
-        nesterov = optim.momentum > 0
         sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
-        for parameter in parameters if nesterov else []:  # torch leaves it uninitialised if the first step is skipped
+        for parameter in parameters if optim.momentum else []:  # torch leaves it as it finds it in a skipped first step
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
+    if optim.name == "lars":
+        return Lars(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, trust=optim.trust)
+    if optim.name == "lamb":
+        return Lamb(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    if optim.name == "adagrad":
+        return torch.optim.Adagrad(groups, lr=optim.lr, eps=optim.eps)
+    if optim.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=optim.lr, momentum=optim.momentum, eps=optim.eps)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=optim.lr, fused=True)
+    return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, amsgrad=optim.amsgrad, fused=True)
 
 
 def peak_rate(optim: Optim, global_batch: int) -> float:
@@ -45,10 +54,15 @@ def learning_rate(optim: Optim, epochs: int, global_batch: int, progress: float)
     """
     peak = peak_rate(optim, global_batch)
     if progress < optim.warmup_epochs:
-        return peak * min(1.0, max(progress, 0.01) / optim.warmup_epochs)
+        risen = min(1.0, max(progress, 0.01) / optim.warmup_epochs)
+        return peak * (optim.warmup_start + (1 - optim.warmup_start) * risen)
     done = (progress - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
     if optim.schedule == "exponential":
         return peak * optim.gamma ** math.floor(progress)
+    if optim.schedule == "step":
+        return peak * optim.gamma ** (math.floor(progress) // optim.step_size)
+    if optim.schedule == "multistep":
+        return peak * optim.gamma ** sum(progress >= milestone for milestone in optim.milestones)
     if optim.schedule == "cosine":
         return peak * _cosine(done)
     if optim.schedule == "one_cycle" and done < ONE_CYCLE_RISE:

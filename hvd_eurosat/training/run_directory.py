@@ -20,7 +20,7 @@ from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training import checkpoint, plots
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
-from hvd_eurosat.training.files import write_text
+from hvd_eurosat.training.files import make_folder, write_text
 from hvd_eurosat.training.metrics import Evaluation
 
 Event = dict[str, Any]
@@ -34,7 +34,10 @@ class RunDirectory:
 
     def __init__(self, config: Config, report: Callable[[str], None]) -> None:
         self.path = config.run.path
-        self.checkpoints = CheckpointFolder(self.path / "checkpoints", config.run.keep)
+        run = config.run
+        self.checkpoints = CheckpointFolder(
+            self.path / "checkpoints", run.keep, run.numbered_checkpoints, run.checkpoint_interval
+        )
         self._config = config
         self._report = report
         self._history: list[Event] = []
@@ -42,6 +45,12 @@ class RunDirectory:
         self._open()
 
     def _open(self) -> None:
+        run = self._config.run
+        for key in ("numbered_checkpoints", "predictions"):
+            if folder := getattr(run, key):
+                make_folder(folder, f"run.{key}")
+        if run.outfile:
+            make_folder(run.outfile.parent, "run.outfile")
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             (self.path / "plots").mkdir(exist_ok=True)

@@ -74,6 +74,7 @@ class TrainingState:
                 raise RunError("the weights are not finite any more: try a lower optim.lr")
             return Checkpoint(
                 model=self._frozen | _copy(changing),
+                frozen=list(frozen),
                 optimiser=_copy(self.optimiser.state_dict()),
                 rank_buffers=every.cpu(),
                 sums=sums.cpu(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvd_eurosat.cluster import GradientBuckets, SharedError, World
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.augment import augment, normalise
-from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.state import TrainingState
 
@@ -27,6 +27,16 @@ def check_compiler(config: Config, device: torch.device) -> None:
         raise UserError(f"train.compile needs {compiler} at run time, and there is none")
 
 
+def class_weights(config: Config, images: Images, classes: int) -> Tensor | None:
+    """train.class_weights, of mean 1 over the training images, float32 [classes]. Raises UserError."""
+    if not config.train.class_weights:
+        return None
+    if len(config.train.class_weights) != classes:
+        raise UserError(f"train.class_weights has {len(config.train.class_weights)} weights for {classes} classes")
+    weights = torch.tensor(config.train.class_weights, device=images.device)
+    return weights / weights[images.labels.to(images.device)].mean()
+
+
 class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Nothing waits for the device.
 
@@ -35,12 +45,13 @@ class Step:
     the same decision after the same step.
     """
 
-    def __init__(self, state: TrainingState, world: World, config: Config) -> None:
+    def __init__(self, state: TrainingState, world: World, config: Config, class_weights: Tensor | None) -> None:
         self._state = state
         self._config = config
+        self._class_weights = class_weights
         self._device = world.device
-        trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self._gradients = GradientBuckets(world, trainable, notes=2)
+        self._trainable = [p for p in state.model.parameters() if p.requires_grad]
+        self._gradients = GradientBuckets(world, self._trainable, notes=2)
         self._forward = torch.compile(state.model) if config.train.compile else state.model
         self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
         self._skipped_in_a_row = 0
@@ -56,7 +67,11 @@ class Step:
             log_probabilities = self._forward(self._prepare(batch))
         # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
         losses = F.cross_entropy(
-            log_probabilities, batch.labels, reduction="none", label_smoothing=self._config.train.label_smoothing
+            log_probabilities,
+            batch.labels,
+            weight=self._class_weights,
+            reduction="none",
+            label_smoothing=self._config.train.label_smoothing,
         )
         loss = losses @ batch.weights / batch.total
         gradients.notes[0].copy_(loss.detach())
@@ -65,12 +80,28 @@ class Step:
         gradients.wait()
         total = torch.stack([buffer.sum() for buffer in gradients.buffers]).sum()  # not finite if any of them is not
         skip = ~total.isfinite()
-        state.optimiser.found_inf = skip.float()  # type: ignore[attr-defined]  # the fused optimisers leave everything as it is where this is 1
-        state.optimiser.step()
+        self._update(skip)
         state.statistics.flat.copy_(torch.where(skip, before, state.statistics.flat))
         state.sums.add(log_probabilities.detach(), batch, skip)
         self._findings.add(torch.stack([skip.float(), gradients.notes[1]]))
         state.advance(batch.total)
+
+    def _update(self, skip: Tensor) -> None:
+        optimiser = self._state.optimiser
+        if optimiser.defaults.get("fused"):  # it leaves everything as it is where found_inf is 1
+            optimiser.found_inf = skip.float()  # type: ignore[attr-defined]
+            optimiser.step()
+        elif not skip:
+            optimiser.step()
+
+    @property
+    def loss(self) -> Tensor:
+        """Of the last step, the mean over all ranks, float32 []."""
+        return self._gradients.notes[0]
+
+    def gradient_norm(self) -> Tensor:
+        """Of the last step's gradients, summed over all ranks, float32 []."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
 
     def check(self) -> None:
         """On every rank alike: raise Stopped if one was asked to stop, SharedError after too many skipped steps."""
@@ -86,10 +117,8 @@ class Step:
                 raise Stopped
 
     def _prepare(self, batch: Batch) -> Tensor:
-        images, config = batch.images, self._config
-        if config.data.augment:
-            images = augment(images, batch.indices, config.train.seed, self._state.epoch, config.data.max_shift)
-        return normalise(images)
+        data = self._config.data
+        return normalise(augment(batch.images, batch.indices, self._config.train.seed, self._state.epoch, data), data)
 
 
 class _Findings:

@@ -59,12 +59,12 @@ def seconds(work: Callable[[], object]) -> float:
 def main(world: cluster.World, config: Config) -> None:
     """Prints, on rank 0, medians and the 95 % interval of the difference."""
     tree = open_tree(config.data.root)
-    images = open_images(world, tree, ["train"], config.data.image_size, config.data.cache_dir)["train"]
+    images = open_images(world, tree, ["train"], config.data, config.data)["train"]
     batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, 0)
     batch = next(batches.epoch(0))
     model = build(config.model.arch, len(tree.classes), config.model.trainable, 0)
     state = TrainingState(world, config, tree, model, choose_precision("auto", world.device))
-    step = Step(state, world, config)
+    step = Step(state, world, config, class_weights=None)
     world.watch(600)
     for _ in range(5):
         durable(world, step, batch)

@@ -33,6 +33,7 @@ def state() -> Checkpoint:
     model = build("resnet18", 2, "bn+head", seed=0)
     return Checkpoint(
         model=model.state_dict(),
+        frozen=[name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         optimiser=build_optimiser(model, Optim()).state_dict(),
         rank_buffers=torch.zeros(2, 3),
         sums=torch.zeros(2, 4, dtype=torch.float64),
@@ -157,7 +158,7 @@ def error_of(read: Callable[[], object]) -> UserError | RunError | None:
 def test_mutated_files_are_a_clean_error(tmp_path: Path, state: Checkpoint, data: Path) -> None:
     """200 checkpoints, their .json files, manifests, lists of digests and packed files: refused, or harmless."""
     rng = random.Random(1)
-    small = dataclasses.replace(state, model={name: t for name, t in state.model.items() if t.ndim < 4})
+    small = dataclasses.replace(state, model={name: t for name, t in state.model.items() if t.ndim < 4}, frozen=[])
     CheckpointFolder(tmp_path, keep=1).add(small)
     copy = shutil.copytree(data, tmp_path / "data")
     packed = open_packed(open_tree(copy), "test", 64, None)

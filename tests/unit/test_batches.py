@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hvd_eurosat.config import Data
 from hvd_eurosat.data.augment import augment, mix, normalise, shift, turn_and_flip
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
 from hvd_eurosat.data.packed import Packed
@@ -88,19 +89,26 @@ def test_the_eight_views_are_the_flips_and_quarter_turns() -> None:
     assert all(any(torch.equal(view, turn[0]) for turn in turns) for view in views)
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone() -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        Data(max_shift=3),
+        Data(augment=False, random_horizontal_flip=0.5, random_rotate=20, jitter_crop=0.3, random_zoom=0.2),
+    ],
+)
+def test_augmentation_depends_on_seed_epoch_and_index_alone(data: Data) -> None:
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
     indices = torch.tensor([5, 1, 9, 1000, 77, 3])
-    whole = augment(images, indices, seed=1, epoch=2, max_shift=3)
-    parts = [augment(images[n : n + 2], indices[n : n + 2], seed=1, epoch=2, max_shift=3) for n in (0, 2, 4)]
+    whole = augment(images, indices, seed=1, epoch=2, data=data)
+    parts = [augment(images[n : n + 2], indices[n : n + 2], seed=1, epoch=2, data=data) for n in (0, 2, 4)]
     assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, augment(images, indices, seed=1, epoch=3, max_shift=3))
-    assert not torch.equal(whole, augment(images, indices, seed=2, epoch=2, max_shift=3))
+    assert not torch.equal(whole, augment(images, indices, seed=1, epoch=3, data=data))
+    assert not torch.equal(whole, augment(images, indices, seed=2, epoch=2, data=data))
 
 
 def test_eight_epochs_show_each_image_in_all_eight_views() -> None:
     image = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
-    views = {tuple(augment(image, torch.tensor([7]), 0, epoch, 0).flatten().tolist()) for epoch in range(8)}
+    views = {tuple(augment(image, torch.tensor([7]), 0, epoch, Data()).flatten().tolist()) for epoch in range(8)}
     assert len(views) == 8
 
 
@@ -119,4 +127,4 @@ def test_random_bits_are_uniform() -> None:
 def test_normalisation_is_that_of_the_imagenet_weights() -> None:
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = torch.tensor([(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
-    assert torch.allclose(normalise(images).flatten(), expected, atol=1e-6)
+    assert torch.allclose(normalise(images, Data()).flatten(), expected, atol=1e-6)

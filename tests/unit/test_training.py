@@ -77,6 +77,7 @@ def state() -> Checkpoint:
     optimiser = build_optimiser(model, Optim())
     return Checkpoint(
         model=model.state_dict(),
+        frozen=[name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         optimiser=optimiser.state_dict(),
         rank_buffers=torch.zeros(2, 3),
         sums=torch.zeros(2, 4, dtype=torch.float64),

@@ -1,0 +1,99 @@
+"""A trained network, or one prepared for training, in the formats of other tools.
+
+python -m hvd_eurosat.export --checkpoint runs/finetune/checkpoints/epoch-0015.pt --format keras --out exported
+python -m hvd_eurosat.export --model.weights imagenet --format keras --out prepared
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+
+from hvd_eurosat import cluster
+from hvd_eurosat.cluster import World
+from hvd_eurosat.config import Data, Model, Settings, UserPath, read
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model import exporters
+from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
+from hvd_eurosat.model.settle import settle
+from hvd_eurosat.model.weights import load_weights
+from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.display import Display
+from hvd_eurosat.training.files import make_folder, replacing
+
+WRITERS = {
+    "keras": {"model.h5": exporters.keras_weights, "layers.json": exporters.keras_layers},
+    "safetensors": {"model.safetensors": exporters.safetensors_file},
+    "onnx": {"model.onnx": exporters.onnx_file},
+    "torch": {"model.pt": exporters.torch_file},
+}
+
+
+class ExportSettings(Settings):
+    """A trained network, or one prepared for training, in the formats of other tools."""
+
+    checkpoint: UserPath | None = None
+    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt; without one, the network that model.* describes"""
+    format: Literal["keras", "safetensors", "onnx", "torch"]
+    """keras: layers.json and model.h5; safetensors: model.safetensors; onnx: model.onnx; torch: model.pt"""
+    out: UserPath
+    """folder for the files"""
+    classes: PositiveInt = 10
+    """units of the head, where there is no checkpoint"""
+    data: Data = Data()
+    model: Model = Model()
+
+
+def load(argv: Sequence[str]) -> ExportSettings:
+    """The settings that a command line asks for."""
+    return read(ExportSettings, argv, "export")
+
+
+def main(world: World, settings: ExportSettings) -> None:
+    """Rank 0 writes; others, should there be any, wait."""
+    lines = world.on_main(lambda: export(settings))
+    Display(world.is_main).say("\n".join(lines))
+
+
+def export(settings: ExportSettings) -> list[str]:
+    """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
+    if settings.checkpoint and settings.model != Model():
+        raise UserError("--checkpoint says all about its network: leave out model.*")
+    model, facts = trained(settings.checkpoint) if settings.checkpoint else prepared(settings)
+    if settings.format == "keras" and facts["arch"] != "resnet50":
+        raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
+    make_folder(settings.out, "--out")
+    for name, write in WRITERS[settings.format].items():
+        with replacing(settings.out / name) as file:
+            write(model, facts, file)
+    return [f"wrote {settings.out / name}" for name in WRITERS[settings.format]]
+
+
+def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
+    """The network of a checkpoint, and what its user must know."""
+    saved = checkpoint.load(path)
+    model = saved.build_model(torch.device("cpu"))
+    facts = {"classes": saved.classes, "epoch": saved.epoch, "config": saved.config}
+    return model, describe(model, saved.config["model"]["arch"], Data(**saved.config["data"])) | facts
+
+
+def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]:
+    """The network as training would begin with it."""
+    chosen = settle(settings.model, settings.classes)
+    model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
+    load_weights(model, chosen.weights, chosen.arch)
+    return model, describe(model, chosen.arch, settings.data)
+
+
+def describe(model: LandCoverResNet, arch: str, data: Data) -> dict[str, Any]:
+    """What an export says of itself: arch, variant, bn_epsilon, image_size, and how to normalise pixels of 0..1."""
+    images = {"image_size": data.image_size, "mean": list(data.mean), "std": list(data.std)}
+    return {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon, **images}
+
+
+if __name__ == "__main__":
+    cluster.run(load, main)

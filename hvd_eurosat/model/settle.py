@@ -1,0 +1,65 @@
+"""What a configuration leaves to files: which ResNet-50 it is and what of it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hvd_eurosat.config import Model
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.keras_json import read_layers
+from hvd_eurosat.model.resnet import build
+from hvd_eurosat.model.weights import KERAS_SUFFIXES, read_weights
+
+DEFAULTS = Model()
+
+
+def settle(model: Model, classes: int) -> Model:
+    """The section with model.layers and `auto` turned into values. Raises UserError where it contradicts its files."""
+    found = _from_layers(model.layers, classes) if model.layers else {}
+    if found and model.arch != "resnet50":
+        raise UserError(f"model.layers {model.layers} is a resnet50, and model.arch is {model.arch}")
+    for key, value in found.items():
+        if getattr(model, key) not in (value, getattr(DEFAULTS, key)):
+            raise UserError(f"model.{key} is {getattr(model, key)}, but model.layers {model.layers} says {value}")
+    settled = model.model_copy(update=found)
+    settled = settled.model_copy(update={"variant": _variant(settled)})
+    if settled.arch != "resnet50" and settled.variant != "v1.5":
+        raise UserError(f"model.variant {settled.variant} is for resnet50, and model.arch is {settled.arch}")
+    _check_names(settled, classes)
+    return settled
+
+
+def _from_layers(path: Path, classes: int) -> dict[str, Any]:
+    architecture = read_layers(path)
+    if architecture.classes != classes:
+        raise UserError(
+            f"model.layers {path} has a head of {architecture.classes} units; the data has {classes} classes"
+        )
+    details = architecture.details
+    values = {"variant": details.variant, "bn_epsilon": details.epsilon, "bn_momentum": details.momentum}
+    return {**values, "bn_affine": details.affine, "trainable": architecture.trainable}
+
+
+def _variant(model: Model) -> str:
+    """The variant, which must be the one that the file of weights states."""
+    path = Path(model.weights).expanduser()
+    stated = read_weights(path).variant if model.weights not in ("imagenet", "none") and path.exists() else None
+    if model.variant == "auto" and not stated and path.suffix in KERAS_SUFFIXES and path.exists():
+        raise UserError(
+            f"model.weights {path} does not say where its network strides: give --model.variant v1 "
+            f"(keras.applications.ResNet50) or v1.5, or --model.layers FILE"
+        )
+    variant = model.variant if model.variant != "auto" else stated or "v1.5"
+    if stated and variant != stated:
+        raise UserError(f"model.weights {path} is of a ResNet-50 {stated}, and model.variant is {variant}")
+    return variant
+
+
+def _check_names(model: Model, classes: int) -> None:
+    if model.trainable in ("bn+head", "head", "all"):
+        return
+    known = dict(build(model.arch, classes, "all", seed=0).named_modules())
+    for name in model.trainable.split(","):
+        if name not in known:
+            raise UserError(f"model.trainable: {model.arch} has no module {name}")
