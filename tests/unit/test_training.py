@@ -15,7 +15,7 @@ from hvd_eurosat.config import Config, Optim, load
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.model.stored import Blob, read_record
-from hvd_eurosat.model.weights import read_state
+from hvd_eurosat.model.weights import read_weights
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
@@ -169,7 +169,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, state: Checkpoint, 
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(path)
     with pytest.raises(UserError, match="not a checkpoint"):
-        read_state(path)
+        read_weights(path)
     assert not (tmp_path / "canary").exists()
 
 
