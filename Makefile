@@ -11,14 +11,14 @@ SAMPLE_RATIOS := 80,10,10
 BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
-SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
+SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example')
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train test test-faults lint format constraints clean
+.PHONY: help setup train test test-faults test-system lint format constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -39,11 +39,14 @@ test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to
 test-faults: setup ## the whole fault suite (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
+test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
+	$(BIN)/python -m pytest tests/system $(ARGS)
+
 lint: setup ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 format: setup ## what ruff can put right by itself
 	$(BIN)/ruff check --fix

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -149,12 +151,12 @@ class World:
         while self.size > 1 and self._give_pulse(at_work=False):
             pass
         self._process.pulse_due = None
-        errors = self.gather(error)
-        if all(e == errors[0] for e in errors):
-            shared = errors[0]
+        errors = self.gather((error, socket.gethostname()))
+        if len({e for e, _ in errors}) == 1:
+            shared = error
         else:
-            rank, shared = next((rank, e) for rank, e in enumerate(errors) if e)
-            shared = f"{shared} (on rank {rank} of {self.size})"
+            rank, shared, host = next((rank, e, host) for rank, (e, host) in enumerate(errors) if e)
+            shared = f"{shared} (on rank {rank} of {self.size}, {host})"
         if shared:
             raise SharedError(shared)
         return result  # type: ignore[return-value]
@@ -304,7 +306,7 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
         else:
             _say(f"{traceback.format_exc()}error: the run failed{_where()}")
         _abort(1)
-    _leave_together(status)
+    leave_together(status)
 
 
 def _where() -> str:
@@ -337,6 +339,12 @@ def start() -> World:
     return _world(_Process())
 
 
+def join() -> World:
+    """Join the job as its launcher has laid it out, good or bad. Collective."""
+    _init()
+    return _place(_Process())
+
+
 def _init() -> None:
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
@@ -352,14 +360,8 @@ def _init() -> None:
 
 def _world(process: _Process) -> World:
     """This rank's place among the others: its device and its share of the node's cores. Collective."""
-    hvd = _hvd()
-    local_rank, device = hvd.local_rank(), torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
-    world = World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1, _process=process)
-    places = [place for place in world.gather(_Place.of(device)) if place.host == socket.gethostname()]
+    world = _place(process)
+    places = [place for place in world.gather(_Place.of(world.device)) if place.host == socket.gethostname()]
     world.together(lambda: _check_places(world, places))
     own = frozenset(os.sched_getaffinity(0))
     sharing = sum(1 for place in places if place.cores & own)
@@ -367,6 +369,16 @@ def _world(process: _Process) -> World:
     torch.set_num_threads(threads)
     _keep_freed_memory()
     return replace(world, threads=threads)
+
+
+def _place(process: _Process) -> World:
+    hvd = _hvd()
+    local_rank, device = hvd.local_rank(), torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
+    return World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1, _process=process)
 
 
 @dataclass(frozen=True)
@@ -399,6 +411,48 @@ def _check_places(world: World, places: list[_Place]) -> None:
         _say(
             f"warning: mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none"
         )
+
+
+def libraries() -> dict[str, Any]:
+    """What Horovod and mpi4py are built with and load, without joining a job."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    of_mpi4py = _loaded_mpi()
+    hvd = _hvd()
+    built = {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": hvd.nccl_built(), "CUDA": hvd.cuda_built()}
+    return {
+        "horovod_built": {name: int(value) for name, value in built.items()},
+        "horovod_mpi": sorted(_loaded_mpi() - of_mpi4py or of_mpi4py),
+        "mpi4py_mpi": sorted(of_mpi4py),
+        "mpi": MPI.Get_library_version().split(", package")[0].splitlines()[0].strip("\0 "),
+    }
+
+
+def thread_level() -> str:
+    """Which calls from several threads MPI allows in this job."""
+    if not _under_mpi():
+        return "no MPI in this job"
+    from mpi4py import MPI
+
+    names = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+    return next(name.lower() for name in names if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
+
+
+def launched() -> tuple[int, int]:
+    """(rank, ranks) by the launcher's word, before the job is joined; srun's counts where no MPI's is there."""
+    known = any(v in os.environ for v in ("HOROVOD_RANK", *RANK_VARIABLES))
+    rank = _rank() if known else int(os.environ.get("SLURM_PROCID", 0))
+    sizes = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    return rank, next((int(os.environ[v]) for v in sizes if v in os.environ), 1)
+
+
+def _loaded_mpi() -> set[str]:
+    """Paths of the MPI libraries in this process."""
+    paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    return {path for path in paths if re.search(r"/libmpi(ch)?\.so", path)}
 
 
 def _keep_freed_memory() -> None:
@@ -435,7 +489,7 @@ def _rank() -> int:
     return int(next((os.environ[v] for v in ("HOROVOD_RANK", *RANK_VARIABLES) if v in os.environ), 0))
 
 
-def _leave_together(status: int) -> NoReturn:
+def leave_together(status: int) -> NoReturn:
     """Collective."""
     hvd = _hvd()
     if hvd.size() > 1:

@@ -24,6 +24,7 @@ from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, check_compiler, class_weights
+from hvd_eurosat.training.stragglers import stragglers
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
 COMPILER_PATIENCE = 5  # times run.watchdog_seconds
@@ -114,6 +115,7 @@ def train_epoch(
 ) -> None:
     """What is left of an epoch, every rank its shard, in steps. Collective. Raises Stopped between two steps."""
     first = state.samples
+    step.stopwatch.work()
     journal.begin_epoch(state.epoch + 1, batches.steps(first))
     for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
         compiles = config.train.compile and number == 1
@@ -129,7 +131,7 @@ def train_epoch(
         if world.is_elastic and state.step % COMMIT_STEPS == 0:
             journal.commit(state.snapshot())
         step.check()
-    journal.trained(state.samples - first)
+    journal.trained(state.samples - first, stragglers(world, step.stopwatch.take()))
 
 
 def evaluate_split(world: World, config: Config, state: TrainingState, images: Images, stop: StopRequest) -> Evaluation:

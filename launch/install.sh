@@ -242,10 +242,16 @@ install_project() {
   local project=$ROOT
   if [[ $SETUP_DEV != 0 ]]; then project+='[dev]'; fi
   install "$VENV" --compile-bytecode --reinstall-package horovod "$WHEEL" --editable "$project" # or each rank compiles torch at each start
-  # Horovod starts mpirun by its bare name, and the .venv need not be activated.
+  # Horovod starts mpirun by its bare name, and the .venv need not be activated; and it does so from a shell, which
+  # would take the signals that are meant for mpirun: SIGTERM would leave mpirun and its ranks behind.
   # shellcheck disable=SC2016 # for the script to expand
   script horovodrun 'bin=$(dirname "$(readlink -f "$0")")
-PATH=$bin:$PATH exec "$bin/python" -m horovod.runner.launch "$@"'
+PATH=$bin:$PATH exec "$bin/python" -c "
+import os
+from horovod.runner.launch import run_commandline
+execve = os.execve
+os.execve = lambda shell, words, env: execve(shell, [*words[:2], f\"exec {words[2]}\"], env)
+run_commandline()" "$@"'
 }
 
 check_result() {

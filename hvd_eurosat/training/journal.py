@@ -93,9 +93,10 @@ class Journal:
         if self.display.is_due():
             self.display.progress(number, state.sums, samples)
 
-    def trained(self, samples: int) -> None:
+    def trained(self, samples: int, stragglers: list[dict[str, Any]]) -> None:
         """The end of an epoch of training, of which so many samples were seen since begin_epoch."""
         self.display.end()
+        self._stragglers = stragglers
         self._seconds = time.perf_counter() - self._began
         self._rate = samples / self._seconds
 
@@ -105,8 +106,11 @@ class Journal:
             return
         best = max((event["accuracy"] for event in self._files.events("valid")), default=-1.0)
         facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
-        times = {"images_per_second": self._rate, "seconds": self._seconds}
+        times = {"images_per_second": self._rate, "seconds": self._seconds, "stragglers": self._stragglers}
         self._files.record("train", epoch, step=step, skipped_steps=sums.skipped, **facts, **times)
+        for one in self._stragglers:
+            slower = f"{100 * one['slower']:.0f} % slower than the other ranks"
+            self.display.warn(f"rank {one['rank']} ({one['host']}) was {slower} in epoch {epoch}")
         if sums.skipped:
             self.display.warn(f"{sums.skipped} steps of epoch {epoch} were skipped: loss or gradients were not finite")
         self._files.record("valid", epoch, step=step, **validation.event())

@@ -201,6 +201,7 @@ class RunDirectory:
             "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in trained) / seconds,
             "seconds": seconds,
             "skipped_steps": sum(event["skipped_steps"] for event in trained),
+            "stragglers": [{"epoch": e["epoch"], **one} for e in trained for one in e.get("stragglers", [])],
             "synthetic": tree.synthetic,
             "classes": list(tree.classes),
         }

@@ -15,6 +15,7 @@ from hvd_eurosat.data.augment import augment, normalise
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.state import TrainingState
+from hvd_eurosat.training.stragglers import Stopwatch
 
 GPU_LAG = 4  # steps that the host is behind the device when it reads what the step found
 NON_FINITE_STEPS = 3
@@ -55,6 +56,7 @@ class Step:
         self._forward = torch.compile(state.model) if config.train.compile else state.model
         self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
         self._skipped_in_a_row = 0
+        self.stopwatch = Stopwatch(world.device)
 
     def __call__(self, batch: Batch, learning_rate: float, stop: bool) -> None:
         """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
@@ -77,7 +79,9 @@ class Step:
         gradients.notes[0].copy_(loss.detach())
         gradients.notes[1].fill_(float(stop))
         loss.backward()
+        self.stopwatch.wait()
         gradients.wait()
+        self.stopwatch.work()
         total = torch.stack([buffer.sum() for buffer in gradients.buffers]).sum()  # not finite if any of them is not
         skip = ~total.isfinite()
         self._update(skip)

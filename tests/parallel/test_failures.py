@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_a_bad_image_on_one_rank_alone(data: Path, tmp_path: Path) -> None:
     assert job.returncode == 2
     assert len(errors(job)) == 1
     assert f"data/valid/Forest/{victim.name} has changed since it was prepared" in errors(job)[0]
-    assert errors(job)[0].endswith("(on rank 1 of 2)")
+    assert errors(job)[0].endswith(f"(on rank 1 of 2, {socket.gethostname()})")
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])

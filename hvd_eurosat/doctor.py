@@ -1,0 +1,167 @@
+"""Look for what keeps training from working well on these machines, and say how to mend it.
+
+.venv/bin/python -m hvd_eurosat.doctor                    this machine
+.venv/bin/mpirun -np 8 … python -m hvd_eurosat.doctor     a job: any launcher, any number of hosts
+
+It ends with 0, or with 1 when something must be mended. Its output belongs in every bug report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hvd_eurosat import cluster
+from hvd_eurosat.cluster import World
+from hvd_eurosat.diagnosis.checks import Finding, installation, job, machine
+from hvd_eurosat.diagnosis.facts import Facts, collect
+from hvd_eurosat.diagnosis.probes import probe
+
+JOIN_SECONDS = 30
+GIB = 2**30
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Examine this rank alone, then, if it can join, the job; rank 0 reports. Collective."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hvd_eurosat.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    as_json = parser.parse_args(argv).json
+    facts = collect()
+    obstacles = list(installation(facts))
+    rank, launched = cluster.launched()
+    if obstacles:  # the other ranks are ended by the launcher
+        if rank == 0:
+            report([facts], [*obstacles, *machine(facts)], {}, "", as_json)
+        else:
+            print(f"error: rank {rank}: {obstacles[0].what}: {obstacles[0].cure}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    world = join(facts, rank, launched)
+    ranks = world.gather(dataclasses.replace(facts, gpu=_gpu(world)))
+    findings = [finding for host in {f.host: f for f in ranks}.values() for finding in machine(host)]
+    findings += job(ranks, launched)
+    times = probe(world)
+    if world.is_main and rank == 0:
+        report(ranks, findings, times, cluster.thread_level(), as_json)
+    cluster.leave_together(int(any(finding.level == "mend" for finding in findings)))
+
+
+def join(facts: Facts, rank: int, launched: int) -> World:
+    """The job, or an end with a word after half a minute. Collective."""
+
+    def give_up() -> None:
+        sys.stderr.write(
+            f"error: rank {rank} of {launched} ({facts.host}) could not join within {JOIN_SECONDS} s. It has "
+            f"{_interfaces(facts)}: name the one that all hosts share, by launch/mpirun.sh --interface "
+            f"(OMPI_MCA_btl_tcp_if_include)\n"
+        )
+        os._exit(1)
+
+    timer = threading.Timer(JOIN_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    world = cluster.join()
+    world.gather(rank)  # joining is lazy: only now must they reach each other
+    timer.cancel()
+    return world
+
+
+def _gpu(world: World) -> str | None:
+    return str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
+
+
+def report(
+    ranks: Sequence[Facts], findings: Sequence[Finding], times: Mapping[str, float], level: str, as_json: bool
+) -> None:
+    """Everything on standard output."""
+    healthy = not any(finding.level == "mend" for finding in findings)
+    if as_json:
+        everything = {
+            "healthy": healthy,
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+            "milliseconds": dict(times),
+            "thread_level": level,
+            "ranks": [dataclasses.asdict(facts) for facts in ranks],
+        }
+        print(json.dumps(everything, indent=2), flush=True)
+        return
+    console = Console(force_terminal=False, width=120)
+    tables = _facts(ranks[0], times, level).items()
+    console.print(*(_table(title, rows) for title, rows in tables if rows), _ranks(ranks))
+    for finding in findings:
+        print(f"{finding.level}: {finding.where}: {finding.what}\n      cure: {finding.cure}")
+    count = sum(finding.level == "mend" for finding in findings)
+    print(f"to be mended: {count or 'nothing'}", flush=True)
+
+
+def _facts(facts: Facts, times: Mapping[str, float], level: str) -> dict[str, dict[str, str]]:
+    """Rank 0's facts, as titled tables of names and values."""
+    built = facts.libraries.get("horovod_built", {})
+    return {
+        "versions": facts.versions,
+        "libraries": {
+            "Horovod": ", ".join(name for name, is_in in built.items() if is_in) or facts.libraries.get("error", ""),
+            "MPI": f"{facts.libraries.get('mpi', '')}, threads {level or 'unknown'}",
+            "of mpi4py": ", ".join(facts.libraries.get("mpi4py_mpi", [])),
+            "of Horovod": ", ".join(facts.libraries.get("horovod_mpi", [])),
+            "mpirun": f"{facts.own_mpirun.path} ({facts.own_mpirun.version})",
+            "on PATH": f"{facts.mpirun.path} ({facts.mpirun.version})" if facts.mpirun.path else "none",
+        },
+        f"host {facts.host}": {
+            "system": facts.system,
+            "cores": f"{facts.cores_given} given, bound to {_numbers(facts.cores)}",
+            "GPUs": ", ".join(facts.gpus) or f"none ({facts.nvidia_devices} devices)",
+            "memory": f"{facts.memory / GIB:.1f} GiB, {facts.memory_available / GIB:.1f} GiB free",
+            "/dev/shm": f"{facts.shared_memory / GIB:.2f} GiB",
+            "limits": f"{facts.open_files} open files, locked memory {_limit(facts.locked_memory)}",
+            "interfaces": _interfaces(facts),
+        },
+        "settings": facts.settings,
+        "trials": {name: f"{milliseconds:.2f} ms" for name, milliseconds in times.items()},
+    }
+
+
+def _interfaces(facts: Facts) -> str:
+    return ", ".join(f"{name} {' '.join(of)}" for name, of in facts.interfaces.items())
+
+
+def _limit(size: int) -> str:
+    return "unlimited" if size < 0 else f"{size // 1024} KiB"
+
+
+def _numbers(cores: Sequence[int]) -> str:
+    return ", ".join(map(str, cores)) if len(cores) < 9 else f"{len(cores)} of them, {cores[0]} to {cores[-1]}"
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _ranks(ranks: Sequence[Facts]) -> Table:
+    table = Table("rank", "host", "cores", "GPU", "free memory", title="ranks", title_justify="left", box=box.SIMPLE)
+    for rank, facts in enumerate(ranks):
+        free = f"{facts.memory_available / GIB:.1f} GiB"
+        table.add_row(str(rank), facts.host, _numbers(facts.cores), facts.gpu or "none", free)
+    return table
+
+
+if __name__ == "__main__":
+    main()

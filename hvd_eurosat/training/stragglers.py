@@ -1,0 +1,64 @@
+"""Which ranks keep the others waiting."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hvd_eurosat.cluster import World
+
+SLOWER = 0.2  # than the median of the other ranks,
+LOSS = 1.0  # and what it costs them, in seconds of an epoch; below these it is noise
+
+
+class Stopwatch:
+    """The time that this rank works in an epoch, by its device's clock; waiting for the other ranks does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+        self._begin = self._mark()
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def work(self) -> None:
+        """From here on this rank works."""
+        self._begin = self._mark()
+
+    def wait(self) -> None:
+        """Its work is done: what follows is waiting."""
+        self._spans.append((self._begin, self._mark()))
+
+    def take(self) -> float:
+        """Seconds of work since the last call; waits for the device."""
+        spans, self._spans = self._spans, []
+        if not self._on_gpu:
+            return float(sum(end - begin for begin, end in spans))
+        torch.cuda.synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
+
+
+def stragglers(world: World, seconds: float) -> list[dict[str, Any]]:
+    """Ranks that worked much longer than the others for the same steps: rank, host, by which share. Collective."""
+    return slow_ranks(world.gather((socket.gethostname(), seconds)))
+
+
+def slow_ranks(ranks: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Of (host, seconds of work) of each rank."""
+    slow = []
+    for rank, (host, seconds) in enumerate(ranks):
+        others = [s for other, (_, s) in enumerate(ranks) if other != rank]
+        usual = statistics.median(others) if others else seconds
+        if seconds > usual * (1 + SLOWER) and seconds > usual + LOSS:
+            slow.append({"rank": rank, "host": host, "slower": round(seconds / usual - 1, 3)})
+    return slow

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Starts ranks on one host or several by horovodrun, over MPI (Open MPI 4, MPICH, Intel MPI) or over Gloo, without MPI.
+#
+#   launch/horovodrun.sh --hosts node1:8,node2:8 train --config recipes/finetune.toml --data.root data/EuroSAT_RGB
+#   HOROVOD_CONTROLLER=gloo launch/horovodrun.sh --hostfile hosts.txt --interface eth0 train --config …
+#
+#   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
+#   --hostfile FILE    the same as lines: host slots=N (or host:N)
+#   --np N             the number of ranks; default: all slots.
+#   --interface NAME   the network interface that the hosts share; else horovodrun looks for it
+#   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
+#
+# Without hosts they are those of the Slurm job, or this one. Hosts are reached by ssh without a password and have the project, its .venv included, in the same place.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+parse_arguments "$@"
+check_hosts
+allow_root
+OPTIONS=(-np "$RANKS" -H "$HOSTS")
+[[ -z $INTERFACE ]] || OPTIONS+=(--network-interfaces "$INTERFACE")
+if [[ ${HOROVOD_CONTROLLER:-mpi} == gloo ]]; then exec "$BIN/horovodrun" --gloo "${OPTIONS[@]}" "${COMMAND[@]}"; fi
+if [[ $(PATH=$BIN:$PATH mpirun --version 2>&1) == *"(Open MPI)"* ]]; then
+  MPI="${INTERFACE:+-mca oob_tcp_if_include $INTERFACE}"
+  [[ ! -x $BIN/orted ]] || MPI+=" --prefix $(dirname "$BIN")" # the .venv's own Open MPI, on every host
+  OPTIONS+=(--mpi-args=" $MPI")
+fi
+# As one command: bash reads a script as it goes, and this one may be edited while it waits.
+{ run_until_saved "$BIN/horovodrun" "${OPTIONS[@]}" "${COMMAND[@]}"; exit; }

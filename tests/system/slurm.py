@@ -1,0 +1,114 @@
+"""A Slurm of two nodes, on two of our hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.system.hosts import DYING_WITH_US, Host, Job
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost=a(10.77.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+TmpFS={folder}/tmp-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=bf_interval=5,sched_interval=5
+MpiDefault=none
+ReturnToService=2
+KillWait=10
+OverTimeLimit=1
+NodeName=a NodeAddr=10.77.0.1 CPUs=2 State=UNKNOWN
+NodeName=b NodeAddr=10.77.0.2 CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=a,b Default=YES MaxTime=INFINITE State=UP
+"""
+WAITING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
+
+
+class Slurm:
+    """The controller on host a, whose commands these are."""
+
+    def __init__(self, host: Host, folder: Path, environment: dict[str, str]) -> None:
+        self._host = host
+        self._environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def run(self, *words: object) -> Job:
+        """A finished command on host a."""
+        return self._host.run([str(word) for word in words], **self._environment)
+
+    def submit(self, *words: object) -> str:
+        """The number of a new job."""
+        done = self.run("sbatch", "--parsable", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What scontrol tells of a job."""
+        words = self.run("scontrol", "--oneliner", "show", "job", number).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, number: str, seconds: float) -> dict[str, str]:
+        """The job once it has ended."""
+        deadline = time.monotonic() + seconds
+        while (job := self.job(number))["JobState"] in WAITING:
+            if time.monotonic() > deadline:
+                self.run("scancel", number)
+                raise TimeoutError(f"job {number} is still {job['JobState']}: {job}")
+            time.sleep(1)
+        return job
+
+
+@contextlib.contextmanager
+def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterator[Slurm]:
+    """munged, slurmctld and two slurmd, in the foreground of processes that end with us."""
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
+    for name in ("state", "spool-a", "spool-b", "tmp-a", "tmp-b"):
+        (folder / name).mkdir()
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(128))
+    files = {"socket": "munge.socket", "key-file": "munge.key", "log-file": "munge.log"}
+    files |= {"pid-file": "munge.pid", "seed-file": "munge.seed"}
+    munged = ["munged", "--foreground", "--force", *(f"--{option}={folder / name}" for option, name in files.items())]
+    daemons = [
+        munged,
+        hosts["a"].command(["slurmctld", "-D"]),
+        hosts["a"].command(["slurmd", "-D", "-N", "a"]),
+        hosts["b"].command(["slurmd", "-D", "-N", "b"]),
+    ]
+    variables = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+    started = []
+    try:
+        for number, words in enumerate(daemons):
+            with (folder / f"daemon-{number}.log").open("w") as log:
+                started.append(subprocess.Popen([*DYING_WITH_US, *words], stdout=log, stderr=log, env=variables))
+            time.sleep(1)
+        slurm = Slurm(hosts["a"], folder, environment)
+        _wait_until_idle(slurm)
+        yield slurm
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(20)
+
+
+def _wait_until_idle(slurm: Slurm) -> None:
+    for _ in range(60):
+        if slurm.run("sinfo", "--noheader", "--format=%D %t").stdout.strip() == "2 idle":
+            return
+        time.sleep(1)
+    raise TimeoutError(slurm.run("sinfo").stdout)

@@ -1,0 +1,94 @@
+"""launch/mpirun.sh and launch/horovodrun.sh over three hosts, and what goes wrong there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.conftest import small, summary
+from tests.parallel.test_failures import errors
+from tests.system.conftest import Launch
+from tests.system.hosts import Host
+
+ALL = "a:1,b:1,c:1"
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "environment"),
+    [
+        ("mpirun", ("--interface", "eth0"), {}),
+        ("horovodrun", (), {}),
+        ("horovodrun", ("--interface", "eth0"), {"HOROVOD_CONTROLLER": "gloo"}),
+    ],
+)
+def test_training_over_three_hosts(
+    launch: Launch, data: Path, tmp_path: Path, script: str, options: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("# ours\na slots=1\nb slots=1\n\nc:1\n")
+    run_dir = tmp_path / "run"
+    flags = small(data, run_dir, train__epochs=1)
+    job = launch(script, "--hostfile", hosts, *options, "train", *flags, **environment)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "world        3 ranks (1 on this node)" in job.stdout
+    assert summary(run_dir)["world_size"] == 3
+
+
+def test_the_doctor_over_three_hosts(launch: Launch) -> None:
+    job = launch("mpirun", "--hosts", ALL, "doctor")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert [line.split()[1] for line in job.stdout.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"])] == list(
+        "abc"
+    )
+
+
+@pytest.mark.parametrize("script", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--hosts", ""), "no host in --hosts: write name:slots, or in a file: name slots=N"),
+        (("--hosts", "a:1,b:none"), "'b:none' is no host: write name:slots, or in a file: name slots=N"),
+        (("--hosts", "a:1,a:1"), "host a is named twice"),
+        (("--hosts", ALL, "--np", "4"), f"--np 4 is more than the 3 slots of {ALL}"),
+        (("--hosts", "a:1,nowhere:1"), "host nowhere cannot be reached by ssh: "),
+        (("--hosts", ALL, "--interface", "ib7"), "has no network interface ib7, only eth0 lo"),
+        (("--hostfile", "/nowhere.txt"), "--hostfile /nowhere.txt cannot be read"),
+        (("--hostfile", "/dev/null"), "no host in --hostfile /dev/null: "),
+    ],
+)
+def test_bad_hosts(launch: Launch, script: str, options: tuple[str, ...], message: str) -> None:
+    began = time.monotonic()
+    job = launch(script, *options, "doctor", timeout=60)
+    assert time.monotonic() - began < 30
+    assert job.returncode == 2
+    assert job.stdout == ""
+    assert len(job.stderr.splitlines()) == 1
+    assert message in job.stderr
+
+
+@pytest.mark.parametrize("script", ["mpirun", "horovodrun"])
+def test_data_missing_on_one_host(
+    launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path, script: str
+) -> None:
+    assert hosts["b"].run(["mount", "-t", "tmpfs", "none", str(data)]).returncode == 0
+    try:
+        began = time.monotonic()
+        job = launch(script, "--hosts", ALL, "train", *small(data, tmp_path / "run"))
+    finally:
+        hosts["b"].run(["umount", str(data)])
+    assert time.monotonic() - began < 30
+    assert job.returncode == 2
+    (error,) = errors(job)
+    assert str(data) in error
+    assert error.endswith("(on rank 1 of 3, b)")
+
+
+def test_run_folder_unwritable_on_the_first_host(launch: Launch, data: Path) -> None:
+    began = time.monotonic()
+    job = launch("mpirun", "--hosts", ALL, "train", *small(data, Path("/proc/run")))
+    assert time.monotonic() - began < 30
+    assert job.returncode == 2
+    (error,) = errors(job)
+    assert "run.dir /proc/run: " in error
