@@ -59,8 +59,8 @@ class SharedError(UserError):
 class _Process:
     """What this process keeps, also while the world around it changes (elastic jobs)."""
 
-    def __init__(self) -> None:
-        self.watchdog = Watchdog()
+    def __init__(self, elastic: bool = False) -> None:
+        self.watchdog = Watchdog(patient=elastic)
         self.pulse_due: float | None = None  # the sign of life that ranks at work give to those that wait for them
         self.committed: Any = None
         self.members: Any = None  # Horovod's elastic state, which hears of hosts that come and go
@@ -322,7 +322,7 @@ def _elastically(job: Callable[[_Process], int]) -> int:
 
         def restore(self) -> None: ...
 
-    process = _Process()
+    process = _Process(elastic=True)
     process.members = Members(_hvd().broadcast_object, _hvd().rank)
 
     def regroup() -> None:

@@ -40,9 +40,13 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """The rank's side. Nothing is watched before `start`."""
+    """The rank's side. Nothing is watched before `start`.
 
-    def __init__(self) -> None:
+    patient: a rank that waits for others is not ended, because it will hear that they are gone (elastic jobs).
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self._patient = patient
         self._memory: mmap.mmap | None = None
         self._limit = 0.0
         self._phase, self._patience = "starting", 1.0
@@ -84,7 +88,10 @@ class Watchdog:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Within the block this process waits for the other ranks."""
-        self.beat(waits=True)
+        if self._patient:
+            self.rest()
+        else:
+            self.beat(waits=True)
         yield
         self.beat()
 
