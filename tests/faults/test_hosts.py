@@ -18,6 +18,7 @@ from tests.system.hosts import Host
 
 pytestmark = pytest.mark.slow
 WATCHDOG = 15
+KEEPALIVE = "--mca oob_tcp_keepalive_time 10 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3".split()
 
 
 @pytest.fixture
@@ -30,38 +31,51 @@ def links(hosts: dict[str, Host]) -> Iterator[dict[str, Host]]:
     assert not any(host.processes() for host in hosts.values())
 
 
-def train(
-    hosts: dict[str, Host], folder: Path, fault: str, *arguments: str
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The job on hosts a and b, once it has ended on both, and how long after its fault."""
+def start(hosts: dict[str, Host], folder: Path, fault: str, *arguments: str) -> subprocess.Popen[str]:
+    """The job on hosts a and b, started by mpirun on a."""
     ssh = next(folder.parent.glob("hosts*/bin"))
     variables = environment(FAULT=fault)
-    job = [str(BIN / "mpirun"), "-np", "2", "-H", "a:1,b:1", "--bind-to", "none", "--prefix", str(BIN.parent)]
     forwarded = [word for name in ("FAULT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PATH") for word in ("-x", name)]
-    program = [sys.executable, "-m", "tests.faults.inject", *arguments]
-    done = hosts["a"].run(
-        [*job, *forwarded, "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0", *program],
-        **{**variables, "PATH": f"{ssh}:{variables['PATH']}"},
+    job = [str(BIN / "mpirun"), "-np", "2", "-H", "a:1,b:1", "--bind-to", "none", "--prefix", str(BIN.parent)]
+    job += [*forwarded, "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0", *KEEPALIVE]
+    return subprocess.Popen(
+        hosts["a"].command([*job, sys.executable, "-m", "tests.faults.inject", *arguments]),
+        env={**variables, "PATH": f"{ssh}:{variables['PATH']}"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    while any("tests.faults.inject" in line for host in hosts.values() for line in host.processes()):
-        time.sleep(0.2)
-    return done, time.time() - float((folder / "fault").read_text())
+
+
+def ranks(hosts: dict[str, Host]) -> list[str]:
+    """What runs of the job itself, without its launcher and daemons."""
+    lines = [line for host in hosts.values() for line in host.processes()]
+    return [line for line in lines if "tests.faults.inject" in line and "mpirun" not in line and "orted" not in line]
 
 
 def test_a_link_is_cut(links: dict[str, Host], data: Path, tmp_path: Path) -> None:
-    """The ranks on both sides end, not only those that mpirun still reaches."""
+    """The ranks on both sides end, not only those that mpirun still reaches; and so, a little later, does mpirun."""
     arguments = flags(data, tmp_path / "run", run__watchdog_seconds=WATCHDOG)
-    done, late = train(links, tmp_path, f"1 {STEPS + 2} {STEP} cut", *arguments)
-    assert done.returncode != 0
+    job = start(links, tmp_path, f"1 {STEPS + 2} {STEP} cut", *arguments)
+    while not (tmp_path / "fault").exists():
+        assert job.poll() is None
+        time.sleep(0.1)
+    while ranks(links):
+        time.sleep(0.1)
+    late = time.time() - float((tmp_path / "fault").read_text())
+    print(f"a link is cut: ranks on both sides gone after {late:.1f} s")
     assert late < WATCHDOG + 10
-    assert "waited for the other ranks" in done.stderr
+    _, said = job.communicate(timeout=90)
+    print(f"mpirun gone after {time.time() - float((tmp_path / 'fault').read_text()):.1f} s")
+    assert job.returncode != 0
+    assert "waited for the other ranks" in said
 
 
 def test_a_slow_link_is_not_a_dead_one(links: dict[str, Host], data: Path, tmp_path: Path) -> None:
     """1 Mbit/s from the second step on."""
     arguments = flags(data, tmp_path / "run", run__watchdog_seconds=WATCHDOG)
-    done, _ = train(links, tmp_path, f"1 2 {STEP} slow-link", *arguments)
-    assert done.returncode == 0, done.stderr
+    job = start(links, tmp_path, f"1 2 {STEP} slow-link", *arguments)
+    _, said = job.communicate(timeout=240)
+    assert job.returncode == 0, said
     assert summary(tmp_path / "run")["world_size"] == 2
 
 
