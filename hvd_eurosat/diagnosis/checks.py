@@ -54,7 +54,6 @@ def installation(facts: Facts) -> Iterator[Finding]:
         cure = "unset MPI4PY_LIBMPI and MPI4PY_MPIABI; or build both for one MPI: SETUP_MPI=system launch/install.sh"
         mine, theirs = (", ".join(found[key]) for key in ("mpi4py_mpi", "horovod_mpi"))
         yield mend(f"mpi4py is of another MPI ({mine}) than Horovod ({theirs})", cure)
-    yield from _mpiruns(facts)
 
 
 def _mpiruns(facts: Facts) -> Iterator[Finding]:
@@ -75,6 +74,7 @@ def _mpiruns(facts: Facts) -> Iterator[Finding]:
 
 def machine(facts: Facts) -> Iterator[Finding]:
     """What is wrong with this host and the settings on it."""
+    yield from _mpiruns(facts)
     yield from _graphics(facts)
     yield from _limits(facts)
     yield from _settings(facts)
@@ -164,6 +164,9 @@ def job(ranks: Sequence[Facts], launched: int) -> Iterator[Finding]:
         cure = "use .venv/bin/mpirun or launch/mpirun.sh; srun needs --mpi=pmix"
         what = f"the launcher started {launched} ranks, which do not see each other"
         yield Finding("mend", ranks[0].host, what, cure)
+    if launched == 1 and not ranks[0].ssh:
+        what = "there is no ssh, without which Open MPI's mpirun does not start, on one host either"
+        yield Finding("mend", ranks[0].host, what, "apt-get install openssh-client")
     yield from _differences(ranks)
     for host, count in Counter(facts.host for facts in ranks).items():
         yield from _shared_host([facts for facts in ranks if facts.host == host], count)

@@ -52,6 +52,7 @@ class Facts:
     libraries: dict[str, Any]
     mpirun: Mpirun
     own_mpirun: Mpirun
+    ssh: bool
     nvidia_devices: int
     gpus: list[str]
     gpu: str | None
@@ -81,6 +82,7 @@ def collect() -> Facts:
         libraries=_libraries(),
         mpirun=_mpirun(shutil.which("mpirun")),
         own_mpirun=_mpirun(shutil.which("mpirun", path=str(Path(sys.executable).parent))),
+        ssh=shutil.which("ssh") is not None,
         nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         gpu=None,
