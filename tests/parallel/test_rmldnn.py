@@ -123,17 +123,8 @@ def test_evaluation_by_configuration(launch: Launch, data: Path, run: tuple[Path
 def test_bad_files_of_weights_are_said_once(launch: Launch, data: Path, run: tuple[Path, str], tmp_path: Path) -> None:
     whole = (run[0] / "model.h5").read_bytes()
     (tmp_path / "short.h5").write_bytes(whole[: len(whole) // 2])
-    job = launch(
-        "mpirun",
-        2,
-        "train",
-        "--data.root",
-        data,
-        "--run.dir",
-        tmp_path / "run",
-        "--model.weights",
-        tmp_path / "short.h5",
-    )
+    arguments = ("--data.root", data, "--run.dir", tmp_path / "run", "--train.batch_size", 16)
+    job = launch("mpirun", 2, "train", *arguments, "--model.weights", tmp_path / "short.h5")
     assert job.returncode == 2
     assert job.stderr.count(f"error: model.weights {tmp_path / 'short.h5'}: not a whole HDF5 file") == 1
     assert not (tmp_path / "run").exists()
