@@ -89,16 +89,15 @@ def main(world: World, settings: EvaluateSettings) -> None:
 def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
     """Raise UserError where an rmldnn configuration asks for other images or another network than the checkpoint's."""
     data, model = Data(**saved.config["data"]), Model(**saved.config["model"])
-    for key, value in settings.expected.items():
-        if key == "layers":
-            details, known = read_layers(Path(value)).details, Details.of(model)
-            if details != known:
-                raise UserError(
-                    f"neural_network.layers {value} is of a network with {details}; the checkpoint has {known}"
-                )
-        elif getattr(data, key) != value:
-            was = getattr(data, key)
-            raise UserError(f"neural_network.data.transforms mean {key} {value}; the checkpoint was trained with {was}")
+    expected = dict(settings.expected)
+    if layers := expected.pop("layers", None):
+        details = read_layers(Path(layers)).details
+        if details != Details.of(model):
+            raise UserError(f"neural_network.layers {layers} is of {details}; the checkpoint has {Details.of(model)}")
+    for key, value in expected.items():
+        known = getattr(data, key)
+        if known != value:
+            raise UserError(f"neural_network.data.transforms mean {key} {value}; the checkpoint has {known}")
 
 
 def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:

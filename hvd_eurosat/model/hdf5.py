@@ -79,7 +79,9 @@ def _named(group: h5py.Group) -> Datasets:
 def _numbered(group: h5py.Group) -> tuple[str, Datasets]:
     """Keras 3's: a group vars with 0, 1, ... in the order of creation, and the layer's name as an attribute."""
     values = _child(group, "vars")
-    name = str(values.attrs.get("name", group.name))
+    if "name" not in values.attrs:
+        raise ValueError("it does not name its layers (an early Keras 3): save the whole model, model.save(FILE.h5)")
+    name = str(values.attrs["name"])
     keys: tuple[str, ...] = ("kernel", "bias")
     if name.endswith("_bn"):
         keys = NORM[2:] if len(values) == 2 else NORM
