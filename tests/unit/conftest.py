@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from hvd_eurosat.config import Config, Model
+from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.checkpoint import Checkpoint
 
 Encode = Callable[..., bytes]
 Grow = Callable[..., Path]
@@ -39,3 +45,23 @@ def grow(tmp_path: Path, encode: Encode) -> Grow:
         return root
 
     return grown
+
+
+def saved_checkpoint(path: Path, model: LandCoverResNet, classes: list[str], settings: Model) -> Path:
+    """A checkpoint of the model after 3 epochs."""
+    state = Checkpoint(
+        model=model.state_dict(),
+        frozen=[],
+        optimiser={},
+        rank_buffers=torch.zeros(1, 1),
+        sums=torch.zeros(1, 4, dtype=torch.float64),
+        epoch=3,
+        samples=0,
+        step=30,
+        config=Config(model=settings).model_dump(mode="json"),
+        classes=classes,
+        digest="d",
+        precision="fp32",
+    )
+    checkpoint.write(state, path, frozen=None)
+    return path

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from torchvision.models import resnet18
 
-from hvd_eurosat.config import Config, Data, Model, Optim
+from hvd_eurosat.config import Data, Model, Optim
 from hvd_eurosat.data.augment import augment, resample
 from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
 from hvd_eurosat.data.images import Crop, decode, to_array
@@ -22,11 +22,9 @@ from hvd_eurosat.export import ExportSettings, export
 from hvd_eurosat.model.resnet import LandCoverResNet, build
 from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.predict import spread
-from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import write_predictions
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
-from tests.unit.conftest import Grow
+from tests.unit.conftest import Grow, saved_checkpoint
 
 CLASSES = ["a", "b", "c"]
 
@@ -36,21 +34,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LandCoverResN
     """A checkpoint of a small network, and the network."""
     path = tmp_path_factory.mktemp("saved") / "epoch-0003.pt"
     model = build("resnet18", 3, "all", seed=0)
-    config = Config(model=Model(arch="resnet18", trainable="all"))
-    checkpoint.save(
-        Checkpoint(
-            model=model.state_dict(),
-            optimiser={},
-            rank_buffers=torch.zeros(1, 1),
-            epoch=3,
-            step=30,
-            config=config.model_dump(mode="json"),
-            classes=CLASSES,
-            digest="d",
-            precision="fp32",
-        ),
-        path,
-    )
+    saved_checkpoint(path, model, CLASSES, Model(arch="resnet18", trainable="all"))
     return path, model.eval()
 
 

@@ -33,6 +33,7 @@ from hvd_eurosat.model.keras_json import Architecture, parse_layers, read_layers
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.model.settle import settle
 from hvd_eurosat.model.weights import load_weights, read_weights
+from tests.unit.conftest import saved_checkpoint
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -73,10 +74,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("exported")
     model = build("resnet50", 10, "bn+head", seed=1, details=Details(request.param, epsilon=2e-5)).eval()
     lively(model)
-    torch.save(
-        {"model": model.state_dict(), "config": {"model": {"variant": request.param, "bn_epsilon": 2e-5}}},
-        folder / "source.pt",
-    )
+    model_settings = Model(variant=request.param, bn_epsilon=2e-5)
+    saved_checkpoint(folder / "source.pt", model, list("abcdefghij"), model_settings)
     section = Model(weights=str(folder / "source.pt"), variant=request.param, bn_epsilon=2e-5)
     lines = export(ExportSettings(format="keras", out=folder, model=section))
     assert lines == [f"wrote {folder / 'model.h5'}", f"wrote {folder / 'layers.json'}"]
