@@ -74,7 +74,10 @@ def run(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_checkpoints_logs_and_predictions(run: tuple[Path, str]) -> None:
     folder, printed = run
-    assert [path.name for path in (folder / "saved").iterdir()] == ["model_checkpoint_2.pt"]
+    assert sorted(path.name for path in (folder / "saved").iterdir()) == [
+        "model_checkpoint_2.json",
+        "model_checkpoint_2.pt",
+    ]
     train, test = ((folder / f"out_{kind}.txt").read_text().splitlines() for kind in ("train", "test"))
     assert train[0] == "time epoch batch loss gradient_norm learning_rate"
     assert test[0] == "time epoch loss accuracy"
