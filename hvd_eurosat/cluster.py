@@ -333,12 +333,6 @@ def _elastically(job: Callable[[_Process], int]) -> int:
     return cast(int, run_fn(lambda _: job(process), regroup)(process.members))
 
 
-def start() -> World:
-    """Join the job. Collective."""
-    _init()
-    return _world(_Process())
-
-
 def join() -> World:
     """Join the job as its launcher has laid it out, good or bad. Collective."""
     _init()

@@ -1,6 +1,6 @@
 """A trained network, or one prepared for training, in the formats of other tools.
 
-python -m hvd_eurosat.export --checkpoint runs/finetune/checkpoints/epoch-0015.pt --format keras --out exported
+python -m hvd_eurosat.export --checkpoint runs/finetune/checkpoints/best.json --format keras --out exported
 python -m hvd_eurosat.export --model.weights imagenet --format keras --out prepared
 """
 

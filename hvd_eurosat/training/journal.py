@@ -104,7 +104,6 @@ class Journal:
         """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation."""
         if not self._files:
             return
-        best = max((event["accuracy"] for event in self._files.events("valid")), default=-1.0)
         facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
         times = {"images_per_second": self._rate, "seconds": self._seconds, "stragglers": self._stragglers}
         self._files.record("train", epoch, step=step, skipped_steps=sums.skipped, **facts, **times)
@@ -116,8 +115,8 @@ class Journal:
         self._files.record("valid", epoch, step=step, **validation.event())
         if self._outfile:
             self._outfile.validated(epoch, validation)
-        is_best = validation.accuracy > best
-        self.display.epoch(self._config.train.epochs, self._files.events("train")[-1], validation, is_best)
+        trained = self._files.events("train")[-1]
+        self.display.epoch(self._config.train.epochs, trained, validation, self._files.last_is_best())
 
     def save(self, state: Checkpoint | None) -> None:
         """A checkpoint, in the background, which carries the history up to and with itself.
@@ -126,12 +125,10 @@ class Journal:
         """
         if not self._files or not self._saver or not state:
             return
-        run, accuracies = self._config.run, [event["accuracy"] for event in self._files.events("valid")]
-        is_best = bool(accuracies) and accuracies[-1] > max(accuracies[:-1], default=-1.0)
-        due = state.epoch % run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
+        due = state.epoch % self._config.run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
         if self._outfile:
             self._outfile.flush()
-        if state.samples or due or is_best:
+        if state.samples or due or self._files.last_is_best():
             if not state.samples:
                 self._files.record("checkpoint", state.epoch, step=state.step)
             self._saver.save(dataclasses.replace(state, history=self._files.history()))

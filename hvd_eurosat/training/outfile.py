@@ -17,20 +17,19 @@ TEST = "time epoch loss accuracy"
 
 
 class Outfile:
-    """The logs of run.outfile, which rank 0 writes with every checkpoint; without one, every call does nothing.
+    """The logs of run.outfile, which rank 0 writes with every checkpoint.
 
     time: seconds of training and validation, over all starts of the run; epoch and batch: from 1; loss: the mean over
     the global batch; accuracy: a fraction. On resume the lines after `epochs` and `batches` of the next are cut off.
     """
 
-    def __init__(self, path: Path | None, epochs: int, batches: int) -> None:
+    def __init__(self, path: Path, epochs: int, batches: int) -> None:
         self._path = path
         self._batch = batches
         self._steps: list[tuple[float, int, int, float, Tensor]] = []
         self._began = time.perf_counter()
-        if path:
-            kept = [_begin(self._named("train"), TRAIN, epochs, batches), _begin(self._named("test"), TEST, epochs, 0)]
-            self._began -= max(kept)
+        kept = [_begin(self._named("train"), TRAIN, epochs, batches), _begin(self._named("test"), TEST, epochs, 0)]
+        self._began -= max(kept)
 
     def stepped(self, epoch: int, loss: Tensor, norm: Tensor, rate: float) -> None:
         """After a step of an epoch (from 1); loss and gradient norm are float32 [] on the device, and stay there."""
@@ -54,12 +53,9 @@ class Outfile:
         self._append("test", [_line(seconds, epoch, validation.loss, validation.accuracy)])
 
     def _named(self, kind: str) -> Path:
-        path = self._path or Path()
-        return path.with_name(f"{path.stem}_{kind}{path.suffix}")
+        return self._path.with_name(f"{self._path.stem}_{kind}{self._path.suffix}")
 
     def _append(self, kind: str, lines: list[str]) -> None:
-        if not self._path:
-            return
         try:
             with self._named(kind).open("a") as file:
                 file.write("".join(f"{line}\n" for line in lines))

@@ -171,6 +171,11 @@ class RunDirectory:
         """The events of one kind so far, oldest first."""
         return [line for line in self._history if line["event"] == event]
 
+    def last_is_best(self) -> bool:
+        """Whether the last validation, if there was one, is better than all before it."""
+        accuracies = [event["accuracy"] for event in self.events("valid")]
+        return bool(accuracies) and accuracies[-1] > max(accuracies[:-1], default=-1.0)
+
     def best_checkpoint(self) -> Checkpoint:
         """The checkpoint with the best validation accuracy. Raises RunError if it is not whole."""
         best = self.checkpoints.best()

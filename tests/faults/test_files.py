@@ -26,6 +26,7 @@ from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.saver import Saver
 from tests.faults.conftest import STEP, STEPS, Inject, environment, fingerprint, flags, launched
 from tests.parallel.conftest import checkpoint_file
+from tests.unit.conftest import Canary
 
 
 @pytest.fixture
@@ -182,16 +183,6 @@ def test_mutated_files_are_a_clean_error(tmp_path: Path, state: Checkpoint, data
         path.write_bytes(whole)
         read()
     assert refused > 180
-
-
-class Canary:
-    """What a pickle would run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.path}",)
 
 
 def test_weights_that_would_run_code(data: Path, tmp_path: Path) -> None:

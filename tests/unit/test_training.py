@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import digest
+from tests.unit.conftest import Canary
 
 
 def rates(optim: Optim, batch: int = 64) -> list[float]:
@@ -145,16 +145,6 @@ def test_nothing_damaged_is_read(tmp_path: Path, state: Checkpoint) -> None:
         folder.newest(reports.append)
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         folder.newest(never)
-
-
-class Canary:
-    """What a pickle would run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.path}",)
 
 
 @pytest.mark.parametrize("field", ["model", "optimiser", "history"])
