@@ -85,7 +85,7 @@ def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]
     """The network as training would begin with it."""
     chosen = settle(settings.model, settings.classes)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
-    load_weights(model, chosen.weights, chosen.arch)
+    load_weights(model, chosen)
     return model, describe(model, chosen.arch, settings.data)
 
 

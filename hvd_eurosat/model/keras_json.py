@@ -199,7 +199,9 @@ def _trainable(names: set[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, so that a setting can be compared."""
+    """A setting that can be compared: lists as tuples, functions (of TensorFlow, since Keras 2.13) by name."""
+    if isinstance(value, dict) and value.get("class_name") == "function":
+        return value.get("config")
     return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 

@@ -57,7 +57,7 @@ def test_onnx(saved: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
 def test_what_goes_out_comes_back(saved: tuple[Path, LandCoverResNet], tmp_path: Path, format_: str, name: str) -> None:
     export(ExportSettings.model_validate({"checkpoint": saved[0], "format": format_, "out": tmp_path}))
     again = build("resnet18", 3, "all", seed=1)
-    load_weights(again, str(tmp_path / name), "resnet18")
+    load_weights(again, Model(weights=str(tmp_path / name), arch="resnet18"))
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in saved[1].state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == [name]
     if format_ == "torch":

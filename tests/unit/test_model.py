@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet50
 
+from hvd_eurosat.config import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import build, count_parameters
 from hvd_eurosat.model.weights import load_weights
@@ -63,7 +64,7 @@ def test_weights_with_another_head(tmp_path: Path, suffix: str) -> None:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     model = build("resnet18", 10, "bn+head", seed=5)
     head = model.fc.weight.clone()
-    load_weights(model, str(path), "resnet18")
+    load_weights(model, Model(weights=str(path), arch="resnet18"))
     assert torch.equal(model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
     assert torch.equal(model.fc.weight, head)
 
@@ -105,7 +106,7 @@ def test_bad_weights(tmp_path: Path, content: str | bytes, message: str) -> None
     if content == "pickle":
         torch.save({"model": Exploit(tmp_path / "canary")}, path)
     with pytest.raises(UserError) as error:
-        load_weights(build("resnet18", 10, "all", seed=0), str(path), "resnet18")
+        load_weights(build("resnet18", 10, "all", seed=0), Model(weights=str(path), arch="resnet18"))
     assert re.search(message, str(error.value))
     assert not (tmp_path / "canary").exists()
 
@@ -116,12 +117,12 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     model = build("resnet18", 10, "bn+head", seed=0)
     with pytest.raises(UserError) as error:
-        load_weights(model, "imagenet", "resnet18")
+        load_weights(model, Model(arch="resnet18"))
     place = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     assert f"put https://download.pytorch.org/models/resnet18-f37072fd.pth at {place}" in str(error.value)
     source = build("resnet18", 1000, "all", seed=9)
     torch.save(source.state_dict(), place)
-    load_weights(model, "imagenet", "resnet18")
+    load_weights(model, Model(arch="resnet18"))
     assert torch.equal(model.conv1.weight, source.conv1.weight)
 
 
