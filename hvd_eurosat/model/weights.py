@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,7 @@ def load_weights(model: LandCoverResNet, settings: Model) -> None:
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
+    problems += [f"{name} is not finite" for name, tensor in state.items() if not tensor.isfinite().all()]
     if problems:
         raise UserError(f"model.weights {source}: not weights of {arch}: {min(problems)} ({len(problems)} differences)")
     model.load_state_dict(state, strict=False)
@@ -92,7 +94,10 @@ def _safetensors(path: Path) -> Weights:
 
 
 def _torch(path: Path) -> Weights:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's words advise to execute what is in the file
+        raise ValueError("it is damaged, or holds more than tensors") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("not a state dict")
     return _stated(state, getattr(state, "_metadata", {}).get("", {}))

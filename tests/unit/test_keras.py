@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -286,6 +287,13 @@ def test_single_layers_can_be_frozen(layers: Object) -> None:
         settle(Model(trainable="layer9,fc", weights="none"), 10)
 
 
+def another_head(content: Object) -> Object:
+    head = copy.deepcopy(content["config"]["layers"][-1])
+    head["name"] = head["config"]["name"] = "other"
+    content["config"]["layers"].append(head)
+    return content
+
+
 def lambda_layer(content: Object) -> Object:
     content["config"]["layers"][3] |= {"class_name": "Lambda"}
     content["config"]["layers"][3]["config"]["function"] = ["4wEAAAAAAAAA", None, None]
@@ -299,6 +307,12 @@ def lambda_layer(content: Object) -> Object:
         (lambda c: {**c, "class_name": "Sequential"}, "not a functional Keras model"),
         (lambda c: {**c, "config": {"layers": "many"}}, "it has no list config.layers"),
         (lambda c: {**c, "config": {"layers": [1]}}, "layer 0 is not an object"),
+        (another_head, "inputs and dense layers are ['dense', 'input_1', 'other'], expected one of each"),
+        (
+            lambda c: c["config"].update(output_layers=[["conv5_block3_out", 0, 0]]) or c,
+            "its output is that of ['conv5_block3_out'], not of the head alone",
+        ),
+        (lambda c: c["config"].pop("output_layers") and c, "output_layers None are not understood"),
         (lambda_layer, "not a ResNet-50: conv1_bn is a 'Lambda', expected BatchNormalization"),
         (lambda c: edit(c, "conv3_block2_2_conv", filters=99), "conv3_block2_2_conv has filters 99, expected 128"),
         (

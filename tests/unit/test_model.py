@@ -87,8 +87,9 @@ class Exploit:
         (b"not weights at all", "not a file of weights"),
         ("other arch", r"not weights of resnet18: .* \(\d+ differences\)"),
         ("missing", r"not weights of resnet18: conv1.weight is missing \(1 differences\)"),
+        ("not finite", r"conv1.weight is not finite \(1 differences\)"),
         ("list", "not a state dict"),
-        ("pickle", "not a file of weights"),
+        ("pickle", "not a file of weights: it is damaged, or holds more than tensors"),
     ],
 )
 def test_bad_weights(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -101,6 +102,10 @@ def test_bad_weights(tmp_path: Path, content: str | bytes, message: str) -> None
         state = build("resnet18", 10, "all", seed=0).state_dict()
         del state["conv1.weight"]
         torch.save(state, path)
+    if content == "not finite":
+        model = build("resnet18", 10, "all", seed=0)
+        model.conv1.weight.data[0] = torch.nan
+        torch.save(model.state_dict(), path)
     if content == "list":
         torch.save([1, 2], path)
     if content == "pickle":
