@@ -66,8 +66,6 @@ def parse_layers(content: Any) -> Architecture:
     """The architecture in the JSON of a Keras model. Raises ValueError for any but our ResNet-50."""
     layers, outputs = _layers(content)
     details = _backbone(layers)
-    if outputs != [HEAD]:
-        raise ValueError(f"its output is that of {_shown(outputs)}, not of the head alone")
     classes = _find(layers, HEAD).settings.get("units")
     if type(classes) is not int or not 0 < classes < 2**20:
         raise ValueError(f"the head has {_shown(classes)} units")
@@ -76,9 +74,10 @@ def parse_layers(content: Any) -> Architecture:
         _compare(layers, expected[name])
     for name in layers.keys() - expected.keys():
         raise ValueError(f"not a ResNet-50: {_shown(layers[name].kind)} layer {_shown(name)} is none of its layers")
-    return Architecture(
-        details, _trainable({name for name, layer in layers.items() if layer.settings["trainable"]}), classes
-    )
+    if outputs != [HEAD]:
+        raise ValueError(f"its output is that of {_shown(outputs)}, not of the head alone")
+    trains = {name for name, layer in layers.items() if layer.settings["trainable"]}
+    return Architecture(details, _trainable(trains), classes)
 
 
 def parse_backbone(content: Any) -> Details:

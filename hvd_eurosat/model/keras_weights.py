@@ -32,15 +32,15 @@ TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "movi
 
 def write_weights(file: BinaryIO, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """A state dict (torchvision's keys) in Keras' layout; facts become attributes of the file, JSON where not text."""
+    names = [layer.name for layer in resnet50(Details(str(facts["variant"])), 1)]
+    weighted = weight_layers()
     with h5py.File(file, "w") as archive:
-        archive.attrs["layer_names"] = [layer.name.encode() for layer in resnet50(Details(str(facts["variant"])), 1)]
+        archive.attrs["layer_names"] = [name.encode() for name in names]
         archive.attrs["backend"] = "tensorflow"
         archive.attrs["keras_version"] = "2.15.0"
         for key, value in facts.items():
             archive.attrs[key] = value if isinstance(value, str) else json.dumps(value)
-        weighted = weight_layers()
-        for layer in archive.attrs["layer_names"]:
-            name = layer.decode() if isinstance(layer, bytes) else str(layer)
+        for name in names:
             arrays = _to_keras(name, state) if name in weighted else {}
             group = archive.create_group(name)
             group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in arrays]
