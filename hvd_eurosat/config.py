@@ -165,6 +165,9 @@ class Train(Section):
     """passes over the training images"""
     batch_size: PositiveInt = 64
     """images per rank and step"""
+    start_size: Side = 0
+    """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.image_size, every size
+    for as many epochs, which makes training from scratch a third shorter; 0: full size from the start"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
@@ -276,6 +279,8 @@ class Config(Settings):
     def _fits_together(self) -> Config:
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"optim.warmup_epochs must be below train.epochs ({self.train.epochs})")
+        if self.train.start_size and not 32 <= self.train.start_size <= self.data.image_size:
+            raise ValueError(f"train.start_size must be 0 or between 32 and data.image_size ({self.data.image_size})")
         return self
 
     def to_toml(self) -> str:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvd_eurosat.cluster import GradientBuckets, SharedError, World
-from hvd_eurosat.config import Config
-from hvd_eurosat.data.augment import augment, normalise
+from hvd_eurosat.config import Config, Train
+from hvd_eurosat.data.augment import augment, normalise, shrink
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.state import TrainingState
@@ -19,6 +19,7 @@ from hvd_eurosat.training.stragglers import Stopwatch
 
 GPU_LAG = 4  # steps that the host is behind the device when it reads what the step found
 NON_FINITE_STEPS = 3
+SIZE_STEP = 16  # pixels
 
 
 def check_compiler(config: Config, device: torch.device) -> None:
@@ -36,6 +37,12 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
         raise UserError(f"train.class_weights has {len(config.train.class_weights)} weights for {classes} classes")
     weights = torch.tensor(config.train.class_weights, device=images.device)
     return weights / weights[images.labels.to(images.device)].mean()
+
+
+def image_size(full: int, train: Train, epoch: int) -> int:
+    """The side of the training images in an epoch (from 0): progressive learning (Tan & Le 2021, "EfficientNetV2")."""
+    sizes = [*range(train.start_size or full, full, SIZE_STEP), full]
+    return sizes[epoch * len(sizes) // train.epochs]
 
 
 class Step:
@@ -121,8 +128,9 @@ class Step:
                 raise Stopped
 
     def _prepare(self, batch: Batch) -> Tensor:
-        data = self._config.data
-        return normalise(augment(batch.images, batch.indices, self._config.train.seed, self._state.epoch, data), data)
+        data, train, epoch = self._config.data, self._config.train, self._state.epoch
+        images = augment(batch.images, batch.indices, train.seed, epoch, data)
+        return normalise(shrink(images, image_size(data.image_size, train, epoch)), data)
 
 
 class _Findings:
