@@ -41,7 +41,7 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
 
 def image_size(full: int, train: Train, epoch: int) -> int:
     """The side of the training images in an epoch (from 0): progressive learning (Tan & Le 2021, "EfficientNetV2")."""
-    sizes = [*range(train.start_size or full, full, SIZE_STEP), full]
+    sizes: list[int] = [*range(train.start_size or full, full, SIZE_STEP), full]
     return sizes[epoch * len(sizes) // train.epochs]
 
 
