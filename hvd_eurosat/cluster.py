@@ -211,19 +211,30 @@ class GradientBuckets:
     Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
     backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
-    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own.
+    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own
+    (but with Adasum, which adds numbers up in another way). Buckets travel as `dtype`.
     """
 
-    def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter], notes: int) -> None:
-        self._world = world
+    def __init__(
+        self,
+        world: World,
+        parameters: Sequence[torch.nn.Parameter],
+        notes: int,
+        adasum: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if adasum and world.size & (world.size - 1):
+            raise SharedError(f"optim.reduction adasum works on 2, 4, 8, ... ranks, not on {world.size}")
+        self._world, self._adasum, self._dtype = world, adasum, dtype
         self._missing: list[int] = []
-        self._handles: dict[int, int] = {}
+        self._handles: dict[int, tuple[int, Tensor]] = {}
         groups = _split(list(reversed(parameters)), BUCKET_BYTES)
         self._sizes = [len(group) for group in groups]
         rooms = [sum(p.numel() for p in group) for group in groups]
-        rooms[-1] += notes
+        if not adasum:
+            rooms[-1] += notes
         self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
-        self.notes = self.buffers[-1][-notes:]
+        self.notes = torch.zeros(notes, device=world.device) if adasum else self.buffers[-1][-notes:]
         for number, group in enumerate(groups):
             self._hold(number, group)
 
@@ -238,8 +249,10 @@ class GradientBuckets:
     def _arrived(self, number: int) -> None:
         self._missing[number] -= 1
         if self._missing[number] == 0 and self._world.size > 1:
-            buffer = self.buffers[number]
-            self._handles[number] = _hvd().allreduce_async_(buffer, name=f"gradients.{number}", op=_hvd().Sum)
+            sent = self.buffers[number].to(self._dtype)
+            operation = _hvd().Adasum if self._adasum else _hvd().Sum
+            handle = _hvd().allreduce_async_(sent, name=f"gradients.{number}", op=operation)
+            self._handles[number] = handle, sent
 
     def zero(self) -> None:
         """Start a step: all gradients and notes to zero, in place."""
@@ -250,8 +263,12 @@ class GradientBuckets:
     def wait(self) -> None:
         """Until the sums over all ranks are in the parameters' gradients and in the notes."""
         with self._world.waiting():
-            for handle in self._handles.values():
+            for number, (handle, sent) in self._handles.items():
                 _hvd().synchronize(handle)
+                if sent.dtype != torch.float32:
+                    self.buffers[number].copy_(sent)
+            if self._adasum:
+                self.notes.copy_(self._world.sum(self.notes))
         self._handles.clear()
 
 
