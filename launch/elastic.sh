@@ -27,6 +27,11 @@ HOSTS_NOW="--hosts '$HOSTS'"
 # have all started), horovodrun after 15 s (elastic/ssh). A host that failed again and again is tried less and less.
 export HOROVOD_GLOO_TIMEOUT_SECONDS=${HOROVOD_GLOO_TIMEOUT_SECONDS:-15}
 export PATH=$ROOT/launch/elastic:$PATH
-exec "$BIN/horovodrun" --gloo -np "$RANKS" --min-np "$MIN_RANKS" ${MAX_RANKS:+--max-np "$MAX_RANKS"} \
+# horovodrun tells the first rank of every change, and would wait two minutes for one whose host is gone.
+exec "$BIN/python" -c '
+import socket
+from horovod.runner.launch import run_commandline
+socket.setdefaulttimeout(3)
+run_commandline()' --gloo -np "$RANKS" --min-np "$MIN_RANKS" ${MAX_RANKS:+--max-np "$MAX_RANKS"} \
   --host-discovery-script "'$ROOT/launch/elastic/discover.sh' $HOSTS_NOW" --blacklist-cooldown-range 10 300 \
   --elastic-timeout "${HOROVOD_ELASTIC_TIMEOUT:=600}" --network-interface "$INTERFACE" "${COMMAND[@]}"

@@ -67,9 +67,9 @@ def trained(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory
     return run_dir
 
 
-def make_data(folder: Path, seed: int) -> Path:
+def make_data(folder: Path, seed: int, per_class: int = 12) -> Path:
     """A prepared data set below `folder`."""
-    for name, image in generate(per_class=12, seed=seed):
+    for name, image in generate(per_class=per_class, seed=seed):
         path = folder / "source" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
