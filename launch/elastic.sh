@@ -13,14 +13,17 @@
 #
 # Without hosts they are those of the Slurm job (sbatch --no-kill). Hosts are reached by ssh without a password and have the project, its .venv included, in the same place.
 # This host is the one that may not be lost. When one rank of a host fails, the host is left out for half a minute.
+# SIGTERM ends it at once; SIGUSR1 to one of the ranks saves first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 MIN_RANKS=1 MAX_RANKS=''
 parse_arguments "$@"
-[[ -n $INTERFACE ]] || die "--interface: which one do the hosts share? Here are: $(cd /sys/class/net && echo *)"
+((MIN_RANKS <= RANKS && RANKS <= ${MAX_RANKS:-$RANKS})) ||
+  die "--min-np $MIN_RANKS, --np $RANKS${MAX_RANKS:+ and --max-np $MAX_RANKS} are not in order"
 check_hosts
+[[ -n $INTERFACE ]] || die "--interface: which one do the hosts share? Here are: $(cd /sys/class/net && echo *)"
 HOSTS_NOW="--hosts '$HOSTS'"
 [[ -z $HOSTFILE ]] || HOSTS_NOW="--hostfile '$(realpath "$HOSTFILE")'"
 # A rank hears after this time that another's host is gone (Gloo waits so long for data, and for ranks to connect that

@@ -102,6 +102,7 @@ def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
         pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
         pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
         pytest.param("gloo", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
+        pytest.param("elastic", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
         pytest.param("python", f"0 {STEPS + 2} {STEP} term", 75, marks=slow),
         pytest.param("mpirun", f"0 2 {EVALUATE} usr1", 75, marks=slow),
         pytest.param("mpirun", f"0 {EPOCHS + 1} {EVALUATE} usr1", 75, marks=slow),

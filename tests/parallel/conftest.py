@@ -22,8 +22,8 @@ LAUNCHERS = {
     "mpirun": [str(BIN / "mpirun"), "--bind-to", "none", "--oversubscribe", "-np"],
     "horovodrun": [str(BIN / "horovodrun"), "-np"],
     "gloo": [str(BIN / "horovodrun"), "--gloo", "--network-interface", "lo", "-np"],
-    "elastic": [str(BIN / "horovodrun"), "--gloo", "--network-interface", "lo", "-H", THREE, "--min-np", "1", "-np"],
 }
+LAUNCHERS["elastic"] = [*LAUNCHERS["gloo"], "1", "--min-np", "1", "-H", THREE, "--max-np"]
 Job = subprocess.CompletedProcess[str]
 Launch = Callable[..., Job]
 
