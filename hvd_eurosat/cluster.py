@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
+from hvd_eurosat import rendezvous
 from hvd_eurosat.config import Settings
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.watchdog import Watchdog
@@ -182,7 +183,8 @@ class World:
     def commit(self, state: Any) -> None:
         """Keep a state from which all go on when ranks are lost or join, which may happen here. Collective."""
         self._process.committed = state
-        self._process.members.check_host_updates()
+        with self.waiting():
+            self._process.members.check_host_updates()
 
     def committed(self) -> Any:
         """Rank 0's committed state on every rank, None in a job that has just begun. Collective."""
@@ -339,12 +341,18 @@ def _elastically(job: Callable[[_Process], int]) -> int:
 
         def restore(self) -> None: ...
 
+        def on_reset(self) -> None: ...  # it would lose the news that came since this rank asked for its place
+
     process = _Process(elastic=True)
     process.members = Members(_hvd().broadcast_object, _hvd().rank)
 
     def regroup() -> None:
         process.watchdog.rest()  # new hosts may take their time
+        process.pulse_due = None
         _hvd().shutdown()
+        State.on_reset(process.members)
+        rendezvous.meet(again=True)
+        os.environ["HOROVOD_ELASTIC"] = "0"  # Horovod would ask for a place too
         _hvd().init()
 
     return cast(int, run_fn(lambda _: job(process), regroup)(process.members))
@@ -366,7 +374,11 @@ def _init() -> None:
     else:
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-        _hvd().init()
+        hvd = _hvd()
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            del os.environ["HOROVOD_CYCLE_TIME"]  # with this and the threshold given, a second init would crash
+            rendezvous.meet(again=False)
+        hvd.init()
 
 
 def _world(process: _Process) -> World:
