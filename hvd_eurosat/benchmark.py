@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from hvd_eurosat import cluster
 from hvd_eurosat.benchmarks import memory, project, results, scaling, step
@@ -21,7 +21,7 @@ from hvd_eurosat.benchmarks.settings import MemorySettings, ProjectSettings, Sca
 from hvd_eurosat.config import read
 from hvd_eurosat.errors import RunError, UserError
 
-Measure = Callable[[Launcher, Callable[[str], None]], dict[str, Any]]
+Measure = Callable[[Launcher, Any, Callable[[str], None]], dict[str, Any]]
 SUBCOMMANDS: dict[str, tuple[type[StepSettings], Measure, str]] = {
     "step": (StepSettings, step.measure, "the training step beside Horovod's example"),
     "scaling": (ScalingSettings, scaling.measure, "1 to N ranks, weak and strong"),
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     schema, measure, _ = SUBCOMMANDS[name]
     try:
         settings = read(schema, arguments[1:], f"benchmark {name}")
-        found = measure(Launcher.of(settings), lambda text: print(text, file=sys.stderr, flush=True))
+        found = measure(Launcher.of(settings), settings, lambda text: print(text, file=sys.stderr, flush=True))
         everything = results.merge(settings.folder, name, found)
         results.draw(everything, settings.folder / "benchmark.png")
     except (UserError, RunError) as error:

@@ -94,7 +94,7 @@ def load(options: argparse.Namespace, device: torch.device) -> tuple[DataLoader[
     ]
     folder = datasets.ImageFolder(str(options.data / "train"), transforms.Compose(steps))
     sampler: DistributedSampler[Any] = DistributedSampler(folder, hvd.size(), hvd.rank())
-    on_gpu = {"num_workers": WORKERS, "pin_memory": True, "multiprocessing_context": "forkserver"}
+    on_gpu: dict[str, Any] = {"num_workers": WORKERS, "pin_memory": True, "multiprocessing_context": "forkserver"}
     beside = on_gpu if device.type == "cuda" else {}
     return DataLoader(folder, options.batch_size, sampler=sampler, **beside), sampler
 

@@ -112,6 +112,7 @@ class Sampler:
     """The largest proportional set size of this process, sampled while it works."""
 
     def __init__(self, images: Images) -> None:
+        self._file = images.images.nbytes
         images.images.amax()  # so that all of the packed images are in memory
         self._peak = 0
         self._over = threading.Event()
@@ -123,11 +124,11 @@ class Sampler:
             self._peak = max(self._peak, psutil.Process().memory_full_info().pss)
 
     def stop(self) -> dict[str, float]:
-        """In MB: "peak_pss", and "data" of it, this rank's share of the packed images."""
+        """In MB: "peak_pss", "images" of it (this rank's share of the packed ones) and "images_file", their file."""
         self._over.set()
         self._thread.join()
-        data = sum(area.pss for area in psutil.Process().memory_maps() if area.path.endswith(".npy"))
-        return {"peak_pss": self._peak / MB, "data": data / MB}
+        images = sum(area.pss for area in psutil.Process().memory_maps() if area.path.endswith(".npy"))
+        return {"peak_pss": self._peak / MB, "images": images / MB, "images_file": self._file / MB}
 
 
 def load(argv: Sequence[str]) -> JobSettings:
@@ -186,7 +187,7 @@ def time_messages(world: World, size: int) -> list[float]:
     for _ in range(REPEATS):
         buckets.zero()
         time.sleep(moments.uniform(0.0, 0.02))
-        parameter.sum().backward()  # type: ignore[no-untyped-call]
+        parameter.sum().backward()
         began = time.perf_counter()
         buckets.wait()
         seconds.append(time.perf_counter() - began)
@@ -202,7 +203,7 @@ def bind(rank: int, cores: int) -> None:
 if __name__ == "__main__":
     rank, _ = cluster.launched()
     settings = load(sys.argv[1:])
-    if settings.cores:
+    if settings.cores and not torch.cuda.is_available():
         bind(rank, settings.cores)
     if settings.beside:
         cluster.forget_launcher()

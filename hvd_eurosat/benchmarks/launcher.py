@@ -71,6 +71,11 @@ class Launcher:
         flags = [f"--{key}={value}" for key, value in keys.items()]
         return self._run("job", ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
 
+    def alone(self, ranks: int, steps: int, cores: int) -> Results:
+        """What independent jobs of one rank measured, side by side; of GPUs, which share nothing, one does for all."""
+        beside = 1 if torch.cuda.is_available() else ranks
+        return self.ours(beside, steps, cores, cores=cores, beside=beside)
+
     def baseline(self, ranks: int, steps: int, threads: int, *flags: str) -> Results:
         """What each rank of the baseline measured."""
         config = self.settings

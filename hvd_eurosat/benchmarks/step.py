@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
-from hvd_eurosat.benchmarks.settings import MODES
+from hvd_eurosat.benchmarks.settings import MODES, StepSettings
 
 ROUNDS = 5
 CONTENDERS = ("ours", "baseline", "strong")
 
 
-def measure(launcher: Launcher, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """The "step" section: of each mode the contenders, their ratios and what our step is made of."""
     ranks, threads = launcher.ranks, launcher.threads
-    rounds = min(ROUNDS, launcher.settings.steps)
-    steps = launcher.settings.steps // rounds
+    rounds = min(ROUNDS, settings.steps)
+    steps = settings.steps // rounds
     found: dict[str, list[Results]] = {name: [] for name in CONTENDERS}
     for number in range(rounds):
         order = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
@@ -44,7 +44,8 @@ def compare(mode: str, found: Mapping[str, Sequence[Results]]) -> dict[str, Any]
 
 def rate(ranks: Results, mode: str) -> float:
     """Images per second of a job, by its slowest rank."""
-    return sum(ranks[0]["modes"][mode]["images"]) / max(sum(step_seconds(rank, mode)) for rank in ranks)
+    images: list[float] = ranks[0]["modes"][mode]["images"]
+    return sum(images) / max(sum(step_seconds(rank, mode)) for rank in ranks)
 
 
 def step_seconds(rank: Mapping[str, Any], mode: str) -> list[float]:
