@@ -84,7 +84,7 @@ class Launcher:
         return self._run("baseline", ranks, threads, [*what, *sizes, *flags])
 
     def _run(self, module: str, ranks: int, threads: int, words: list[object]) -> Results:
-        """Raises RunError, with the job's last words, where it fails."""
+        """Raises UserError or RunError, with the job's own words, where it fails."""
         where = ["--hosts", self.settings.hosts] if self.settings.hosts else []
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
             program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
@@ -99,5 +99,6 @@ class Launcher:
             if job.returncode:
                 said = job.stderr.strip().splitlines()
                 error = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
-                raise RunError(f"a job of {ranks} ranks failed: {error.removeprefix('error: ')}")
+                message = f"{module} on {ranks} ranks: {error.removeprefix('error: ')}"
+                raise UserError(message) if job.returncode == 2 else RunError(message)
             return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
