@@ -444,7 +444,10 @@ def launched() -> tuple[int, int]:
 
 
 def forget_launcher() -> None:
-    """This process, and those that it starts, are no ranks of the job in which it was launched."""
+    """This process, and those that it starts, are no ranks of a job that it was launched in, nor bound as such."""
+    if not _is_parallel():
+        return
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
     for variable in [v for v in os.environ if v.startswith(("OMPI_", "PMIX_", "PMI_", "ORTE_", "HOROVOD_"))]:
         del os.environ[variable]
 

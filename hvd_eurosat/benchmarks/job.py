@@ -203,8 +203,8 @@ def bind(rank: int, cores: int) -> None:
 if __name__ == "__main__":
     rank, _ = cluster.launched()
     settings = load(sys.argv[1:])
-    if settings.cores and not torch.cuda.is_available():
-        bind(rank, settings.cores)
     if settings.beside:
         cluster.forget_launcher()
+    if settings.cores and not torch.cuda.is_available():
+        bind(rank, settings.cores)
     cluster.run(load, lambda world, settings: main(world, settings, rank))

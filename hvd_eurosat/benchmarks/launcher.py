@@ -41,9 +41,7 @@ class Launcher:
         if not MPIRUN.exists():
             raise UserError(f"benchmark starts its jobs by {MPIRUN}, which is not there: use a clone of the project")
         _, launched = cluster.launched()
-        if launched > 1:  # the launcher may have bound us, its first rank, to one core
-            cluster.forget_launcher()
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+        cluster.forget_launcher()
         make_folder(settings.folder, "run.dir")
         recipe = settings.folder / "benchmark.toml"
         write_text(recipe, settings.training().to_toml())
@@ -59,8 +57,9 @@ class Launcher:
 
     @property
     def threads(self) -> int:
-        """Of each rank, when those of a machine share out its cores."""
-        return max(1, self.cores // max(self.slots, default=self.launched))
+        """Of each rank, when those of a machine share out its cores: OMP_NUM_THREADS, where it is set, as for train."""
+        share = max(1, self.cores // max(self.slots, default=self.launched))
+        return int(os.environ.get("OMP_NUM_THREADS") or share)
 
     def room(self, cores: int) -> int:
         """How many ranks there is room for when each has so many cores, or a GPU."""

@@ -34,7 +34,7 @@ from hvd_eurosat.benchmarks.step import step_seconds
 from hvd_eurosat.errors import UserError
 
 CHECKED = (2, 3, 4)
-PROJECTED = [2**power for power in range(11)]
+PROJECTED = [4**power for power in range(6)]
 LINKS = (1.0, 10.0, 100.0)
 ROUNDS = 3
 BACKWARD = 2 / 3

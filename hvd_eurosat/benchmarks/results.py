@@ -18,7 +18,7 @@ from hvd_eurosat.training.files import replacing, write_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NOTE = "A projection: computed by the model, not measured."
+NOTE = "projected: computed by the model, not measured"
 
 
 def merge(folder: Path, section: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +51,8 @@ def show(section: str, found: Mapping[str, Any]) -> None:
             for name in row:
                 table.add_column(name, justify="left" if name in ("mode", "what") else "right")
         table.add_row(*row.values())
+    if section == "project":
+        table.caption = NOTE
     Console(force_terminal=False, width=120).print(table)
 
 
@@ -167,7 +169,7 @@ def _draw_project(axes: Axes, found: Mapping[str, Any]) -> None:
             axes.plot([p["ranks"] for p in line], efficiency, label=f"{mode}, {link:g} Gbit/s")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("ranks")
-    axes.set_title(f"efficiency, %. {NOTE}", fontsize=8)
+    axes.set_title(f"efficiency, % ({NOTE})", fontsize=8)
 
 
 PANELS = {"step": _draw_step, "scaling": _draw_scaling, "project": _draw_project}
