@@ -25,7 +25,7 @@ from hvd_eurosat.cluster import GradientBuckets, World
 from hvd_eurosat.config import read
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
-from hvd_eurosat.model.resnet import build
+from hvd_eurosat.model.resnet import Details, build
 from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, check_compiler, class_weights
@@ -80,7 +80,8 @@ class Loop:
     def __init__(self, world: World, settings: JobSettings, tree: Tree, images: Images, mode: str) -> None:
         trainable = settings.model.model_copy(update={"trainable": mode})
         config = settings.model_copy(update={"model": trainable})
-        model = build(config.model.arch, len(tree.classes), mode, config.train.seed).to(world.device)
+        details = Details.of(config.model)
+        model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
         precision = choose_precision(config.train.precision, world.device)
         self.state = TrainingState(world, config, tree, model, precision)
         self.world = world
@@ -139,7 +140,7 @@ def load(argv: Sequence[str]) -> JobSettings:
 def main(world: World, settings: JobSettings, number: int) -> None:
     """Measure each mode. number: this rank's, or that of the job among those beside it. Collective."""
     world.watch(settings.run.watchdog_seconds)
-    check_compiler(settings, world.device)
+    world.together(lambda: check_compiler(settings, world.device))
     tree = world.together(lambda: open_tree(settings.data.root))
     images = open_images(world, tree, ["train"], settings.data, settings.data)["train"]
     found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "modes": {}}

@@ -25,7 +25,7 @@ def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], 
             say(f"round {number + 1} of {rounds}: {ranks} ranks")
             share = {"train.batch_size": max(1, settings.train.batch_size // ranks)}
             weak = launcher.ours(ranks, steps, settings.cores, cores=settings.cores)
-            strong = launcher.ours(ranks, steps, settings.cores, cores=settings.cores, **share)
+            strong = launcher.ours(ranks, steps, settings.cores, cores=settings.cores, **share) if ranks > 1 else weak
             alone = launcher.alone(ranks, steps, settings.cores)
             for mode in MODES:
                 rates[mode]["weak", ranks].append(rate(weak, mode))
