@@ -11,6 +11,7 @@ SAMPLE_RATIOS := 80,10,10
 BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
+BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
 SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
@@ -18,7 +19,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train test test-faults test-system lint format constraints clean
+.PHONY: help setup train bench test test-faults test-system lint format constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -41,6 +42,12 @@ test-faults: setup ## the whole fault suite (docs/reliability.md)
 
 test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+bench: setup data/$(NAME) ## step (NP ranks), scaling, projection and memory on DATA, into runs/benchmark-...; minutes to hours (ARGS="--steps 5")
+	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.benchmark step $(BENCH)
+	$(BIN)/python -m hvd_eurosat.benchmark scaling $(BENCH)
+	$(BIN)/python -m hvd_eurosat.benchmark project $(BENCH)
+	$(BIN)/python -m hvd_eurosat.benchmark memory $(BENCH)
 
 lint: setup ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check

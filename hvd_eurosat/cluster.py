@@ -472,6 +472,15 @@ def launched() -> tuple[int, int]:
     return rank, next((int(os.environ[v]) for v in sizes if v in os.environ), 1)
 
 
+def forget_launcher() -> None:
+    """This process, and those that it starts, are no ranks of a job that it was launched in, nor bound as such."""
+    if not _is_parallel():
+        return
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+    for variable in [v for v in os.environ if v.startswith(("OMPI_", "PMIX_", "PMI_", "ORTE_", "HOROVOD_"))]:
+        del os.environ[variable]
+
+
 def _loaded_mpi() -> set[str]:
     """Paths of the MPI libraries in this process."""
     paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}

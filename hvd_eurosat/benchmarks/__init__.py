@@ -1,0 +1,1 @@
+"""What `benchmark` measures, each contender in jobs of its own."""

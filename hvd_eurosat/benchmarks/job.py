@@ -1,0 +1,211 @@
+"""A job that a subcommand of `benchmark` starts: the training loop, as `train` runs it, with a clock beside it.
+
+Each rank writes what it measured to `--out`/<rank>.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from hvd_eurosat import cluster
+from hvd_eurosat.benchmarks.settings import JobSettings
+from hvd_eurosat.cluster import GradientBuckets, World
+from hvd_eurosat.config import read
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
+from hvd_eurosat.data.tree import Tree, open_tree
+from hvd_eurosat.model.resnet import Details, build
+from hvd_eurosat.training.precision import choose_precision
+from hvd_eurosat.training.state import TrainingState
+from hvd_eurosat.training.step import Step, check_compiler, class_weights
+from hvd_eurosat.training.stragglers import Stopwatch
+
+LEARNING_RATE = 1e-5
+MESSAGES = [2**power for power in range(12, 25, 2)]  # bytes
+REPEATS = 12
+SAMPLE_SECONDS = 0.2
+MB = 1e6
+
+
+class Clock(Stopwatch):
+    """In what the device spends its time: "data", "step", "communication" (with waiting for others), "optimiser"."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._marks: list[tuple[str, Any]] = []
+
+    def begin(self, span: str) -> None:
+        """What follows is another thing."""
+        self._marks.append((span, self._mark()))
+
+    def work(self) -> None:
+        """The gradients are summed."""
+        super().work()
+        self.begin("step")
+
+    def wait(self) -> None:
+        """The gradients are to be summed."""
+        super().wait()
+        self.begin("communication")
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Of each thing, in each step (from one "data" to the next, or to the end). Waits for the device."""
+        spans: dict[str, list[float]] = {"data": [], "step": [], "communication": [], "optimiser": []}
+        self.begin("end")
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        for (name, begin), (_, end) in itertools.pairwise(self._marks):
+            if name == "data":
+                for values in spans.values():
+                    values.append(0.0)
+            spans[name][-1] += begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+        self._marks.clear()
+        return spans
+
+
+class Loop:
+    """Training in one mode: iterate to make a step."""
+
+    def __init__(self, world: World, settings: JobSettings, tree: Tree, images: Images, mode: str) -> None:
+        trainable = settings.model.model_copy(update={"trainable": mode})
+        config = settings.model_copy(update={"model": trainable})
+        details = Details.of(config.model)
+        model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
+        precision = choose_precision(config.train.precision, world.device)
+        self.state = TrainingState(world, config, tree, model, precision)
+        self.world = world
+        self.clock = Clock(world.device)
+        self.step = Step(self.state, world, config, class_weights(config, images, len(tree.classes)))
+        self.step.stopwatch = self.clock
+        self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
+        self.state.optimiser.register_step_post_hook(lambda *_: self.clock.begin("step"))
+        batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, config.train.seed)
+        self._batches = self._endless(batches)
+
+    def _endless(self, batches: TrainBatches) -> Iterator[Batch]:
+        while True:
+            yield from batches.epoch(self.state.epoch)
+            self.state.end_epoch()
+
+    def __next__(self) -> int:
+        """Images of the step, on all ranks. Collective."""
+        self.clock.begin("data")
+        batch = next(self._batches)
+        self.clock.begin("step")
+        self.world.tick("measuring")
+        self.step(batch, LEARNING_RATE, False)
+        self.step.check()
+        return batch.total
+
+
+class Sampler:
+    """The largest proportional set size of this process, sampled while it works."""
+
+    def __init__(self, images: Images) -> None:
+        self._file = images.images.nbytes
+        images.images.amax()  # so that all of the packed images are in memory
+        self._peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            self._peak = max(self._peak, psutil.Process().memory_full_info().pss)
+
+    def stop(self) -> dict[str, float]:
+        """In MB: "peak_pss", "images" of it (this rank's share of the packed ones) and "images_file", their file."""
+        self._over.set()
+        self._thread.join()
+        images = sum(area.pss for area in psutil.Process().memory_maps() if area.path.endswith(".npy"))
+        return {"peak_pss": self._peak / MB, "images": images / MB, "images_file": self._file / MB}
+
+
+def load(argv: Sequence[str]) -> JobSettings:
+    """The settings that a subcommand wrote on the command line."""
+    return read(JobSettings, argv, "benchmarks.job")
+
+
+def main(world: World, settings: JobSettings, number: int) -> None:
+    """Measure each mode. number: this rank's, or that of the job among those beside it. Collective."""
+    world.watch(settings.run.watchdog_seconds)
+    world.together(lambda: check_compiler(settings, world.device))
+    tree = world.together(lambda: open_tree(settings.data.root))
+    images = open_images(world, tree, ["train"], settings.data, settings.data)["train"]
+    found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "modes": {}}
+    sampler = Sampler(images) if settings.memory else None
+    for mode in settings.modes:
+        found["modes"][mode] = measure(Loop(world, settings, tree, images, mode), settings, number)
+        if settings.messages:
+            model = build(settings.model.arch, len(tree.classes), mode, settings.train.seed)
+            buckets = GradientBuckets(world, [p for p in model.parameters() if p.requires_grad], notes=2)
+            found["modes"][mode]["buckets"] = [buffer.nbytes for buffer in buckets.buffers]
+    if settings.messages:
+        found["cycle"] = float(os.environ["HOROVOD_CYCLE_TIME"]) / 1000
+        found["messages"] = {size: time_messages(world, size) for size in MESSAGES}
+    if sampler:
+        found |= sampler.stop()
+    (settings.out / f"{number}.json").write_text(json.dumps(found))
+
+
+def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, list[float]]:
+    """Seconds of each step in each thing, and its images on all ranks. Collective."""
+    mode = loop.state.model.trainable
+    for _ in range(settings.warm_up):
+        next(loop)
+    meet(settings, f"{mode}.begin.{number}", lambda: time.sleep(0.001))
+    loop.clock.seconds()
+    images = [float(next(loop)) for _ in range(settings.steps)]
+    seconds = loop.clock.seconds()
+    meet(settings, f"{mode}.end.{number}", lambda: next(loop))
+    return seconds | {"images": images}
+
+
+def meet(settings: JobSettings, name: str, meanwhile: Callable[[], object]) -> None:
+    """Until all jobs that run side by side have come here; a job alone goes on."""
+    (settings.out / name).touch()
+    while len(list(settings.out.glob(f"{Path(name).stem}.*"))) < settings.beside:
+        meanwhile()
+
+
+def time_messages(world: World, size: int) -> list[float]:
+    """Seconds of allreduces of so many bytes, as the step makes them, each at a random moment. Collective."""
+    parameter = torch.nn.Parameter(torch.zeros(size // 4, device=world.device))
+    buckets = GradientBuckets(world, [parameter], notes=1)
+    moments = random.Random(size)
+    seconds = []
+    for _ in range(REPEATS):
+        buckets.zero()
+        time.sleep(moments.uniform(0.0, 0.02))
+        parameter.sum().backward()
+        began = time.perf_counter()
+        buckets.wait()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def bind(rank: int, cores: int) -> None:
+    """This process to its own cores, before it has threads; ranks beyond the last core begin at the first again."""
+    there = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {there[(rank * cores + i) % len(there)] for i in range(cores)})
+
+
+if __name__ == "__main__":
+    rank, _ = cluster.launched()
+    settings = load(sys.argv[1:])
+    if settings.beside:
+        cluster.forget_launcher()
+    if settings.cores and not torch.cuda.is_available():
+        bind(rank, settings.cores)
+    cluster.run(load, lambda world, settings: main(world, settings, rank))

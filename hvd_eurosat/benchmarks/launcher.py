@@ -1,0 +1,103 @@
+"""Starts the jobs that a subcommand measures, and collects what their ranks wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_eurosat import cluster
+from hvd_eurosat.benchmarks.settings import StepSettings
+from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.training.files import make_folder, write_text
+
+MPIRUN = Path(__file__).parents[2] / "launch" / "mpirun.sh"
+Results = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Jobs of one configuration, on this machine or on hosts.
+
+    cores: of a machine; launched: ranks that the benchmark itself was started with; slots: of each host, if any.
+    """
+
+    settings: StepSettings
+    recipe: Path
+    cores: int
+    launched: int
+    slots: tuple[int, ...]
+
+    @staticmethod
+    def of(settings: StepSettings) -> Launcher:
+        """Makes the folder of the results, with the configuration in it. Raises UserError."""
+        if not MPIRUN.exists():
+            raise UserError(f"benchmark starts its jobs by {MPIRUN}, which is not there: use a clone of the project")
+        _, launched = cluster.launched()
+        cluster.forget_launcher()
+        make_folder(settings.folder, "run.dir")
+        recipe = settings.folder / "benchmark.toml"
+        write_text(recipe, settings.training().to_toml())
+        hosts = [host.partition(":")[2] or "1" for host in settings.hosts.split(",") if host]
+        if not all(slots.isdigit() for slots in hosts):
+            raise UserError(f"--hosts {settings.hosts}: write name:slots,name:slots")
+        return Launcher(settings, recipe, len(os.sched_getaffinity(0)), launched, tuple(map(int, hosts)))
+
+    @property
+    def ranks(self) -> int:
+        """As many as the hosts have slots, or as the benchmark was started with."""
+        return sum(self.slots) or self.launched
+
+    @property
+    def threads(self) -> int:
+        """Of each rank, when those of a machine share out its cores: OMP_NUM_THREADS, where it is set, as for train."""
+        share = max(1, self.cores // max(self.slots, default=self.launched))
+        return int(os.environ.get("OMP_NUM_THREADS") or share)
+
+    def room(self, cores: int) -> int:
+        """How many ranks there is room for when each has so many cores, or a GPU."""
+        return sum(self.slots) or torch.cuda.device_count() or max(1, self.cores // cores)
+
+    def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> Results:
+        """What each rank of a job of ours measured."""
+        flags = [f"--{key}={value}" for key, value in keys.items()]
+        return self._run("job", ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
+
+    def alone(self, ranks: int, steps: int, cores: int) -> Results:
+        """What independent jobs of one rank measured, side by side; of GPUs, which share nothing, one does for all."""
+        beside = 1 if torch.cuda.is_available() else ranks
+        return self.ours(beside, steps, cores, cores=cores, beside=beside)
+
+    def baseline(self, ranks: int, steps: int, threads: int, *flags: str) -> Results:
+        """What each rank of the baseline measured."""
+        config = self.settings
+        sizes = [f"--image-size={config.data.image_size}", f"--batch-size={config.train.batch_size}"]
+        what = [f"--data={config.data.root}", f"--arch={config.model.arch}", f"--steps={steps}"]
+        return self._run("baseline", ranks, threads, [*what, *sizes, *flags])
+
+    def _run(self, module: str, ranks: int, threads: int, words: list[object]) -> Results:
+        """Raises UserError or RunError, with the job's own words, where it fails."""
+        where = ["--hosts", self.settings.hosts] if self.settings.hosts else []
+        with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
+            program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
+            job = subprocess.run(
+                [str(word) for word in (MPIRUN, *where, "--np", ranks, *program)],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            if job.returncode:
+                said = job.stderr.strip().splitlines()
+                error = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
+                message = f"{module} on {ranks} ranks: {error.removeprefix('error: ')}"
+                raise UserError(message) if job.returncode == 2 else RunError(message)
+            return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]

@@ -1,0 +1,175 @@
+"""What was measured: merged into benchmark.json, as tables and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.jsonfile import read_json
+from hvd_eurosat.training.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOTE = "projected: computed by the model, not measured"
+
+
+def merge(folder: Path, section: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a section's findings beside what benchmark.json has; returns all of it. Raises UserError, RunError."""
+    everything = read_results(folder)
+    everything[section] = _merged(everything.get(section, {}), found)
+    write_text(folder / "benchmark.json", json.dumps(everything, indent=2) + "\n")
+    return everything
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """benchmark.json, empty where it is not there yet. Raises UserError."""
+    path = folder / "benchmark.json"
+    found = read_json(path, "results") if path.exists() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged")
+    return found
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {k: _merged(old[k], v) for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
+    return {**old, **new, **inner}
+
+
+def show(section: str, found: Mapping[str, Any]) -> None:
+    """A section's table on standard output."""
+    table = Table(title=section, title_justify="left", box=box.SIMPLE_HEAD)
+    for number, row in enumerate(ROWS[section](found)):
+        if number == 0:
+            for name in row:
+                table.add_column(name, justify="left" if name in ("mode", "what") else "right")
+        table.add_row(*row.values())
+    if section == "project":
+        table.caption = NOTE
+    Console(force_terminal=False, width=120).print(table)
+
+
+def _step_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    for mode, of in found.items():
+        for name in ("ours", "baseline", "strong"):
+            rates, share = of[name], of["share"] if name == "ours" else {}
+            yield {
+                "mode": mode,
+                "what": name,
+                "images/s": f"{rates['median']:,.1f}",
+                "min to max": f"{rates['min']:,.1f} to {rates['max']:,.1f}",
+                "ours is": f"{of['ours']['median'] / rates['median']:.2f}x",
+                **{part: _percent(share.get(part)) for part in ("data", "optimiser", "communication", "straggling")},
+            }
+
+
+def _scaling_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    for mode, points in found.items():
+        for ranks, of in points.items():
+            yield {
+                "mode": mode,
+                "ranks": ranks,
+                "images/s": f"{of['images_per_second']:,.1f}",
+                "of as many alone": _percent(of["efficiency"]),
+                "min to max": f"{_percent(of['min'])} to {_percent(of['max'])}",
+                "of N x one rank": _percent(of["plain"]),
+                "strong: images/s": f"{of['strong']['images_per_second']:,.1f}",
+                "efficiency": _percent(of["strong"]["efficiency"]),
+            }
+
+
+def _project_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    for mode, of in found.items():
+        for point in of["points"]:
+            yield _projected(mode, "checked", point) | {
+                "measured ms": f"{point['measured_ms']:,.1f}",
+                "error": f"{100 * point['error']:+.1f} %",
+            }
+        for point in of.get("projection", ()):
+            yield _projected(mode, "projected", point) | {"measured ms": "", "error": ""}
+
+
+def _projected(mode: str, what: str, point: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "mode": mode,
+        "what": what,
+        "ranks": f"{point['ranks']:,}",
+        "Gbit/s": f"{point['link']:g}" if point["link"] else "as fitted",
+        "step ms": f"{point['predicted_ms']:,.1f}",
+        "efficiency": _percent(point["efficiency"]),
+    }
+
+
+def _memory_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    for ranks, of in found.items():
+        yield {
+            "ranks": ranks,
+            "peak MB of a rank": f"{of['peak_pss_mb']:,.0f}",
+            "packed images, MB of all ranks": f"{of['images_mb']:,.0f}",
+            "their file, MB": f"{of['images_file_mb']:,.0f}",
+        }
+
+
+ROWS = {"step": _step_rows, "scaling": _scaling_rows, "project": _project_rows, "memory": _memory_rows}
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def draw(everything: Mapping[str, Any], path: Path) -> None:
+    """A picture of what there is of step, scaling and project."""
+    from matplotlib.figure import Figure
+
+    there = {name: panel for name, panel in PANELS.items() if name in everything}
+    if not there:
+        return
+    figure = Figure((5 * len(there), 4), layout="constrained")
+    panels = figure.subplots(1, len(there), squeeze=False)[0]
+    for axes, (name, panel) in zip(panels, there.items(), strict=True):
+        panel(axes, everything[name])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _draw_step(axes: Axes, found: Mapping[str, Any]) -> None:
+    for offset, name in enumerate(("ours", "strong", "baseline")):
+        rates = [of[name] for of in found.values()]
+        middle = [r["median"] for r in rates]
+        ends = [[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]]
+        axes.bar([i + 0.27 * offset for i in range(len(rates))], middle, 0.25, yerr=ends, capsize=3, label=name)
+    axes.set_xticks([i + 0.27 for i in range(len(found))], list(found))
+    axes.set_title("training step, images/s (bars: min to max)", fontsize=10)
+
+
+def _draw_scaling(axes: Axes, found: Mapping[str, Any]) -> None:
+    for mode, points in found.items():
+        of = sorted((int(ranks), point) for ranks, point in points.items())
+        ranks = [r for r, _ in of]
+        axes.plot(ranks, [100 * p["efficiency"] for _, p in of], "o-", label=f"{mode}, weak")
+        axes.plot(ranks, [100 * p["strong"]["efficiency"] for _, p in of], "o:", label=f"{mode}, strong")
+    axes.set_xlabel("ranks")
+    axes.set_title("scaling efficiency, %", fontsize=10)
+
+
+def _draw_project(axes: Axes, found: Mapping[str, Any]) -> None:
+    for mode, of in found.items():
+        for link in sorted({point["link"] for point in of.get("projection", ())}):
+            line = [point for point in of["projection"] if point["link"] == link]
+            efficiency = [100 * point["efficiency"] for point in line]
+            axes.plot([p["ranks"] for p in line], efficiency, label=f"{mode}, {link:g} Gbit/s")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("ranks")
+    axes.set_title(f"efficiency, % ({NOTE})", fontsize=8)
+
+
+PANELS = {"step": _draw_step, "scaling": _draw_scaling, "project": _draw_project}

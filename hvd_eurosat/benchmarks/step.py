@@ -1,0 +1,78 @@
+"""Images per second of our training loop and of the baselines, in turn."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hvd_eurosat.benchmarks.launcher import Launcher, Results
+from hvd_eurosat.benchmarks.settings import MODES, StepSettings
+
+ROUNDS = 5
+CONTENDERS = ("ours", "baseline", "strong")
+
+
+def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any]:
+    """The "step" section: of each mode the contenders, their ratios and what our step is made of."""
+    ranks, threads = launcher.ranks, launcher.threads
+    rounds = min(ROUNDS, settings.steps)
+    steps = settings.steps // rounds
+    found: dict[str, list[Results]] = {name: [] for name in CONTENDERS}
+    for number in range(rounds):
+        order = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
+        for name in order:
+            say(f"round {number + 1} of {rounds}: {name}")
+            flags = ("--strong",) if name == "strong" else ()
+            ours = name == "ours"
+            run = launcher.ours(ranks, steps, threads) if ours else launcher.baseline(ranks, steps, threads, *flags)
+            found[name].append(run)
+    facts = {"ranks": ranks, "threads": threads, "device": found["ours"][0][0]["device"], "steps": rounds * steps}
+    return {mode: compare(mode, found) | facts for mode in MODES}
+
+
+def compare(mode: str, found: Mapping[str, Sequence[Results]]) -> dict[str, Any]:
+    """One mode's figures, from the results of each contender's rounds."""
+    rates = {name: spread([rate(ranks, mode) for ranks in rounds]) for name, rounds in found.items()}
+    return {
+        **rates,
+        "ratio": rates["ours"]["median"] / rates["baseline"]["median"],
+        "ratio_strong": rates["ours"]["median"] / rates["strong"]["median"],
+        "share": shares(found["ours"], mode),
+    }
+
+
+def rate(ranks: Results, mode: str) -> float:
+    """Images per second of a job, by its slowest rank."""
+    images: list[float] = ranks[0]["modes"][mode]["images"]
+    return sum(images) / max(sum(step_seconds(rank, mode)) for rank in ranks)
+
+
+def step_seconds(rank: Mapping[str, Any], mode: str) -> list[float]:
+    """Of each step of a rank, all in all."""
+    parts = [values for name, values in rank["modes"][mode].items() if name not in ("images", "buckets")]
+    return [sum(values) for values in zip(*parts, strict=True)]
+
+
+def shares(jobs: Sequence[Results], mode: str) -> dict[str, float]:
+    """Of our steps' time: data, optimiser, communication proper, and straggling.
+
+    Whoever comes last to a collective waits for nobody: its time there is communication proper. What the others are
+    in it longer, on average, is straggling.
+    """
+    total = {"data": 0.0, "optimiser": 0.0, "communication": 0.0, "straggling": 0.0}
+    whole = 0.0
+    for ranks in jobs:
+        parts = [rank["modes"][mode] for rank in ranks]
+        whole += statistics.mean(sum(step_seconds(rank, mode)) for rank in ranks)
+        for name in ("data", "optimiser"):
+            total[name] += statistics.mean(sum(part[name]) for part in parts)
+        for together in zip(*(part["communication"] for part in parts), strict=True):
+            total["communication"] += min(together)
+            total["straggling"] += statistics.mean(together) - min(together)
+    return {name: seconds / whole for name, seconds in total.items()}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}

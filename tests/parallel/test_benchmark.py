@@ -1,0 +1,36 @@
+"""The benchmark starts its jobs, and its subcommands write into one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.parallel.conftest import SMALL, Launch
+
+
+def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
+    job = launch("mpirun", 2, "benchmark", "step", *flags)
+    assert job.returncode == 0, job.stderr
+    job = launch("python", 1, "benchmark", "memory", *flags)
+    assert job.returncode == 0, job.stderr
+    assert (tmp_path / "benchmark.png").exists()
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert sorted(found) == ["memory", "step"]
+    for mode in ("bn+head", "all"):
+        of = found["step"][mode]
+        assert of["ranks"] == 2
+        for name in ("ours", "baseline", "strong"):
+            assert 0 < of[name]["min"] <= of[name]["median"] <= of[name]["max"]
+        assert of["ratio"] == of["ours"]["median"] / of["baseline"]["median"]
+        assert all(0 <= share < 1 for share in of["share"].values())
+    one, four = (found["memory"][ranks] for ranks in ("1", "4"))
+    assert four["images_mb"] < 1.2 * one["images_mb"]
+    assert four["peak_pss_mb"] > 100
+
+
+def test_a_job_that_fails(launch: Launch, tmp_path: Path) -> None:
+    job = launch("python", 1, "benchmark", "memory", "--data.root", tmp_path / "none", "--run.dir", tmp_path)
+    assert job.returncode == 2
+    assert job.stderr.splitlines()[-1].startswith("error: job on 1 ranks: ")
+    assert str(tmp_path / "none") in job.stderr

@@ -1,0 +1,54 @@
+"""The benchmark over hosts that are namespaces of this machine, with links of several rates. As root; minutes to hours.
+
+python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 30]
+
+`project` is fitted on four hosts without a limit and checked at each rate, in run.dir; `step` on two hosts goes into
+run.dir/step-<Gbit/s>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.system.hosts import Host, network
+
+RATES = (0.0, 1.0, 0.1)
+HOURS = 3600 * 6
+
+
+def limit(host: Host, gigabits: float) -> None:
+    """What the host sends, to so many Gbit/s (0: no limit); bursts are small beside the smallest gradients."""
+    shape = ["tbf", "rate", f"{gigabits * 1000:.0f}mbit", "burst", "16kb", "latency", "400ms"]
+    words = ["replace", "dev", "eth0", "root", *shape] if gigabits else ["del", "dev", "eth0", "root"]
+    job = host.run(["tc", "qdisc", *words])
+    if job.returncode and gigabits:
+        raise RuntimeError(job.stderr)
+
+
+def main() -> None:
+    """Measure at each rate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run.dir", dest="dir", type=Path, required=True)
+    options, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name, network("abcd", Path(name)) as hosts:
+        environment = {"PATH": f"{name}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+        def benchmark(what: str, where: str, folder: Path, *more: str) -> None:
+            words = [sys.executable, "-m", "hvd_eurosat.benchmark", what, "--hosts", where, *flags, *more]
+            job = hosts["a"].run([*words, "--run.dir", str(folder)], HOURS, **environment)
+            print(job.stdout, job.stderr, flush=True)
+
+        for rate in RATES:
+            for host in hosts.values():
+                limit(host, rate)
+            print(f"links of {rate:g} Gbit/s" if rate else "no limit", flush=True)
+            benchmark("step", "a:1,b:1", options.dir / f"step-{rate:g}")
+            benchmark("project", "a:1,b:1,c:1,d:1", options.dir, *(["--link", str(rate)] if rate else []))
+
+
+if __name__ == "__main__":
+    main()

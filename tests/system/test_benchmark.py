@@ -1,0 +1,24 @@
+"""The benchmark over two hosts, one of them behind a slow link."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.parallel.conftest import SMALL
+from tests.system.conftest import Launch
+from tests.system.hosts import Host
+from tests.system.links import limit
+
+
+def test_step_over_a_slow_link(launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
+    limit(hosts["b"], 0.1)
+    try:
+        job = launch("mpirun", "--hosts", "a:1", "benchmark", "step", "--hosts", "a:1,b:1", *flags, timeout=540)
+    finally:
+        limit(hosts["b"], 0)
+    assert job.returncode == 0, job.stderr
+    step = json.loads((tmp_path / "benchmark.json").read_text())["step"]
+    assert step["all"]["ranks"] == 2
+    assert step["all"]["share"]["communication"] > step["bn+head"]["share"]["communication"]

@@ -1,0 +1,109 @@
+"""What the benchmark computes from what its jobs measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvd_eurosat import benchmark
+from hvd_eurosat.benchmarks import project, results, scaling, step
+from hvd_eurosat.benchmarks.project import Allreduce
+from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
+
+FIT = Allreduce(cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], hides_host=False)
+WORK = 0.1
+
+
+def rank(data: float, work: float, optimiser: float, communication: float) -> dict[str, Any]:
+    """Two equal steps of 128 images."""
+    of = {"data": data, "step": work, "optimiser": optimiser, "communication": communication, "images": 128.0}
+    return {"device": "cpu", "modes": {mode: {name: [value] * 2 for name, value in of.items()} for mode in MODES}}
+
+
+class Machine:
+    """Jobs that take as long as the model says. A job of two ranks is half as fast as one of its ranks alone."""
+
+    def __init__(self, link: float) -> None:
+        self.link = link
+
+    def room(self, cores: int) -> int:
+        return 2
+
+    def alone(self, ranks: int, steps: int, cores: int) -> list[dict[str, Any]]:
+        return [rank(0, WORK, 0, 0)] * ranks
+
+    def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> list[dict[str, Any]]:
+        one = rank(0, WORK, 0, FIT.exposed(ranks, self.link, WORK, 1.0))
+        for of in one["modes"].values():
+            of["buckets"] = FIT.buckets
+        times = {str(n): [FIT.cycle / 2 + 2 * FIT.latency + n * FIT.host] for n in (4096, 2**20, 2**24)}
+        return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
+
+
+def test_sections_and_modes_are_merged(tmp_path: Path) -> None:
+    results.merge(tmp_path, "step", {"all": {"ratio": 1}})
+    results.merge(tmp_path, "step", {"bn+head": {"ratio": 2}})
+    results.merge(tmp_path, "memory", {"1": {"peak_pss_mb": 3}})
+    expected = {"step": {"all": {"ratio": 1}, "bn+head": {"ratio": 2}}, "memory": {"1": {"peak_pss_mb": 3}}}
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == expected
+
+
+def test_rates_ratio_and_shares() -> None:
+    ours = [rank(0.01, 0.17, 0.02, 0.05), rank(0.01, 0.2, 0.02, 0.02)]
+    baseline = [rank(0.1, 0.4, 0, 0)] * 2
+    found = step.compare("all", {"ours": [ours], "baseline": [baseline], "strong": [ours]})
+    assert found["ours"]["median"] == pytest.approx(128 / 0.25)
+    assert found["ratio"] == pytest.approx(2.0)
+    assert found["share"] == pytest.approx({"data": 0.04, "optimiser": 0.08, "communication": 0.08, "straggling": 0.06})
+
+
+def test_numbers_of_ranks() -> None:
+    assert [scaling.numbers(most) for most in (1, 2, 6)] == [[1], [1, 2], [1, 2, 4, 6]]
+
+
+def test_the_slowest_of_many() -> None:
+    uniform = np.linspace(0, 1, 10_001)[None]
+    for ranks in (1, 2, 9):
+        assert project.slowest(uniform, ranks) == pytest.approx(ranks / (ranks + 1), abs=1e-3)
+    assert project.slowest(np.array([[1.0, 1.0], [2.0, 2.0]]), 2) == 2.0
+
+
+def test_what_is_hidden_behind_backward() -> None:
+    small = 2 * 1.5 / 2 * 300_000 * 8 / (0.95 * 1e9)  # the last bucket's, on 4 ranks over 1 Gbit/s
+    large = 1.5 * 16_000_000 * 8 / (0.95 * 1e9)
+    latency, host = 0.002 + 0.004, 1.5 * 16_300_000 * 2e-9
+    assert FIT.exposed(1, 1.0, WORK, 1.0) == 0
+    assert FIT.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(small + latency + host)
+    assert FIT.exposed(4, 1.0, 0.0, 2.0) == pytest.approx(small + large + 2 * latency + 2 * host)
+
+
+def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
+    settings = ProjectSettings(steps=1, run={"dir": tmp_path})
+    found = project.measure(Machine(0.0), settings, print)
+    for mode in MODES:
+        assert found[mode]["fit"]["host"] == pytest.approx(FIT.host)
+        assert found[mode]["fit"]["latency"] == pytest.approx(FIT.latency)
+        assert [point["ranks"] for point in found[mode]["points"]] == [2, 3, 4]
+        assert found[mode]["error"] == pytest.approx(0, abs=1e-6)
+        assert max(point["ranks"] for point in found[mode]["projection"]) == 1024
+    results.merge(tmp_path, "project", found)
+    slow = settings.model_copy(update={"link": 0.1})
+    again = project.measure(Machine(0.1), slow, print)
+    assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
+    assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
+    results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = f"--run.dir={tmp_path}"
+    assert benchmark.main(["step", "--step", "3"]) == 2
+    assert benchmark.main(["step", "--hosts", "a:many", place]) == 2
+    assert benchmark.main(["project", "--link", "1", place]) == 2
+    (tmp_path / "benchmark.json").write_text("{")
+    assert benchmark.main(["project", place]) == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error"] * 4
