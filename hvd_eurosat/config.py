@@ -156,7 +156,7 @@ class Optim(Section):
     """multiply lr by global batch / reference_batch, or by its square root; give it some warmup_epochs"""
     reference_batch: PositiveInt = 64
     """the global batch size for which lr was chosen"""
-    compression: Literal["none", "fp16", "bf16"] = "none"
+    compression: Literal["none", "fp16"] = "none"
     """how gradients travel between the ranks: in 16 bits at half the traffic, which tells when all weights train"""
     reduction: Literal["sum", "adasum"] = "sum"
     """adasum: add gradients up the less the more they agree, for large global batches, on 2, 4, 8, ... ranks"""

@@ -106,9 +106,7 @@ def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(
     assert curves[0][2] < curves[0][0] - 0.01
 
 
-@pytest.mark.parametrize(
-    ("keys", "near"), [({"compression": "fp16"}, 0.02), ({"compression": "bf16"}, 0.1), ({"reduction": "adasum"}, 1.0)]
-)
+@pytest.mark.parametrize(("keys", "near"), [({"compression": "fp16"}, 0.2), ({"reduction": "adasum"}, 1.0)])
 def test_other_ways_to_add_gradients_up(
     launch: Launch, data: Path, trained: Path, tmp_path: Path, keys: dict[str, str], near: float
 ) -> None:
