@@ -12,7 +12,7 @@ BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
 BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
-SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example')
+SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
 export OMPI_ALLOW_RUN_AS_ROOT := 1

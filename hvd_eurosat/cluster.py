@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
+from hvd_eurosat import rendezvous
 from hvd_eurosat.config import Settings
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.watchdog import Watchdog
@@ -182,7 +183,8 @@ class World:
     def commit(self, state: Any) -> None:
         """Keep a state from which all go on when ranks are lost or join, which may happen here. Collective."""
         self._process.committed = state
-        self._process.members.check_host_updates()
+        with self.waiting():
+            self._process.members.check_host_updates()
 
     def committed(self) -> Any:
         """Rank 0's committed state on every rank, None in a job that has just begun. Collective."""
@@ -211,19 +213,30 @@ class GradientBuckets:
     Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
     backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
-    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own.
+    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own
+    (but with Adasum, which adds numbers up in another way). Buckets travel as `dtype`.
     """
 
-    def __init__(self, world: World, parameters: Sequence[torch.nn.Parameter], notes: int) -> None:
-        self._world = world
+    def __init__(
+        self,
+        world: World,
+        parameters: Sequence[torch.nn.Parameter],
+        notes: int,
+        adasum: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if adasum and world.size & (world.size - 1):
+            raise SharedError(f"optim.reduction adasum works on 2, 4, 8, ... ranks, not on {world.size}")
+        self._world, self._adasum, self._dtype = world, adasum, dtype
         self._missing: list[int] = []
-        self._handles: dict[int, int] = {}
+        self._handles: dict[int, tuple[int, Tensor]] = {}
         groups = _split(list(reversed(parameters)), BUCKET_BYTES)
         self._sizes = [len(group) for group in groups]
         rooms = [sum(p.numel() for p in group) for group in groups]
-        rooms[-1] += notes
+        if not adasum:
+            rooms[-1] += notes
         self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
-        self.notes = self.buffers[-1][-notes:]
+        self.notes = torch.zeros(notes, device=world.device) if adasum else self.buffers[-1][-notes:]
         for number, group in enumerate(groups):
             self._hold(number, group)
 
@@ -238,8 +251,10 @@ class GradientBuckets:
     def _arrived(self, number: int) -> None:
         self._missing[number] -= 1
         if self._missing[number] == 0 and self._world.size > 1:
-            buffer = self.buffers[number]
-            self._handles[number] = _hvd().allreduce_async_(buffer, name=f"gradients.{number}", op=_hvd().Sum)
+            sent = self.buffers[number].to(self._dtype)
+            operation = _hvd().Adasum if self._adasum else _hvd().Sum
+            handle = _hvd().allreduce_async_(sent, name=f"gradients.{number}", op=operation)
+            self._handles[number] = handle, sent
 
     def zero(self) -> None:
         """Start a step: all gradients and notes to zero, in place."""
@@ -250,8 +265,12 @@ class GradientBuckets:
     def wait(self) -> None:
         """Until the sums over all ranks are in the parameters' gradients and in the notes."""
         with self._world.waiting():
-            for handle in self._handles.values():
+            for number, (handle, sent) in self._handles.items():
                 _hvd().synchronize(handle)
+                if sent.dtype != torch.float32:
+                    self.buffers[number].copy_(sent)
+            if self._adasum:
+                self.notes.copy_(self._world.sum(self.notes))
         self._handles.clear()
 
 
@@ -322,12 +341,18 @@ def _elastically(job: Callable[[_Process], int]) -> int:
 
         def restore(self) -> None: ...
 
+        def on_reset(self) -> None: ...  # it would lose the news that came since this rank asked for its place
+
     process = _Process(elastic=True)
     process.members = Members(_hvd().broadcast_object, _hvd().rank)
 
     def regroup() -> None:
         process.watchdog.rest()  # new hosts may take their time
+        process.pulse_due = None
         _hvd().shutdown()
+        State.on_reset(process.members)
+        rendezvous.meet(again=True)
+        os.environ["HOROVOD_ELASTIC"] = "0"  # Horovod would ask for a place too
         _hvd().init()
 
     return cast(int, run_fn(lambda _: job(process), regroup)(process.members))
@@ -349,7 +374,11 @@ def _init() -> None:
     else:
         os.environ.setdefault("HOROVOD_CONTROLLER", "gloo")
         os.environ.setdefault("HOROVOD_CPU_OPERATIONS", "gloo")
-        _hvd().init()
+        hvd = _hvd()
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            del os.environ["HOROVOD_CYCLE_TIME"]  # with this and the threshold given, a second init would crash
+            rendezvous.meet(again=False)
+        hvd.init()
 
 
 def _world(process: _Process) -> World:

@@ -70,9 +70,9 @@ def main(world: World, settings: EvaluateSettings) -> None:
     """Spread the images over the ranks in whole batches: the counts are the same on any number of ranks."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
     world.on_main(lambda: check_expected(settings, saved))
+    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
     if settings.out:
         world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
-    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
     model, data = saved.build_model(world.device), Data(**saved.config["data"])
     values = log_probabilities(world, model, work.batches, data, Precision(saved.precision))
     if not world.is_main:

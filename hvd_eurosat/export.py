@@ -61,8 +61,8 @@ def main(world: World, settings: ExportSettings) -> None:
 
 def export(settings: ExportSettings) -> list[str]:
     """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
-    if settings.checkpoint and settings.model != Model():
-        raise UserError("--checkpoint says all about its network: leave out model.*")
+    if settings.checkpoint and (settings.model, images(settings.data)) != (Model(), images(Data())):
+        raise UserError("--checkpoint says all about its network and images: leave out model.* and data.*")
     model, facts = trained(settings.checkpoint) if settings.checkpoint else prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
@@ -85,14 +85,18 @@ def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]
     """The network as training would begin with it."""
     chosen = settle(settings.model, settings.classes)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
-    load_weights(model, chosen.weights, chosen.arch)
+    load_weights(model, chosen)
     return model, describe(model, chosen.arch, settings.data)
 
 
 def describe(model: LandCoverResNet, arch: str, data: Data) -> dict[str, Any]:
     """What an export says of itself: arch, variant, bn_epsilon, image_size, and how to normalise pixels of 0..1."""
-    images = {"image_size": data.image_size, "mean": list(data.mean), "std": list(data.std)}
-    return {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon, **images}
+    return {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon, **images(data)}
+
+
+def images(data: Data) -> dict[str, Any]:
+    """What the network was shown: image_size, mean, std."""
+    return {"image_size": data.image_size, "mean": list(data.mean), "std": list(data.std)}
 
 
 if __name__ == "__main__":

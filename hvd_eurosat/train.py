@@ -98,9 +98,7 @@ def begin(world: World, config: Config, state: TrainingState, start: Checkpoint 
     if start:
         state.restore(start)
         return
-    world.together(
-        lambda: load_weights(state.model, config.model.weights, config.model.arch) if world.is_main else None
-    )
+    world.together(lambda: load_weights(state.model, config.model) if world.is_main else None)
     world.broadcast(state.model.state_dict().values())
 
 

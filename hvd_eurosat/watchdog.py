@@ -27,15 +27,16 @@ SIGNAL_GRACE = 1.0  # launchers pass the same signal on twice
 STACKS = signal.SIGQUIT
 
 
-BEAT = struct.Struct("dd?200s")
+BEAT = struct.Struct("dd?100s200s")
 
 
 class Beat(NamedTuple):
-    """What a rank notes: when (time.monotonic), the limit in seconds (0: none), whether it waits, and its phase."""
+    """What a rank notes: when (time.monotonic), the limit (s; 0: none), whether it waits, its name and phase."""
 
     time: float
     limit: float
     waits: bool
+    name: bytes
     phase: bytes
 
 
@@ -48,20 +49,23 @@ class Watchdog:
     def __init__(self, patient: bool) -> None:
         self._patient = patient
         self._memory: mmap.mmap | None = None
-        self._limit = 0.0
+        self._limit, self._name = 0.0, ""
         self._phase, self._patience = "starting", 1.0
 
     def start(self, seconds: float, name: str, launched: bool) -> None:
-        """Watch this process: end it after `seconds` without a beat, or when its launcher dies (if it has one)."""
+        """Watch this process: end it after `seconds` without a beat, or when its launcher dies (if it has one).
+
+        Called again, it gives this process another name.
+        """
+        self._limit, self._name = seconds, name
         if self._memory:
             return
         file = os.memfd_create("beats")
         os.ftruncate(file, BEAT.size)
         self._memory = mmap.mmap(file, BEAT.size)
-        self._limit = seconds
         faulthandler.register(STACKS, all_threads=True)
         program = [sys.executable, "-I", "-S", __file__]
-        arguments = [file, os.getpid(), os.getppid() if launched else 0, name]
+        arguments = [file, os.getpid(), os.getppid() if launched else 0]
         companion = subprocess.Popen(
             [*program, *map(str, arguments)], stdin=subprocess.PIPE, pass_fds=[file], start_new_session=True
         )
@@ -76,14 +80,16 @@ class Watchdog:
         """Progress was made; from here on this process is in `phase`, which may take `patience` times the limit."""
         if phase:
             self._phase, self._patience = phase, patience
-        if self._memory:
-            beat = Beat(time.monotonic(), self._limit * self._patience, waits, self._phase.encode()[:200])
-            BEAT.pack_into(self._memory, 0, *beat)
+        self._note(self._limit * self._patience, waits)
 
     def rest(self) -> None:
         """Nothing is expected until the next beat."""
+        self._note(0.0, waits=False)
+
+    def _note(self, limit: float, waits: bool) -> None:
         if self._memory:
-            BEAT.pack_into(self._memory, 0, time.monotonic(), 0.0, False, b"")
+            beat = Beat(time.monotonic(), limit, waits, self._name.encode(), self._phase.encode())
+            BEAT.pack_into(self._memory, 0, *beat)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -96,7 +102,7 @@ class Watchdog:
         self.beat()
 
 
-def _watch(memory: mmap.mmap, rank: int, launcher: int, name: str) -> None:
+def _watch(memory: mmap.mmap, rank: int, launcher: int) -> None:
     """The companion's side: returns when the rank has ended."""
     signals: list[tuple[float, int]] = []
     while True:
@@ -110,7 +116,7 @@ def _watch(memory: mmap.mmap, rank: int, launcher: int, name: str) -> None:
         orphaned = launcher != 0 and _parent(rank) != launcher
         reason = "lost its launcher" if orphaned else _reason(beat, signals)
         if reason is not None:
-            _end(rank, f"error: {name} {reason}" if reason else "", stacks="threads" in reason)
+            _end(rank, f"error: {_text(beat.name)} {reason}" if reason else "", stacks="threads" in reason)
             return
 
 
@@ -123,8 +129,12 @@ def _reason(beat: Beat, signals: list[tuple[float, int]]) -> str | None:
         return ""
     if beat.limit and idle > beat.limit + (WAITING_GRACE if beat.waits else 0):
         did = "waited for the other ranks" if beat.waits else "made no progress"
-        return f"{did} for {idle:.0f} s in {beat.phase.rstrip(bytes(1)).decode(errors='replace')}; its threads:"
+        return f"{did} for {idle:.0f} s in {_text(beat.phase)}; its threads:"
     return None
+
+
+def _text(padded: bytes) -> str:
+    return padded.rstrip(bytes(1)).decode(errors="replace")
 
 
 def _end(rank: int, message: str, stacks: bool) -> None:
@@ -148,4 +158,4 @@ def _parent(process: int) -> int:
 
 if __name__ == "__main__":
     _file, _rank, _launcher = map(int, sys.argv[1:4])
-    _watch(mmap.mmap(_file, BEAT.size), _rank, _launcher, sys.argv[4])
+    _watch(mmap.mmap(_file, BEAT.size), _rank, _launcher)

@@ -10,16 +10,22 @@ die() {
   exit 2
 }
 
-parse_arguments() { # sets HOSTS (host:slots,…), RANKS, INTERFACE and COMMAND
-  local hosts file=''
-  RANKS='' INTERFACE=''
+parse_arguments() { # sets HOSTS (host:slots,…), HOSTFILE, RANKS, INTERFACE and COMMAND; MIN_RANKS, MAX_RANKS if set
+  local hosts
+  HOSTFILE='' RANKS='' INTERFACE=''
   while (($#)); do
     case $1 in
+      --min-np | --max-np)
+        [[ -n ${MIN_RANKS:-} ]] || die "$1 is for launch/elastic.sh"
+        [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a number of ranks"
+        if [[ $1 == --min-np ]]; then MIN_RANKS=$2; else MAX_RANKS=$2; fi
+        shift 2
+        ;;
       --hosts | --hostfile | --np | --interface)
         (($# > 1)) || die "$1 needs a value"
         case $1 in
           --hosts) hosts=${2//,/$'\n'} ;;
-          --hostfile) file=$2 ;;
+          --hostfile) HOSTFILE=$2 ;;
           --np) RANKS=$2 ;;
           --interface) INTERFACE=$2 ;;
         esac
@@ -32,13 +38,13 @@ parse_arguments() { # sets HOSTS (host:slots,…), RANKS, INTERFACE and COMMAND
     esac
   done
   set_command "$@"
-  if [[ -n $file ]]; then
+  if [[ -n $HOSTFILE ]]; then
     [[ -z ${hosts+given} ]] || die "--hosts and --hostfile: give one of them"
-    hosts=$(cat "$file" 2>/dev/null) || die "--hostfile $file cannot be read"
+    hosts=$(cat "$HOSTFILE" 2>/dev/null) || die "--hostfile $HOSTFILE cannot be read"
   fi
-  if [[ -z ${hosts+given}$file && -n ${SLURM_JOB_ID:-} ]]; then hosts=$(slurm_hosts); fi
-  [[ -n ${hosts+given}$file$RANKS ]] || die "how many ranks, and where? --np N here, or --hosts name:slots,…"
-  read_hosts "${hosts-localhost:$RANKS}" "${file:+--hostfile $file}"
+  if [[ -z ${hosts+given}$HOSTFILE && -n ${SLURM_JOB_ID:-} ]]; then hosts=$(slurm_hosts); fi
+  [[ -n ${hosts+given}$HOSTFILE$RANKS ]] || die "how many ranks, and where? --np N here, or --hosts name:slots,…"
+  read_hosts "${hosts-localhost:$RANKS}" "${HOSTFILE:+--hostfile $HOSTFILE}"
 }
 
 set_command() { # a verb of ours, or any program

@@ -95,6 +95,11 @@ def _uniform(indices: Tensor, *keys: int) -> Tensor:
     return (mix(indices, *keys) >> 7).float() / 2**24
 
 
+def shrink(images: Tensor, size: int) -> Tensor:
+    """Images uint8 [B, C, S, S] as [B, C, size, size]: bilinear, antialiased."""
+    return images if size == images.shape[-1] else F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
 def normalise(images: Tensor, data: Data) -> Tensor:
     """uint8 [B, 3, S, S] to float32 as the network takes it: (x / 255 - mean) / std, channels last."""
     mean, std = _statistics(images.device, data.mean, data.std)

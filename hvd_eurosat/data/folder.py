@@ -32,6 +32,9 @@ def find_images(places: Sequence[Path]) -> dict[str, Path]:
             if name in found:
                 raise UserError(f"both {found[name]} and {path} would be {name} among the predictions")
             found[name] = path
+    for name, path in found.items():
+        for folder in found.keys() & set(map(str, Path(name).parents)):
+            raise UserError(f"{found[folder]} would be an image and the folder of {path} among the predictions")
     return dict(sorted(found.items(), key=lambda item: item[0].split("/")))
 
 

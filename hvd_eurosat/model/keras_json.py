@@ -64,7 +64,7 @@ def read_layers(path: Path) -> Architecture:
 
 def parse_layers(content: Any) -> Architecture:
     """The architecture in the JSON of a Keras model. Raises ValueError for any but our ResNet-50."""
-    layers = _layers(content)
+    layers, outputs = _layers(content)
     details = _backbone(layers)
     classes = _find(layers, HEAD).settings.get("units")
     if type(classes) is not int or not 0 < classes < 2**20:
@@ -74,14 +74,15 @@ def parse_layers(content: Any) -> Architecture:
         _compare(layers, expected[name])
     for name in layers.keys() - expected.keys():
         raise ValueError(f"not a ResNet-50: {_shown(layers[name].kind)} layer {_shown(name)} is none of its layers")
-    return Architecture(
-        details, _trainable({name for name, layer in layers.items() if layer.settings["trainable"]}), classes
-    )
+    if outputs != [HEAD]:
+        raise ValueError(f"its output is that of {_shown(outputs)}, not of the head alone")
+    trains = {name for name, layer in layers.items() if layer.settings["trainable"]}
+    return Architecture(details, _trainable(trains), classes)
 
 
 def parse_backbone(content: Any) -> Details:
     """The same for a ResNet-50 with any head or none."""
-    return _backbone(_layers(content))
+    return _backbone(_layers(content)[0])
 
 
 def _backbone(layers: dict[str, Layer]) -> Details:
@@ -91,22 +92,33 @@ def _backbone(layers: dict[str, Layer]) -> Details:
     return details
 
 
-def _layers(content: Any) -> dict[str, Layer]:
+def _layers(content: Any) -> tuple[dict[str, Layer], list[str]]:
+    """The layers by name, and the names of the outputs."""
     if not isinstance(content, dict) or content.get("class_name") not in ("Functional", "Model"):
         raise ValueError("not a functional Keras model (class_name Functional)")
     config = content.get("config")
-    described = config.get("layers") if isinstance(config, dict) else None
-    if not isinstance(described, list):
+    if not isinstance(config, dict) or not isinstance(config.get("layers"), list):
         raise ValueError("it has no list config.layers")
     layers: dict[str, Layer] = {}
-    for number, item in enumerate(described):
+    for number, item in enumerate(config["layers"]):
         layer = _layer(item, f"layer {number}")
         if layer.name in layers:
             raise ValueError(f"two layers are called {_shown(layer.name)}")
         layers[layer.name] = layer
     kinds = {"InputLayer": INPUT, "Dense": HEAD}  # the layers that may have any name
     names = {layer.name: kinds[layer.kind] for layer in layers.values() if layer.kind in kinds}
-    return {names.get(name, name): _renamed(layer, names) for name, layer in layers.items()}
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"not a ResNet-50: inputs and dense layers are {_shown(sorted(names))}, expected one of each")
+    outputs = [names.get(name, name) for name in _outputs(config.get("output_layers"))]
+    return {names.get(name, name): _renamed(layer, names) for name, layer in layers.items()}, outputs
+
+
+def _outputs(ends: Any) -> list[str]:
+    """The names in [["a", 0, 0], ...] or, as Keras 3 writes a single one, in ["a", 0, 0]."""
+    try:
+        return [str(end[0]) for end in (ends if isinstance(ends[0], list) else [ends])]
+    except (TypeError, KeyError, IndexError):
+        raise ValueError(f"output_layers {_shown(ends)} are not understood") from None
 
 
 def _layer(item: Any, where: str) -> Layer:
@@ -199,7 +211,9 @@ def _trainable(names: set[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, so that a setting can be compared."""
+    """A setting that can be compared: lists as tuples, functions (of TensorFlow, since Keras 2.13) by name."""
+    if isinstance(value, dict) and value.get("class_name") == "function":
+        return value.get("config")
     return tuple(map(_plain, value)) if isinstance(value, list) else value
 
 

@@ -25,7 +25,6 @@ from hvd_eurosat.model.resnet import Details, LandCoverResNet
 from hvd_eurosat.model.weight_file import Weights
 
 Layer = dict[str, Tensor]
-KERAS_EPSILON = 1.001e-5  # of keras.applications, which writes no epsilon beside its weights
 FEATURES = 2048
 OPTIONAL = {"bias", "gamma", "beta"}
 TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
@@ -33,15 +32,15 @@ TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "movi
 
 def write_weights(file: BinaryIO, state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """A state dict (torchvision's keys) in Keras' layout; facts become attributes of the file, JSON where not text."""
+    names = [layer.name for layer in resnet50(Details(str(facts["variant"])), 1)]
+    weighted = weight_layers()
     with h5py.File(file, "w") as archive:
-        archive.attrs["layer_names"] = [layer.name.encode() for layer in resnet50(Details(str(facts["variant"])), 1)]
+        archive.attrs["layer_names"] = [name.encode() for name in names]
         archive.attrs["backend"] = "tensorflow"
         archive.attrs["keras_version"] = "2.15.0"
         for key, value in facts.items():
             archive.attrs[key] = value if isinstance(value, str) else json.dumps(value)
-        weighted = weight_layers()
-        for layer in archive.attrs["layer_names"]:
-            name = layer.decode() if isinstance(layer, bytes) else str(layer)
+        for name in names:
             arrays = _to_keras(name, state) if name in weighted else {}
             group = archive.create_group(name)
             group.attrs["weight_names"] = [f"{name}/{key}:0".encode() for key in arrays]
@@ -95,8 +94,8 @@ def _unpack(data: bytes) -> tuple[dict[str, Layer], dict[str, str]]:
     return layers, facts
 
 
-def _stated(facts: Mapping[str, str]) -> tuple[str | None, float]:
-    """The variant and epsilon, from our own attributes or a whole model's configuration."""
+def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:
+    """The variant and epsilon, from our own attributes or a whole model's configuration, if there is either."""
     if "variant" in facts:
         variant, epsilon = facts["variant"], float(facts.get("bn_epsilon", "nan"))
         if variant not in ("v1", "v1.5") or not 0 < epsilon < 1:
@@ -105,7 +104,7 @@ def _stated(facts: Mapping[str, str]) -> tuple[str | None, float]:
     if "model_config" in facts:
         details = parse_backbone(json.loads(facts["model_config"]))
         return details.variant, details.epsilon
-    return None, KERAS_EPSILON
+    return None, None
 
 
 def _check(layers: Mapping[str, Layer]) -> None:

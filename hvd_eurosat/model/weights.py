@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
+from hvd_eurosat.config import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model import keras_weights
 from hvd_eurosat.model.resnet import LandCoverResNet
@@ -19,19 +21,23 @@ from hvd_eurosat.model.stored import read_content
 from hvd_eurosat.model.weight_file import Weights
 
 KERAS_SUFFIXES = (".h5", ".hdf5")
+KERAS_EPSILON = 1.001e-5  # of keras.applications, which writes no epsilon beside its weights
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V2, "resnet18": ResNet18_Weights.IMAGENET1K_V1}
 
 
-def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
-    """Put the weights of `source` (imagenet, none, or a file) into the model, so that its features are the same.
+def load_weights(model: LandCoverResNet, settings: Model) -> None:
+    """Put the weights of model.weights (imagenet, none, or a file) into the model, so that its features are the same.
 
     A head of another width or with a bias is left out. Raises UserError where the file is missing, unreadable or of
     another network.
     """
+    source, arch = settings.weights, settings.arch
     if source == "none":
         return
-    weights = Weights(_imagenet(arch)) if source == "imagenet" else read_weights(Path(source).expanduser())
+    path = Path(source).expanduser()
+    weights = Weights(_imagenet(arch)) if source == "imagenet" else read_weights(path)
+    assumed = KERAS_EPSILON if path.suffix in KERAS_SUFFIXES and not settings.layers else model.details.epsilon
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.state.items()}
     own = model.state_dict()
     head = state.get("fc.weight")
@@ -40,10 +46,9 @@ def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
     state.pop("fc.bias", None)
     if "bn1.weight" not in state and "bn1.bias" not in state:  # of a network whose BatchNorm has none
         state |= _plain_norms(own)
-    if weights.epsilon is not None:
-        for name in state.keys() & own.keys():
-            if name.endswith("running_var"):
-                state[name] = state[name] + (weights.epsilon - model.details.epsilon)
+    for name in state.keys() & own.keys():
+        if name.endswith("running_var"):
+            state[name] = state[name] + ((weights.epsilon or assumed) - model.details.epsilon)
     optional = {"fc.weight"} | {name for name in own if name.endswith("num_batches_tracked")}
     problems = [f"{name} is missing" for name in own.keys() - state.keys() - optional]
     problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
@@ -52,6 +57,7 @@ def load_weights(model: LandCoverResNet, source: str, arch: str) -> None:
         for name in own.keys() & state.keys()
         if state[name].shape != own[name].shape
     ]
+    problems += [f"{name} is not finite" for name, tensor in state.items() if not tensor.isfinite().all()]
     if problems:
         raise UserError(f"model.weights {source}: not weights of {arch}: {min(problems)} ({len(problems)} differences)")
     model.load_state_dict(state, strict=False)
@@ -88,7 +94,10 @@ def _safetensors(path: Path) -> Weights:
 
 
 def _torch(path: Path) -> Weights:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's words advise to execute what is in the file
+        raise ValueError("it is damaged, or holds more than tensors") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError("not a state dict")
     return _stated(state, getattr(state, "_metadata", {}).get("", {}))

@@ -29,7 +29,8 @@ def header(
         + (", compiled" if train.compile else ""),
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
-        + f" images of {config.data.image_size}x{config.data.image_size}",
+        + f" images of {config.data.image_size}x{config.data.image_size}"
+        + (f", in training from {train.start_size}x{train.start_size} on" if train.start_size else ""),
         "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
         "batches": f"{train.batch_size} x {world.size} ranks = {batches.global_batch} images a step; "

@@ -22,6 +22,8 @@ from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 
+VALIDATION_SHARE = 2  # validating two images takes about as long as training on one, of bn+head
+
 
 class Journal:
     """A run's display and directory. Making one creates the folders and refuses an unwritable place. Collective."""
@@ -67,6 +69,10 @@ class Journal:
             self.display.say(f"resuming after epoch {start.epoch}{between}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are frozen as random numbers: give --model.weights, or train all")
+        valid, shard = len(self._tree.files("valid")), len(self._tree.files("train")) // self._world.size
+        if valid > VALIDATION_SHARE * shard and not self._config.valid.sharded and self._world.size > 1:
+            waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
+            self.display.warn(f"{waste}: --valid.sharded true lets all do it")
 
     def _begin(self, start: Checkpoint | None, first: Checkpoint | None, batches: int) -> None:
         if not self._files or not first:

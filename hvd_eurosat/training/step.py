@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvd_eurosat.cluster import GradientBuckets, SharedError, World
-from hvd_eurosat.config import Config
-from hvd_eurosat.data.augment import augment, normalise
+from hvd_eurosat.config import Config, Train
+from hvd_eurosat.data.augment import augment, normalise, shrink
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.state import TrainingState
@@ -19,6 +19,8 @@ from hvd_eurosat.training.stragglers import Stopwatch
 
 GPU_LAG = 4  # steps that the host is behind the device when it reads what the step found
 NON_FINITE_STEPS = 3
+SIZE_STEP = 16  # pixels
+WIRE = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_compiler(config: Config, device: torch.device) -> None:
@@ -38,12 +40,18 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
     return weights / weights[images.labels.to(images.device)].mean()
 
 
+def image_size(full: int, train: Train, epoch: int) -> int:
+    """The side of the training images in an epoch (from 0): progressive learning (Tan & Le 2021, "EfficientNetV2")."""
+    sizes: list[int] = [*range(train.start_size or full, full, SIZE_STEP), full]
+    return sizes[epoch * len(sizes) // train.epochs]
+
+
 class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Nothing waits for the device.
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
-    number, and Horovod adds. With the gradients the ranks add their losses and their requests to stop: all come to
-    the same decision after the same step.
+    number, and Horovod adds (Adasum, Maleki et al. 2020, takes each rank's own mean instead). With the gradients the
+    ranks add their losses and their requests to stop: all come to the same decision after the same step.
     """
 
     def __init__(self, state: TrainingState, world: World, config: Config, class_weights: Tensor | None) -> None:
@@ -52,7 +60,13 @@ class Step:
         self._class_weights = class_weights
         self._device = world.device
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self._gradients = GradientBuckets(world, self._trainable, notes=2)
+        self._gradients = GradientBuckets(
+            world,
+            self._trainable,
+            notes=2,
+            adasum=config.optim.reduction == "adasum",
+            dtype=WIRE[config.optim.compression],
+        )
         self._forward = torch.compile(state.model) if config.train.compile else state.model
         self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
         self._skipped_in_a_row = 0
@@ -75,10 +89,11 @@ class Step:
             reduction="none",
             label_smoothing=self._config.train.label_smoothing,
         )
-        loss = losses @ batch.weights / batch.total
-        gradients.notes[0].copy_(loss.detach())
+        loss = losses @ batch.weights
+        gradients.notes[0].copy_(loss.detach() / batch.total)
         gradients.notes[1].fill_(float(stop))
-        loss.backward()
+        adds = self._config.optim.reduction == "sum"
+        (loss / (batch.total if adds else batch.weights.sum().clamp(min=1))).backward()
         self.stopwatch.wait()
         gradients.wait()
         self.stopwatch.work()
@@ -121,8 +136,9 @@ class Step:
                 raise Stopped
 
     def _prepare(self, batch: Batch) -> Tensor:
-        data = self._config.data
-        return normalise(augment(batch.images, batch.indices, self._config.train.seed, self._state.epoch, data), data)
+        data, train, epoch = self._config.data, self._config.train, self._state.epoch
+        images = augment(batch.images, batch.indices, train.seed, epoch, data)
+        return normalise(shrink(images, image_size(data.image_size, train, epoch)), data)
 
 
 class _Findings:

@@ -24,6 +24,7 @@ import torch
 
 from hvd_eurosat import cluster
 from hvd_eurosat.config import Config, load
+from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.train import train
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.saver import Saver
@@ -96,6 +97,7 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "usr1-launcher": lambda *_: send(os.getppid(), signal.SIGUSR1),
     "term-launcher": lambda *_: send(os.getppid(), signal.SIGTERM),
     "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),
+    "term-launcher-and-sleep": lambda *_: (send(os.getppid(), signal.SIGTERM), time.sleep(HOURS)),
     "fill": fill,
     "fill-for-good": functools.partial(fill, for_good=True),
     "remove": lambda *_: shutil.rmtree(disk() / "run"),
@@ -127,10 +129,24 @@ def plant(rank: str, call_number: int, function: str, action: str) -> None:
     setattr(owner, name, faulty)
 
 
+def tell_samples() -> None:
+    """From here on the indices of the samples of every step are written down, a line for each rank."""
+    step = Step.__call__
+
+    @functools.wraps(step)
+    def told(self: Step, batch: Batch, *arguments: Any) -> None:
+        step(self, batch, *arguments)
+        with (disk() / "samples").open("a") as file:
+            print(*batch.indices[batch.weights > 0].tolist(), file=file)
+
+    Step.__call__ = told  # type: ignore[method-assign]
+
+
 def main(world: cluster.World, config: Config) -> int:
     """train, on the chosen rank with the fault."""
     rank, number, function, action = os.environ["FAULT"].split()
-    if rank == str(world.rank):
+    tell_samples()
+    if rank == str(world.rank) and not (disk() / "fault").exists():  # elastic jobs come here more than once
         plant(rank, int(number), function, action)
     return train(world, config)
 

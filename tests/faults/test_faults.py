@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import EPOCHS, STEP, STEPS, Inject, environment, fingerprint, flags, launched
+from hvd_eurosat.errors import STOPPED
+from tests.faults.conftest import EPOCHS, STEP, STEPS, Inject, environment, events, fingerprint, flags, launched
 from tests.parallel.conftest import summary
 
 WATCHDOG = 10
@@ -62,6 +63,17 @@ def test_rank_0_hangs_while_the_others_wait(inject: Inject, tmp_path: Path, phas
     assert any("rank 0 of 2" in error and phase in error for error in job.errors)
 
 
+def test_a_rank_of_an_elastic_job_hangs(inject: Inject, tmp_path: Path) -> None:
+    """Its watchdog ends it, and the others go on."""
+    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} stop", "elastic", 3, run__watchdog_seconds=WATCHDOG)
+    assert job.returncode == 0, job.output
+    (named,) = job.errors
+    assert "rank 1 of 3" in named
+    assert f"made no progress for {WATCHDOG}" in named
+    assert summary(tmp_path / "run")["world_size"] == 2
+    assert [event["epoch"] for event in events(tmp_path / "run", "train")] == list(range(1, EPOCHS + 1))
+
+
 @pytest.mark.parametrize("action", ["fail", pytest.param("exit", marks=slow)])
 @pytest.mark.parametrize("phase", [pytest.param(p, marks=() if p in ("mid-epoch", "test") else slow) for p in PHASES])
 def test_one_rank_fails(inject: Inject, tmp_path: Path, data: Path, phase: str, action: str) -> None:
@@ -90,6 +102,7 @@ def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
         pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
         pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
         pytest.param("gloo", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
+        pytest.param("elastic", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
         pytest.param("python", f"0 {STEPS + 2} {STEP} term", 75, marks=slow),
         pytest.param("mpirun", f"0 2 {EVALUATE} usr1", 75, marks=slow),
         pytest.param("mpirun", f"0 {EPOCHS + 1} {EVALUATE} usr1", 75, marks=slow),
@@ -106,6 +119,26 @@ def test_asked_to_stop(
     assert not (tmp_path / "run" / "summary.json").exists()
     if ranks == 2:
         resumed(inject, tmp_path / "run", undisturbed)
+
+
+@slow
+def test_mpirun_kills_its_ranks(inject: Inject, tmp_path: Path, undisturbed: str) -> None:
+    """Told to end, mpirun without our launchers gives them a second, in which nothing can be saved here."""
+    fault = f"0 {STEPS + 3} {STEP} term-launcher-and-sleep"
+    job = inject(tmp_path / "run", fault, run__checkpoint_steps=1)
+    assert job.returncode != 0
+    assert job.late < 5
+    resumed(inject, tmp_path / "run", undisturbed)
+
+
+@slow
+def test_other_ranks_go_on_with_the_epoch(inject: Inject, tmp_path: Path) -> None:
+    """4, 2 and 3 ranks train each sample once."""
+    for ranks, fault in ((4, f"0 1 {STEP} usr1"), (2, f"0 1 {STEP} usr1"), (3, "0 0 os:getpid exit")):
+        job = inject(tmp_path / "run", fault, "mpirun", ranks, train__epochs=1, train__batch_size=5)
+        assert job.returncode == (0 if ranks == 3 else STOPPED), job.output
+    samples = (tmp_path / "samples").read_text().split()
+    assert sorted(map(int, samples)) == list(range(80))
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])

@@ -106,6 +106,27 @@ def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(
     assert curves[0][2] < curves[0][0] - 0.01
 
 
+@pytest.mark.parametrize(
+    ("keys", "near"), [({"compression": "fp16"}, 0.02), ({"compression": "bf16"}, 0.1), ({"reduction": "adasum"}, 1.0)]
+)
+def test_other_ways_to_add_gradients_up(
+    launch: Launch, data: Path, trained: Path, tmp_path: Path, keys: dict[str, str], near: float
+) -> None:
+    flags = {f"optim__{key}": value for key, value in keys.items()}
+    flags = small(data, tmp_path, model__trainable="all", train__epochs=2, valid__batch_size=8, **flags)
+    job = launch("mpirun", 2, "train", *flags)
+    assert job.returncode == 0, job.stderr
+    losses, exact = ([event["loss"] for event in events(run_dir, "train")] for run_dir in (tmp_path, trained))
+    assert losses != exact
+    assert losses == pytest.approx(exact, abs=near)
+
+
+def test_adasum_wants_a_power_of_two(launch: Launch, data: Path, tmp_path: Path) -> None:
+    job = launch("mpirun", 3, "train", *small(data, tmp_path, optim__reduction="adasum"))
+    assert job.returncode == 2
+    assert "error: optim.reduction adasum works on 2, 4, 8, ... ranks, not on 3" in job.stderr
+
+
 def test_resuming_from_a_file_in_another_run_directory(
     launch: Launch, data: Path, trained: Path, tmp_path: Path
 ) -> None:

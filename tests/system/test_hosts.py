@@ -1,4 +1,4 @@
-"""launch/mpirun.sh and launch/horovodrun.sh over three hosts, and what goes wrong there."""
+"""launch/mpirun.sh and launch/horovodrun.sh over three hosts, and what goes wrong there (elastic.sh: test_elastic)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_doctor_over_three_hosts(launch: Launch) -> None:
     )
 
 
-@pytest.mark.parametrize("script", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize("script", ["mpirun", "horovodrun", "elastic"])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -66,6 +66,21 @@ def test_bad_hosts(launch: Launch, script: str, options: tuple[str, ...], messag
     assert job.stdout == ""
     assert len(job.stderr.splitlines()) == 1
     assert message in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--interface: which one do the hosts share? Here are: eth0 lo"),
+        (("--min-np", "4"), "--min-np 4, --np 3 are not in order"),
+        (("--max-np", "2"), "--min-np 1, --np 3 and --max-np 2 are not in order"),
+        (("--min-np", "some"), "--min-np needs a number of ranks"),
+    ],
+)
+def test_bad_elastic_options(launch: Launch, options: tuple[str, ...], message: str) -> None:
+    job = launch("elastic", "--hosts", ALL, *options, "doctor", timeout=30)
+    assert job.returncode == 2
+    assert job.stderr == f"error: {message}\n"
 
 
 @pytest.mark.parametrize("script", ["mpirun", "horovodrun"])

@@ -15,6 +15,9 @@ from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 
+EUROSAT = Path(__file__).parents[3] / "shared" / "data" / "EuroSAT_RGB.zip"
+needs_eurosat = pytest.mark.skipif(not EUROSAT.exists(), reason=f"the real data set is not at {EUROSAT}")
+
 Encode = Callable[..., bytes]
 Grow = Callable[..., Path]
 

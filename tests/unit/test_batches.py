@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hvd_eurosat.config import Data
-from hvd_eurosat.data.augment import augment, mix, normalise, shift, turn_and_flip
+from hvd_eurosat.data.augment import augment, mix, normalise, shift, shrink, turn_and_flip
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.errors import UserError
@@ -128,3 +128,12 @@ def test_normalisation_is_that_of_the_imagenet_weights() -> None:
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = torch.tensor([(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     assert torch.allclose(normalise(images, Data()).flatten(), expected, atol=1e-6)
+
+
+def test_shrunk_images_are_averages_of_what_was_there() -> None:
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    images[:, :, :, 32:] = 200
+    small = shrink(images, 32)
+    assert small.dtype == torch.uint8
+    assert small[0, 0, 16].tolist()[:15] + small[0, 0, 16].tolist()[17:] == [0] * 15 + [200] * 15
+    assert shrink(images, 64) is images

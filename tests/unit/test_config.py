@@ -58,6 +58,7 @@ def test_help_shows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["--train.epochs"], "--train.epochs: expected one argument"),
         (["--data.augment", "perhaps"], "data.augment: Input should be a valid boolean"),
         (["--model.arch", "vgg"], "model.arch: Input should be 'resnet50' or 'resnet18'"),
+        (["--train.start_size", "65"], "train.start_size must be 0 or between 32 and data.image_size (64)"),
         (["--optim.warmup_epochs", "99"], "optim.warmup_epochs must be below train.epochs (15)"),
         (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file or directory"),
         (["stray"], "unrecognized arguments: stray"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import torch
+from PIL import Image
 from torchvision.models import resnet18
 
 from hvd_eurosat.config import Data, Model, Optim
@@ -57,7 +59,7 @@ def test_onnx(saved: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
 def test_what_goes_out_comes_back(saved: tuple[Path, LandCoverResNet], tmp_path: Path, format_: str, name: str) -> None:
     export(ExportSettings.model_validate({"checkpoint": saved[0], "format": format_, "out": tmp_path}))
     again = build("resnet18", 3, "all", seed=1)
-    load_weights(again, str(tmp_path / name), "resnet18")
+    load_weights(again, Model(weights=str(tmp_path / name), arch="resnet18"))
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in saved[1].state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == [name]
     if format_ == "torch":
@@ -77,6 +79,8 @@ def test_exports_that_cannot_be(saved: tuple[Path, LandCoverResNet], tmp_path: P
         export(ExportSettings(checkpoint=saved[0], format="keras", out=tmp_path / "out"))
     with pytest.raises(UserError, match=r"leave out model\.\*"):
         export(ExportSettings(checkpoint=saved[0], format="torch", out=tmp_path / "out", model=Model(weights="none")))
+    with pytest.raises(UserError, match=r"leave out model\.\* and data\.\*"):
+        export(ExportSettings(checkpoint=saved[0], format="torch", out=tmp_path / "out", data=Data(image_size=32)))
     with pytest.raises(UserError, match="--out /proc/out"):
         export(ExportSettings(checkpoint=saved[0], format="torch", out=Path("/proc/out")))
     assert not (tmp_path / "out").exists()
@@ -95,6 +99,9 @@ def test_names_of_images(grow: Grow, tmp_path: Path) -> None:
     assert list(find_images(files)) == ["Forest_1.jpg", "Forest_2.jpg", "River_1.jpg"]
     with pytest.raises(UserError, match=r"both .* and .* would be Forest_1\.jpg"):
         find_images([files[0], files[0]])
+    odd = grow("odd", {"Forest_1.jpg/below": 1})
+    with pytest.raises(UserError, match=r"Forest_1\.jpg would be an image and the folder of "):
+        find_images([files[0], odd])
     with pytest.raises(UserError, match="no image at /nowhere"):
         find_images([Path("/nowhere")])
     (tmp_path / "empty").mkdir()
@@ -114,6 +121,22 @@ def test_file_batches_are_those_of_one_rank_in_turn(grow: Grow) -> None:
     assert np.array_equal(found, np.stack(expected))
 
 
+def test_decoding_goes_on_during_computation(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, decoded, second = grow("images", {"Forest": 200}), [], threading.Event()
+
+    def note(data: bytes) -> Image.Image:
+        decoded.append(data)
+        if len(decoded) > 100:
+            second.set()
+        return decode(data)
+
+    monkeypatch.setattr("hvd_eurosat.data.folder.decode", note)
+    batches = file_batches(list(find_images([root]).values()), Data(), 100, torch.device("cpu"), 0, 1)
+    next(batches)
+    assert second.wait(60)
+    batches.close()
+
+
 def test_prediction_files(tmp_path: Path) -> None:
     values = np.log(np.array([[0.1, 0.7, 0.2], [0.5, 0.25, 0.25]], np.float32))
     write_predictions(tmp_path, ["b/x.jpg", "y.jpg"], [Path("in/b/x.jpg"), Path("in/y.jpg")], values, CLASSES)
@@ -131,8 +154,6 @@ def test_several_inputs_after_one_flag() -> None:
 
 
 def test_crops() -> None:
-    from PIL import Image
-
     pixels = np.arange(64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(64, 64, 3)
     image = Image.fromarray(pixels)
     assert np.array_equal(to_array(image, 48, Crop(side=48)), pixels[8:56, 8:56])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from hvd_eurosat.config import Model
+from hvd_eurosat.config import Data, Model
+from hvd_eurosat.data.augment import normalise
+from hvd_eurosat.data.images import decode, to_array
 from hvd_eurosat.data.sample import generate
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import ExportSettings, export
@@ -33,12 +36,11 @@ from hvd_eurosat.model.keras_json import Architecture, parse_layers, read_layers
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.model.settle import settle
 from hvd_eurosat.model.weights import load_weights, read_weights
-from tests.unit.conftest import saved_checkpoint
+from tests.unit.conftest import EUROSAT, needs_eurosat, saved_checkpoint
 
 os.environ["KERAS_BACKEND"] = "torch"
 
 ROOT = Path(__file__).parents[2]
-STAND_IN = ROOT.parent / "shared" / "weights" / "resnet50_tinyimagenet.safetensors"
 Object = dict[str, Any]
 Change = Callable[..., Any]
 
@@ -60,12 +62,20 @@ def lively(model: nn.Module, seed: int = 0) -> None:
 
 
 def images(count: int) -> Tensor:
-    """float32 [count, 3, 64, 64] of the synthetic sample, 0..1."""
-    from PIL import Image
+    """float32 [count, 3, 64, 64] of the synthetic sample, normalised."""
+    return normalised([content for _, content in generate(per_class=-(-count // 10), seed=3)][:count])
 
-    files = [content for _, content in generate(per_class=-(-count // 10), seed=3)][:count]
-    pixels = np.stack([np.asarray(Image.open(BytesIO(content)).convert("RGB")) for content in files])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+def eurosat(count: int) -> Tensor:
+    """The same of the real data set, from all its classes."""
+    with zipfile.ZipFile(EUROSAT) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
+        return normalised([archive.read(name) for name in names[:: len(names) // count][:count]])
+
+
+def normalised(files: list[bytes]) -> Tensor:
+    pixels = np.stack([to_array(decode(content), 64) for content in files])
+    return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), Data())
 
 
 @pytest.fixture(scope="module", params=["v1", "v1.5"])
@@ -98,8 +108,11 @@ def in_torch(model: nn.Module, batch: Tensor) -> NDArray[np.float32]:
         return np.asarray(model.eval()(batch))
 
 
-def test_keras_computes_the_same(exported: tuple[Path, LandCoverResNet], in_keras: Any) -> None:
-    batch = images(256) if exported[1].details.variant == "v1.5" else images(16)
+@pytest.mark.parametrize(("source", "count"), [(images, 16), pytest.param(eurosat, 256, marks=needs_eurosat)])
+def test_keras_computes_the_same(
+    exported: tuple[Path, LandCoverResNet], in_keras: Any, source: Callable[[int], Tensor], count: int
+) -> None:
+    batch = source(count)
     theirs = in_keras.predict(batch.permute(0, 2, 3, 1).numpy(), batch_size=64, verbose=0)
     ours = np.concatenate([in_torch(exported[1], piece) for piece in batch.split(64)])
     assert np.abs(theirs - ours).max() < 1e-4
@@ -115,11 +128,9 @@ def test_keras_counts_the_same(exported: tuple[Path, LandCoverResNet], in_keras:
     assert [layer.name for layer in in_keras.layers] == [layer.name for layer in resnet50(Details(variant), 10)]
 
 
-def test_keras_trains_a_step(exported: tuple[Path, LandCoverResNet], in_keras: Any) -> None:
+def test_keras_trains_a_step(in_keras: Any) -> None:
     import keras
 
-    if exported[1].details.variant == "v1":
-        pytest.skip("the same as v1.5")
     frozen, head = in_keras.get_layer("conv1_conv"), in_keras.get_layer("dense")
     before = [frozen.get_weights()[0].copy(), head.get_weights()[0].copy()]
     in_keras.compile(optimizer="sgd", loss=lambda labels, logs: -keras.ops.take_along_axis(logs, labels, axis=1))
@@ -134,13 +145,25 @@ def test_our_export_comes_back(exported: tuple[Path, LandCoverResNet]) -> None:
     assert (settled.variant, settled.bn_epsilon, settled.bn_momentum) == (model.details.variant, 2e-5, 0.1)
     assert settled.trainable == "bn+head"
     again = build("resnet50", 10, "bn+head", seed=9, details=Details.of(settled))
-    load_weights(again, settled.weights, "resnet50")
+    load_weights(again, settled)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert settle(Model(weights=str(folder / "model.h5")), 10).variant == model.details.variant
     other = {"v1": "v1.5", "v1.5": "v1"}[model.details.variant]
     with pytest.raises(UserError, match=rf"is of a ResNet-50 {model.details.variant}, and model.variant is {other}"):
         settle(Model(weights=str(folder / "model.h5"), variant=other), 10)
+
+
+def test_layers_and_weights_are_of_one_network(exported: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
+    """Keras writes neither variant nor epsilon beside weights: they are those of layers.json."""
+    folder, model = exported
+    silent = Path(shutil.copy(folder / "model.h5", tmp_path))
+    with h5py.File(silent, "r+") as archive:
+        del archive.attrs["variant"], archive.attrs["bn_epsilon"]
+    settled = settle(Model(weights=str(silent), layers=folder / "layers.json"), 10)
+    again = build("resnet50", 10, "bn+head", seed=9, details=Details.of(settled))
+    load_weights(again, settled)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +218,7 @@ def test_keras_own_resnet50_computes_the_same_here(applications: Any, kind: str,
     assert settled.variant == "v1"
     ours = build("resnet50", 10, "all", seed=5, details=Details.of(settled))
     head = ours.fc.weight.clone()
-    load_weights(ours, path, "resnet50")
+    load_weights(ours, settled)
     assert torch.equal(ours.fc.weight, head)
     ours.fc = nn.Identity()
     last = network.get_layer("conv5_block3_out").output
@@ -241,9 +264,9 @@ def edit(content: Object, layer: str, **config: object) -> Object:
 
 def test_flags_and_details_of_a_layers_json(layers: Object) -> None:
     assert parse_layers(layers) == Architecture(Details(), "bn+head", 10)
-    assert parse_layers(edit(layers, "bn1" and "conv5_block3_3_bn", trainable=False)).trainable.startswith(
-        "bn1,layer1.0"
-    )
+    function = {"module": "builtins", "class_name": "function", "config": "log_softmax_v2"}
+    assert parse_layers(edit(layers, HEAD, activation=function)) == Architecture(Details(), "bn+head", 10)
+    assert parse_layers(edit(layers, "conv5_block3_3_bn", trainable=False)).trainable.startswith("bn1,layer1.0")
     for layer in layers["config"]["layers"]:
         if layer["class_name"] == "BatchNormalization":
             layer["config"] |= {"center": False, "scale": False, "epsilon": 1.001e-5, "momentum": 0.99}
@@ -264,6 +287,13 @@ def test_single_layers_can_be_frozen(layers: Object) -> None:
         settle(Model(trainable="layer9,fc", weights="none"), 10)
 
 
+def another_head(content: Object) -> Object:
+    head = copy.deepcopy(content["config"]["layers"][-1])
+    head["name"] = head["config"]["name"] = "other"
+    content["config"]["layers"].append(head)
+    return content
+
+
 def lambda_layer(content: Object) -> Object:
     content["config"]["layers"][3] |= {"class_name": "Lambda"}
     content["config"]["layers"][3]["config"]["function"] = ["4wEAAAAAAAAA", None, None]
@@ -277,6 +307,12 @@ def lambda_layer(content: Object) -> Object:
         (lambda c: {**c, "class_name": "Sequential"}, "not a functional Keras model"),
         (lambda c: {**c, "config": {"layers": "many"}}, "it has no list config.layers"),
         (lambda c: {**c, "config": {"layers": [1]}}, "layer 0 is not an object"),
+        (another_head, "inputs and dense layers are ['dense', 'input_1', 'other'], expected one of each"),
+        (
+            lambda c: c["config"].update(output_layers=[["conv5_block3_out", 0, 0]]) or c,
+            "its output is that of ['conv5_block3_out'], not of the head alone",
+        ),
+        (lambda c: c["config"].pop("output_layers") and c, "output_layers None are not understood"),
         (lambda_layer, "not a ResNet-50: conv1_bn is a 'Lambda', expected BatchNormalization"),
         (lambda c: edit(c, "conv3_block2_2_conv", filters=99), "conv3_block2_2_conv has filters 99, expected 128"),
         (
@@ -540,9 +576,9 @@ def test_weights_of_norms_without_scale(tmp_path: Path) -> None:
     with (tmp_path / "m.h5").open("w+b") as file:
         keras_weights(model, {"variant": "v1.5", "bn_epsilon": 1e-5}, file)
     again = build("resnet50", 10, "bn+head", seed=1, details=details)
-    load_weights(again, str(tmp_path / "m.h5"), "resnet50")
+    load_weights(again, Model(weights=str(tmp_path / "m.h5")))
     whole = build("resnet50", 10, "bn+head", seed=1)
-    load_weights(whole, str(tmp_path / "m.h5"), "resnet50")
+    load_weights(whole, Model(weights=str(tmp_path / "m.h5")))
     batch = images(4)
     expected = in_torch(model, batch)
     assert np.array_equal(in_torch(again, batch), expected)

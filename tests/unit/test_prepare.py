@@ -30,9 +30,9 @@ from hvd_eurosat.data.split import sizes
 from hvd_eurosat.data.tree import SPLITS, open_tree
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
+from tests.unit.conftest import EUROSAT, needs_eurosat
 
 REPOSITORY = Path(__file__).parents[2]
-REAL = REPOSITORY.parent / "shared" / "data" / "EuroSAT_RGB.zip"
 CLASSES = {"Forest": 20, "River": 30, "SeaLake": 4}
 
 Run = Callable[..., tuple[int, str, str]]
@@ -184,9 +184,9 @@ def test_a_download_without_network_says_where_to_get_the_file(
     assert left(tmp_path) == []
 
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"the real data set is not at {REAL}")
+@needs_eurosat
 def test_the_real_zip(tmp_path: Path, run: Run) -> None:
-    status, stdout, _ = run(REAL)
+    status, stdout, _ = run(EUROSAT)
     assert status == 0
     assert stdout.splitlines()[-1] == "27,000 images: 25,380 train / 1,350 valid / 270 test"
     counts = manifest(tmp_path / "out")["counts"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_eurosat.config import Config, Optim, load
+from hvd_eurosat.config import Config, Optim, Train, load
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.model.stored import Blob, read_record
@@ -22,6 +22,7 @@ from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import digest
+from hvd_eurosat.training.step import image_size
 from tests.unit.conftest import Canary
 
 
@@ -52,6 +53,20 @@ def test_cosine_with_warmup_and_constant() -> None:
     assert warm[1:4] == pytest.approx([0.25, 0.5, 1.0])
     assert warm[-1] < 0.001
     assert rates(Optim(lr=1.0, schedule="constant")) == [1.0] * 7
+
+
+@pytest.mark.parametrize(
+    ("start", "full", "sizes"),
+    [
+        (0, 64, [64] * 7),
+        (64, 64, [64] * 7),
+        (32, 64, [32, 32, 32, 48, 48, 64, 64]),
+        (40, 64, [40, 40, 40, 56, 56, 64, 64]),
+    ],
+)
+def test_training_images_grow(start: int, full: int, sizes: list[int]) -> None:
+    train = Train(epochs=7, start_size=start)
+    assert [image_size(full, train, epoch) for epoch in range(7)] == sizes
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])

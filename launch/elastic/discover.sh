@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Says which hosts an elastic job can have now, as lines of host:slots: those that answer where their sshd listens.
+# launch/elastic.sh gives it to horovodrun, which runs it every second.
+#
+#   launch/elastic/discover.sh --hosts node1:8,node2:8
+#   launch/elastic/discover.sh --hostfile hosts.txt     lines: host slots=N (or host:N)
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+answers() {
+  local name port
+  is_here "$1" && return
+  { read -r name && read -r port; } < <(ssh -T -G "$1" | awk '$1 == "hostname" || $1 == "port" { print $2 }')
+  # shellcheck disable=SC2016 # bash -c expands them
+  timeout 2 bash -c ': <"/dev/tcp/$0/$1"' "$name" "$port" 2>/dev/null
+}
+
+case ${1:-} in
+  --hosts) read_hosts "${2//,/$'\n'}" ;;
+  --hostfile) read_hosts "$(cat "$2")" "$1 $2" ;;
+  *) usage ;;
+esac
+for host in ${HOSTS//,/ }; do
+  { ! answers "${host%:*}" || printf '%s\n' "$host"; } &
+done
+wait
