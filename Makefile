@@ -43,7 +43,7 @@ test-faults: setup ## the whole fault suite (docs/reliability.md)
 test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
-bench: setup data/$(NAME) ## step (NP ranks), scaling, projection and memory on DATA, into runs/benchmark-...; minutes to hours (ARGS="--steps 5")
+bench: setup data/$(NAME) ## the benchmark: step with NP ranks, scaling, projection, memory; hours (ARGS="--steps 5": less)
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.benchmark step $(BENCH)
 	$(BIN)/python -m hvd_eurosat.benchmark scaling $(BENCH)
 	$(BIN)/python -m hvd_eurosat.benchmark project $(BENCH)

@@ -28,7 +28,7 @@ from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
 from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState
-from hvd_eurosat.training.step import Step, check_compiler, class_weights
+from hvd_eurosat.training.step import WIRE, Step, check_compiler, class_weights
 from hvd_eurosat.training.stragglers import Stopwatch
 
 LEARNING_RATE = 1e-5
@@ -150,7 +150,8 @@ def main(world: World, settings: JobSettings, number: int) -> None:
         if settings.messages:
             model = build(settings.model.arch, len(tree.classes), mode, settings.train.seed)
             buckets = GradientBuckets(world, [p for p in model.parameters() if p.requires_grad], notes=2)
-            found["modes"][mode]["buckets"] = [buffer.nbytes for buffer in buckets.buffers]
+            bytes_each = WIRE[settings.optim.compression].itemsize
+            found["modes"][mode]["buckets"] = [buffer.numel() * bytes_each for buffer in buckets.buffers]
     if settings.messages:
         found["cycle"] = float(os.environ["HOROVOD_CYCLE_TIME"]) / 1000
         found["messages"] = {size: time_messages(world, size) for size in MESSAGES}

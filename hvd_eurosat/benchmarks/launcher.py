@@ -98,6 +98,6 @@ class Launcher:
             if job.returncode:
                 said = job.stderr.strip().splitlines()
                 error = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
-                message = f"{module} on {ranks} ranks: {error.removeprefix('error: ')}"
+                message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
                 raise UserError(message) if job.returncode == 2 else RunError(message)
             return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]

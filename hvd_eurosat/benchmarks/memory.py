@@ -15,7 +15,7 @@ def measure(launcher: Launcher, settings: MemorySettings, say: Callable[[str], N
     """The "memory" section: of each number of ranks the largest rank's peak, and what the packed images take of all."""
     found = {}
     for ranks in RANKS:
-        say(f"{ranks} ranks")
+        say(f"np {ranks}")
         threads = max(1, launcher.cores // ranks)
         trainable = settings.model.trainable
         run = launcher.ours(ranks, settings.steps, threads, memory=True, modes=trainable)

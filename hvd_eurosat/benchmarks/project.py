@@ -66,8 +66,10 @@ class Allreduce:
         return Allreduce(first["cycle"], latency, max(0.0, float(host)), buckets, first["device"] == "cuda")
 
     def exposed(self, ranks: int, link: float, work: float, slower: float) -> float:
-        """Seconds of a step. link: Gbit/s, or 0; work: seconds of the step's own; slower: times that shared
-        cores are slower than in the fit."""
+        """Seconds of a step.
+
+        link: Gbit/s, or 0; work: seconds of the step's own; slower: times that shared cores are slower than in the fit.
+        """
         if ranks == 1:
             return 0.0
         wire = 8 / (link * 1e9 * GOODPUT) if link else 0.0

@@ -22,7 +22,7 @@ def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], 
     rates: Rates = {mode: defaultdict(list) for mode in MODES}
     for number in range(rounds):
         for ranks in counts if number % 2 == 0 else counts[::-1]:
-            say(f"round {number + 1} of {rounds}: {ranks} ranks")
+            say(f"round {number + 1} of {rounds}: np {ranks}")
             share = {"train.batch_size": max(1, settings.train.batch_size // ranks)}
             weak = launcher.ours(ranks, steps, settings.cores, cores=settings.cores)
             strong = launcher.ours(ranks, steps, settings.cores, cores=settings.cores, **share) if ranks > 1 else weak

@@ -32,5 +32,5 @@ def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
 def test_a_job_that_fails(launch: Launch, tmp_path: Path) -> None:
     job = launch("python", 1, "benchmark", "memory", "--data.root", tmp_path / "none", "--run.dir", tmp_path)
     assert job.returncode == 2
-    assert job.stderr.splitlines()[-1].startswith("error: job on 1 ranks: ")
+    assert job.stderr.splitlines()[-1].startswith("error: job, np 1: ")
     assert str(tmp_path / "none") in job.stderr
