@@ -37,4 +37,4 @@ from horovod.runner.launch import run_commandline
 socket.setdefaulttimeout(3)
 run_commandline()' --gloo -np "$RANKS" --min-np "$MIN_RANKS" ${MAX_RANKS:+--max-np "$MAX_RANKS"} \
   --host-discovery-script "'$ROOT/launch/elastic/discover.sh' $HOSTS_NOW" --blacklist-cooldown-range 10 300 \
-  --elastic-timeout "${HOROVOD_ELASTIC_TIMEOUT:=600}" --network-interface "$INTERFACE" "${COMMAND[@]}"
+  --elastic-timeout "${HOROVOD_ELASTIC_TIMEOUT:-600}" --network-interface "$INTERFACE" "${COMMAND[@]}"

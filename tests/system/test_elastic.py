@@ -17,6 +17,7 @@ from tests.parallel.conftest import command, events, make_data, run, small, summ
 from tests.system.conftest import ROOT
 from tests.system.hosts import Host
 
+pytestmark = pytest.mark.timeout(1200)  # four trainings
 START, LOST, BACK, END = 240, 60, 120, 240  # seconds until three ranks train, two do, three again, and all is done
 
 
