@@ -44,7 +44,7 @@ class Convolution(nn.Conv2d):
         if self.weight.requires_grad:
             return shape(self.weight)
         device = self.weight.device
-        autocast = torch.is_autocast_enabled(device.type)
+        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype
         key = shape, dtype, device, self.weight._version
         if self._prepared is None or self._prepared[0] != key:
