@@ -214,7 +214,7 @@ class GradientBuckets:
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
     backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
     with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own
-    (but with Adasum, which adds numbers up in another way). Buckets travel as `dtype`.
+    (but with Adasum, which adds numbers up in another way). Buckets, notes included, travel as `dtype`.
     """
 
     def __init__(
@@ -227,7 +227,10 @@ class GradientBuckets:
     ) -> None:
         if adasum and world.size & (world.size - 1):
             raise SharedError(f"optim.reduction adasum works on 2, 4, 8, ... ranks, not on {world.size}")
-        self._world, self._adasum, self._dtype = world, adasum, dtype
+        if adasum and world.size > 1 and not _under_mpi():
+            raise SharedError("optim.reduction adasum needs MPI: start the ranks by mpirun, srun or horovodrun --mpi")
+        self._world, self._adasum = world, adasum
+        self._dtype, self._compresses = dtype, dtype != torch.float32
         self._missing: list[int] = []
         self._handles: dict[int, tuple[int, Tensor]] = {}
         groups = _split(list(reversed(parameters)), BUCKET_BYTES)
@@ -251,7 +254,9 @@ class GradientBuckets:
     def _arrived(self, number: int) -> None:
         self._missing[number] -= 1
         if self._missing[number] == 0 and self._world.size > 1:
-            sent = self.buffers[number].to(self._dtype)
+            sent = self.buffers[number]
+            if self._compresses:  # as large as a rank's own mean, or 16 bits would lose it
+                sent = (sent * self._world.size).to(self._dtype)
             operation = _hvd().Adasum if self._adasum else _hvd().Sum
             handle = _hvd().allreduce_async_(sent, name=f"gradients.{number}", op=operation)
             self._handles[number] = handle, sent
@@ -267,8 +272,8 @@ class GradientBuckets:
         with self._world.waiting():
             for number, (handle, sent) in self._handles.items():
                 _hvd().synchronize(handle)
-                if sent.dtype != torch.float32:
-                    self.buffers[number].copy_(sent)
+                if self._compresses:
+                    self.buffers[number].copy_(sent).div_(self._world.size)
             if self._adasum:
                 self.notes.copy_(self._world.sum(self.notes))
         self._handles.clear()

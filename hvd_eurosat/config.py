@@ -171,7 +171,7 @@ class Train(Section):
     """images per rank and step"""
     start_size: Side = 0
     """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.image_size, every size
-    for as many epochs, which makes training from scratch a third shorter; 0: full size from the start"""
+    for as many of train.epochs, which makes training from scratch shorter; 0: full size from the start"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()

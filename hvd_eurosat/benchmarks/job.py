@@ -79,7 +79,8 @@ class Loop:
 
     def __init__(self, world: World, settings: JobSettings, tree: Tree, images: Images, mode: str) -> None:
         trainable = settings.model.model_copy(update={"trainable": mode})
-        config = settings.model_copy(update={"model": trainable})
+        full_size = settings.train.model_copy(update={"start_size": 0})
+        config = settings.model_copy(update={"model": trainable, "train": full_size})
         details = Details.of(config.model)
         model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
         precision = choose_precision(config.train.precision, world.device)
@@ -146,12 +147,11 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "modes": {}}
     sampler = Sampler(images) if settings.memory else None
     for mode in settings.modes:
-        found["modes"][mode] = measure(Loop(world, settings, tree, images, mode), settings, number)
+        loop = Loop(world, settings, tree, images, mode)
+        found["modes"][mode] = measure(loop, settings, number)
         if settings.messages:
-            model = build(settings.model.arch, len(tree.classes), mode, settings.train.seed)
-            buckets = GradientBuckets(world, [p for p in model.parameters() if p.requires_grad], notes=2)
             bytes_each = WIRE[settings.optim.compression].itemsize
-            found["modes"][mode]["buckets"] = [buffer.numel() * bytes_each for buffer in buckets.buffers]
+            found["modes"][mode]["buckets"] = [b.numel() * bytes_each for b in loop.step.gradients.buffers]
     if settings.messages:
         found["cycle"] = float(os.environ["HOROVOD_CYCLE_TIME"]) / 1000
         found["messages"] = {size: time_messages(world, size) for size in MESSAGES}

@@ -97,7 +97,11 @@ def _uniform(indices: Tensor, *keys: int) -> Tensor:
 
 def shrink(images: Tensor, size: int) -> Tensor:
     """Images uint8 [B, C, S, S] as [B, C, size, size]: bilinear, antialiased."""
-    return images if size == images.shape[-1] else F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    if size == images.shape[-1]:
+        return images
+    pixels = images if images.is_cpu else images.float()  # torch shrinks uint8 on CPUs only
+    small = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return small if images.is_cpu else small.round().to(torch.uint8)
 
 
 def normalise(images: Tensor, data: Data) -> Tensor:

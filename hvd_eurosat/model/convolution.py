@@ -40,7 +40,10 @@ class Convolution(nn.Conv2d):
         return convolved
 
     def _ready(self, shape: Callable[[Tensor], Tensor]) -> Tensor:
-        """The weight in the shape of the computation; a frozen one in its precision too, and only once."""
+        """The weight in the shape of the computation; a frozen one in its precision too, and only once.
+
+        Whatever writes to a weight in torch, as load_state_dict, changes its _version.
+        """
         if self.weight.requires_grad:
             return shape(self.weight)
         device = self.weight.device
@@ -48,7 +51,7 @@ class Convolution(nn.Conv2d):
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype
         key = shape, dtype, device, self.weight._version
         if self._prepared is None or self._prepared[0] != key:
-            self._prepared = key, shape(self.weight.detach().to(dtype)).clone(memory_format=torch.preserve_format)
+            self._prepared = key, shape(self.weight.detach().to(dtype))
         return self._prepared[1]
 
 

@@ -43,7 +43,7 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
 def image_size(full: int, train: Train, epoch: int) -> int:
     """The side of the training images in an epoch (from 0): progressive learning (Tan & Le 2021, "EfficientNetV2")."""
     sizes: list[int] = [*range(train.start_size or full, full, SIZE_STEP), full]
-    return sizes[epoch * len(sizes) // train.epochs]
+    return sizes[min(epoch * len(sizes) // train.epochs, len(sizes) - 1)]
 
 
 class Step:
@@ -58,9 +58,9 @@ class Step:
         self._state = state
         self._config = config
         self._class_weights = class_weights
-        self._device = world.device
+        self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self._gradients = GradientBuckets(
+        self.gradients = GradientBuckets(
             world,
             self._trainable,
             notes=2,
@@ -74,7 +74,7 @@ class Step:
 
     def __call__(self, batch: Batch, learning_rate: float, stop: bool) -> None:
         """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
-        state, gradients = self._state, self._gradients
+        state, gradients = self._state, self.gradients
         for group in state.optimiser.param_groups:
             group["lr"] = learning_rate
         before = state.statistics.flat.clone()
@@ -91,7 +91,7 @@ class Step:
         )
         loss = losses @ batch.weights
         gradients.notes[0].copy_(loss.detach() / batch.total)
-        gradients.notes[1].fill_(float(stop))
+        gradients.notes[1].fill_(stop / self._ranks)
         adds = self._config.optim.reduction == "sum"
         (loss / (batch.total if adds else batch.weights.sum().clamp(min=1))).backward()
         self.stopwatch.wait()
@@ -116,7 +116,7 @@ class Step:
     @property
     def loss(self) -> Tensor:
         """Of the last step, the mean over all ranks, float32 []."""
-        return self._gradients.notes[0]
+        return self.gradients.notes[0]
 
     def gradient_norm(self) -> Tensor:
         """Of the last step's gradients, summed over all ranks, float32 []."""

@@ -30,7 +30,7 @@ PAIRS, STEPS = 60, 4
 
 def bare(step: Step, batch: Batch) -> None:
     """The step without what durability adds to it."""
-    state, gradients = step._state, step._gradients
+    state, gradients = step._state, step.gradients
     gradients.zero()
     with state.precision.autocast(step._device):
         log_probabilities = step._forward(step._prepare(batch))

@@ -119,10 +119,15 @@ def test_other_ways_to_add_gradients_up(
     assert losses == pytest.approx(exact, abs=near)
 
 
-def test_adasum_wants_a_power_of_two(launch: Launch, data: Path, tmp_path: Path) -> None:
-    job = launch("mpirun", 3, "train", *small(data, tmp_path, optim__reduction="adasum"))
-    assert job.returncode == 2
-    assert "error: optim.reduction adasum works on 2, 4, 8, ... ranks, not on 3" in job.stderr
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "error"), [("mpirun", 3, "works on 2, 4, 8, ... ranks, not on 3"), ("gloo", 2, "needs MPI")]
+)
+def test_adasum_wants_a_power_of_two_and_mpi(
+    launch: Launch, data: Path, tmp_path: Path, launcher: str, ranks: int, error: str
+) -> None:
+    job = launch(launcher, ranks, "train", *small(data, tmp_path, optim__reduction="adasum"))
+    assert job.returncode != 0
+    assert f"error: optim.reduction adasum {error}" in job.stderr
 
 
 def test_resuming_from_a_file_in_another_run_directory(

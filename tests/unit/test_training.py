@@ -67,6 +67,7 @@ def test_cosine_with_warmup_and_constant() -> None:
 def test_training_images_grow(start: int, full: int, sizes: list[int]) -> None:
     train = Train(epochs=7, start_size=start)
     assert [image_size(full, train, epoch) for epoch in range(7)] == sizes
+    assert image_size(full, train, 9) == full
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2)])
