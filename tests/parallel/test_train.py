@@ -172,3 +172,11 @@ def test_evaluate_counts_the_same_on_any_number_of_ranks(launch: Launch, data: P
         assert len(lines) == 1, lines
     facts = summary(trained)
     assert lines == {f"test accuracy: {100 * facts['test_accuracy']:.2f}% ({round(20 * facts['test_accuracy'])}/20)"}
+
+
+def test_images_grow_during_training(launch: Launch, data: Path, tmp_path: Path) -> None:
+    flags = small(data, tmp_path, model__trainable="all", train__epochs=3, train__start_size=32)
+    job = launch("mpirun", 2, "train", *flags)
+    assert job.returncode == 0, job.stderr
+    assert "images of 64x64, in training from 32x32 on" in job.stdout
+    assert [event["epoch"] for event in events(tmp_path, "train")] == [1, 2, 3]
