@@ -55,13 +55,16 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
     server.server_close()
 
 
-def test_a_rank_waits_for_the_late(store: dict[str, bytes]) -> None:
-    late = threading.Timer(0.5, store.update, [{"/ready/0": b"1"}])
-    late.start()
+@pytest.mark.parametrize(("rank", "awaited"), [(0, "1"), (1, "all")])
+def test_a_rank_waits_for_the_late(
+    rank: int, awaited: str, store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOROVOD_RANK", str(rank))
+    threading.Timer(0.5, store.update, [{f"/ready/{awaited}": b"1"}]).start()
     began = time.monotonic()
     rendezvous.meet(again=False)
     assert time.monotonic() - began >= 0.4
-    assert "/ready/1" in store
+    assert {f"/ready/{rank}", "/ready/all"} <= set(store)
 
 
 def test_who_does_not_come_is_left_out(store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +72,7 @@ def test_who_does_not_come_is_left_out(store: dict[str, bytes], monkeypatch: pyt
     store["/rank_and_size/a:0"] = b"0,1,0,1,0,1"
     rendezvous.meet(again=False)
     assert os.environ["HOROVOD_SIZE"] == "1"
-    assert set(store) == {"/rank_and_size/a:0", "/ready/0"}
+    assert set(store) == {"/rank_and_size/a:0", "/ready/0", "/ready/all"}
 
 
 def test_a_host_that_was_left_out(store: dict[str, bytes]) -> None:
