@@ -32,6 +32,9 @@ Tensors = TypeVar("Tensors", bound=Tensor)
 C = TypeVar("C", bound=Settings)
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+LAUNCHER_VARIABLES = re.compile(
+    "(OMPI|PMIX|PMI|ORTE)_|HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|CONTROLLER|CPU_OPERATIONS|ELASTIC)"
+)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 BUCKET_BYTES = 16 * 2**20
 BROADCAST_BYTES = 4 * 2**20
@@ -482,7 +485,7 @@ def forget_launcher() -> None:
     if not _is_parallel():
         return
     os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-    for variable in [v for v in os.environ if v.startswith(("OMPI_", "PMIX_", "PMI_", "ORTE_", "HOROVOD_"))]:
+    for variable in filter(LAUNCHER_VARIABLES.match, list(os.environ)):
         del os.environ[variable]
 
 
