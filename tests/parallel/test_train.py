@@ -175,8 +175,13 @@ def test_evaluate_counts_the_same_on_any_number_of_ranks(launch: Launch, data: P
 
 
 def test_images_grow_during_training(launch: Launch, data: Path, tmp_path: Path) -> None:
-    flags = small(data, tmp_path, model__trainable="all", train__epochs=3, train__start_size=32)
-    job = launch("mpirun", 2, "train", *flags)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    keys = {"model__trainable": "all", "train__epochs": 3, "train__start_size": 32}
+    job = launch("mpirun", 2, "train", *small(data, whole, **keys))
     assert job.returncode == 0, job.stderr
     assert "images of 64x64, in training from 32x32 on" in job.stdout
-    assert [event["epoch"] for event in events(tmp_path, "train")] == [1, 2, 3]
+    assert [event["epoch"] for event in events(whole, "train")] == [1, 2, 3]
+    smaller = whole / "checkpoints" / "epoch-0002.pt"
+    job = launch("mpirun", 2, "train", *small(data, resumed, **keys, run__resume=smaller))
+    assert job.returncode == 0, job.stderr
+    assert curve(resumed, "valid") == curve(whole, "valid")
