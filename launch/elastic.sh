@@ -11,9 +11,9 @@
 #   --max-np N         the most; default: all slots, also of hosts that come later
 #   COMMAND …          a verb of ours (train), or any program
 #
-# Without hosts they are those of the Slurm job (sbatch --no-kill). Hosts are reached by ssh without a password and have the project, its .venv included, in the same place.
-# This host is the one that may not be lost. When one rank of a host fails, the host is left out for half a minute.
-# SIGTERM ends it at once; SIGUSR1 to one of the ranks saves first.
+# Without hosts they are those of the Slurm job (sbatch --no-kill). Hosts are reached by ssh without a password and have
+# the project, its .venv included, in the same place. This host is the one that may not be lost. When one rank of a host
+# fails, the host is left out for half a minute. SIGTERM ends it at once; SIGUSR1 to one of the ranks saves first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def test_training_on_two_nodes(slurm: Slurm, data: Path, tmp_path: Path, launche
     assert "2 ranks (1 on this node)" in output(tmp_path)
     assert summary(tmp_path / "run")["world_size"] == 2
     assert list(tmp_path.glob("hvd_eurosat-*/*.npy"))
+
+
+def test_an_elastic_job(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+    words = ("launch/elastic.sh", "--interface", "eth0", "train", *small(data, tmp_path / "run", train__epochs=1))
+    options = (*TWO_NODES, "--no-kill", f"--output={tmp_path}/job.out")
+    job = slurm.wait(slurm.submit(*options, "--wrap", shlex.join(words)), 180)
+    assert job["JobState"] == "COMPLETED", output(tmp_path)
+    assert summary(tmp_path / "run")["world_size"] == 2
 
 
 def test_an_array_of_seeds(slurm: Slurm, data: Path, tmp_path: Path) -> None:
