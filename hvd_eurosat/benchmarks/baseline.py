@@ -2,9 +2,9 @@
 
 It follows examples/pytorch/pytorch_imagenet_resnet50.py of Horovod 0.28.1: ImageFolder, DataLoader (with four workers
 beside a GPU, with none on CPUs), random resized crops and flips in PIL, float32 NCHW, SGD in a DistributedOptimizer
-with its defaults, loss and accuracy averaged over the ranks after every batch. Only the classes, the size of the
-images, the threads (those of the core share, not always four) and what is frozen are ours. `--strong` adds bf16
-autocast and channels_last, and nothing else.
+with its defaults, loss and accuracy averaged over the ranks after every batch, every rank its share of the validation.
+Only the classes, the size of the images, the threads (those of the core share, not always four) and what is frozen are
+ours. `--strong` adds bf16 autocast and channels_last, and nothing else.
 
 Being a user's script it knows nothing of this package, imports Horovod itself and has Horovod's defaults; it is run
 in processes of its own. It writes, on each rank, the seconds of its steps to `--out`/<rank>.json.
@@ -71,28 +71,41 @@ class Baseline:
         self.loss, self.accuracy = Metric(f"loss.{mode}"), Metric(f"accuracy.{mode}")
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self.optimiser.zero_grad()
+        self.forward(images, labels).backward()
+        self.optimiser.step()
+        _ = self.loss.mean, self.accuracy.mean  # shown in the example's progress bar
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss; it and the accuracy are averaged over the ranks. Collective."""
         images = images.to(self.device, memory_format=self.layout)
         labels = labels.to(self.device)
-        self.optimiser.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.strong):
             output = self.model(images)
             loss = F.cross_entropy(output, labels)
         self.accuracy.update((output.argmax(1) == labels).float().mean())
         self.loss.update(loss)
-        loss.backward()
-        self.optimiser.step()
-        _ = self.loss.mean, self.accuracy.mean  # shown in the example's progress bar
+        return loss
+
+    @torch.no_grad()
+    def validate(self, loader: DataLoader[Any]) -> float:
+        """Seconds for this rank's share. Collective."""
+        began = time.perf_counter()
+        self.model.eval()
+        for images, labels in loader:
+            self.forward(images, labels)
+        return time.perf_counter() - began
 
 
-def load(options: argparse.Namespace, device: torch.device) -> tuple[DataLoader[Any], DistributedSampler[Any]]:
-    """The training images of this rank."""
-    steps = [
-        transforms.RandomResizedCrop(options.image_size),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(MEAN, STD),
-    ]
-    folder = datasets.ImageFolder(str(options.data / "train"), transforms.Compose(steps))
+def load(
+    options: argparse.Namespace, split: str, device: torch.device
+) -> tuple[DataLoader[Any], DistributedSampler[Any]]:
+    """This rank's share of a split's images."""
+    crops: list[Any] = [transforms.RandomResizedCrop(options.image_size), transforms.RandomHorizontalFlip()]
+    if split != "train":
+        crops = [transforms.Resize(options.image_size * 8 // 7), transforms.CenterCrop(options.image_size)]
+    steps = [*crops, transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    folder = datasets.ImageFolder(str(options.data / split), transforms.Compose(steps))
     sampler: DistributedSampler[Any] = DistributedSampler(folder, hvd.size(), hvd.rank())
     on_gpu: dict[str, Any] = {"num_workers": WORKERS, "pin_memory": True, "multiprocessing_context": "forkserver"}
     beside = on_gpu if device.type == "cuda" else {}
@@ -106,11 +119,9 @@ def endless(loader: DataLoader[Any], sampler: DistributedSampler[Any]) -> Iterat
         yield from loader
 
 
-def measure(
-    step: Baseline, batches: Iterator[tuple[Tensor, Tensor]], warm_up: int, steps: int
-) -> dict[str, list[float]]:
+def measure(step: Baseline, batches: Iterator[tuple[Tensor, Tensor]], warm_up: int, steps: int) -> dict[str, Any]:
     """Steps after some that warm up: seconds of each in "data" and in "step", and its images on all ranks."""
-    seconds: dict[str, list[float]] = {"data": [], "step": [], "images": []}
+    seconds: dict[str, Any] = {"data": [], "step": [], "images": []}
     for number in range(warm_up + steps):
         marks = [time.perf_counter()]
         images, labels = next(batches)
@@ -143,12 +154,14 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    loader, sampler = load(options, device)
+    loader, sampler = load(options, "train", device)
+    valid, _ = load(options, "valid", device)
     classes = len(loader.dataset.classes)  # type: ignore[attr-defined]
     batches = endless(loader, sampler)
     found = {}
     for mode in options.modes:
-        found[mode] = measure(Baseline(options, mode, classes, device), batches, options.warm_up, options.steps)
+        step = Baseline(options, mode, classes, device)
+        found[mode] = measure(step, batches, options.warm_up, options.steps) | {"validation": step.validate(valid)}
     (options.out / f"{hvd.rank()}.json").write_text(json.dumps({"modes": found}))
     hvd.allreduce(torch.zeros(1), name="end")
 

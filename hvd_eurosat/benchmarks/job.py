@@ -26,7 +26,9 @@ from hvd_eurosat.config import read
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
+from hvd_eurosat.train import evaluate_split
 from hvd_eurosat.training.precision import choose_precision
+from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import WIRE, Step, check_compiler, class_weights
 from hvd_eurosat.training.stragglers import Stopwatch
@@ -143,12 +145,14 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     world.watch(settings.run.watchdog_seconds)
     world.together(lambda: check_compiler(settings, world.device))
     tree = world.together(lambda: open_tree(settings.data.root))
-    images = open_images(world, tree, ["train"], settings.data, settings.data)["train"]
+    images = open_images(world, tree, ["train", "valid"], settings.data, settings.data)
     found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "modes": {}}
-    sampler = Sampler(images) if settings.memory else None
+    sampler = Sampler(images["train"]) if settings.memory else None
     for mode in settings.modes:
-        loop = Loop(world, settings, tree, images, mode)
+        loop = Loop(world, settings, tree, images["train"], mode)
         found["modes"][mode] = measure(loop, settings, number)
+        if settings.validation:
+            found["modes"][mode]["validation"] = time_validation(loop, settings, images["valid"])
         if settings.messages:
             bytes_each = WIRE[settings.optim.compression].itemsize
             found["modes"][mode]["buckets"] = [b.numel() * bytes_each for b in loop.step.gradients.buffers]
@@ -160,7 +164,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     (settings.out / f"{number}.json").write_text(json.dumps(found))
 
 
-def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, list[float]]:
+def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
     """Seconds of each step in each thing, and its images on all ranks. Collective."""
     mode = loop.state.model.trainable
     for _ in range(settings.warm_up):
@@ -171,6 +175,14 @@ def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, list[fl
     seconds = loop.clock.seconds()
     meet(settings, f"{mode}.end.{number}", lambda: next(loop))
     return seconds | {"images": images}
+
+
+def time_validation(loop: Loop, settings: JobSettings, images: Images) -> float:
+    """Seconds of the validation that follows an epoch. Collective."""
+    began = time.perf_counter()
+    with loop.state.statistics.averaged(loop.world):
+        evaluate_split(loop.world, settings, loop.state, images, StopRequest())
+    return time.perf_counter() - began
 
 
 def meet(settings: JobSettings, name: str, meanwhile: Callable[[], object]) -> None:

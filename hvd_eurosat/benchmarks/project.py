@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
 from hvd_eurosat.benchmarks.results import read_results
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
-from hvd_eurosat.benchmarks.step import step_seconds
+from hvd_eurosat.benchmarks.step import shares, step_seconds
 from hvd_eurosat.errors import UserError
 
 CHECKED = (2, 3, 4)
@@ -105,11 +105,10 @@ def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
         fit = Allreduce(**old["fit"]) if old else Allreduce.fit(jobs["messages"], mode)
         points = [point for point in old.get("points", ()) if point["link"] != settings.link]
         for ranks in checked(launcher, settings):
-            measured = statistics.mean(t for run in jobs[f"together {ranks}"] for t in step_seconds(run[0], mode))
+            together = jobs[f"together {ranks}"]
             slower = float(samples[ranks].mean(1).max() / samples[2].mean(1).max())
-            point = predict(fit, samples[ranks], ranks, settings.link, slower) | {"measured_ms": 1000 * measured}
-            points.append(point | {"error": point["predicted_ms"] / point["measured_ms"] - 1})
-        found[mode] = {
+            points.append(check(predict(fit, samples[ranks], ranks, settings.link, slower), together, mode))
+        found[mode] = old | {
             "fit": dataclasses.asdict(fit),
             "points": points,
             "error": max(abs(point["error"]) for point in points),
@@ -119,6 +118,14 @@ def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
             many = [predict(fit, node, ranks, link, 1.0) for link in LINKS for ranks in PROJECTED]
             found[mode]["projection"] = many
     return found
+
+
+def check(point: Mapping[str, Any], jobs: Sequence[Results], mode: str) -> dict[str, Any]:
+    """The point beside what was measured: the step's time, and the part of it in communication proper."""
+    measured = 1000 * statistics.mean(t for run in jobs for t in step_seconds(run[0], mode))
+    communication = measured * statistics.mean(shares([run], mode)["communication"] for run in jobs)
+    error = point["predicted_ms"] / measured - 1
+    return {**point, "measured_ms": measured, "communication_ms": communication, "error": error}
 
 
 def checked(launcher: Launcher, settings: ProjectSettings) -> list[int]:

@@ -22,9 +22,8 @@ NOTE = "projected: computed by the model, not measured"
 
 
 def merge(folder: Path, section: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a section's findings beside what benchmark.json has; returns all of it. Raises UserError, RunError."""
-    everything = read_results(folder)
-    everything[section] = _merged(everything.get(section, {}), found)
+    """Put a section's findings beside the other sections of benchmark.json; returns all. Raises UserError, RunError."""
+    everything = read_results(folder) | {section: found}
     write_text(folder / "benchmark.json", json.dumps(everything, indent=2) + "\n")
     return everything
 
@@ -36,11 +35,6 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged")
     return found
-
-
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    inner = {k: _merged(old[k], v) for k, v in new.items() if isinstance(v, dict) and isinstance(old.get(k), dict)}
-    return {**old, **new, **inner}
 
 
 def show(section: str, found: Mapping[str, Any]) -> None:
@@ -66,6 +60,8 @@ def _step_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
                 "images/s": f"{rates['median']:,.1f}",
                 "min to max": f"{rates['min']:,.1f} to {rates['max']:,.1f}",
                 "ours is": f"{of['ours']['median'] / rates['median']:.2f}x",
+                "a whole epoch": f"{of['epoch'][name]['median']:,.1f}",
+                "there": f"{of['epoch']['ours']['median'] / of['epoch'][name]['median']:.2f}x",
                 **{part: _percent(share.get(part)) for part in ("data", "optimiser", "communication", "straggling")},
             }
 
@@ -90,10 +86,11 @@ def _project_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         for point in of["points"]:
             yield _projected(mode, "checked", point) | {
                 "measured ms": f"{point['measured_ms']:,.1f}",
+                "communication ms": f"{point['communication_ms']:,.1f}",
                 "error": f"{100 * point['error']:+.1f} %",
             }
         for point in of.get("projection", ()):
-            yield _projected(mode, "projected", point) | {"measured ms": "", "error": ""}
+            yield _projected(mode, "projected", point) | {"measured ms": "", "communication ms": "", "error": ""}
 
 
 def _projected(mode: str, what: str, point: Mapping[str, Any]) -> dict[str, str]:

@@ -12,8 +12,9 @@ MODES = ("bn+head", "all")
 
 
 class StepSettings(Config):
-    """Images per second of the training loop, for bn+head and all, beside Horovod's example and that in bf16 and
-    channels_last. As many ranks as it is started with (mpirun, horovodrun), or as hosts have slots. Weights are random.
+    """Images per second of the training step and of a whole epoch with its validation, for bn+head and all, beside
+    Horovod's example and that in bf16 and channels_last. As many ranks as it is started with (mpirun, horovodrun), or
+    as hosts have slots. Weights are random.
     """
 
     steps: PositiveInt = 50
@@ -72,3 +73,5 @@ class JobSettings(Config):
     """time allreduces of several sizes, too"""
     memory: bool = False
     """sample the memory meanwhile"""
+    validation: bool = False
+    """time a validation, too"""

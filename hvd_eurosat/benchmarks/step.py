@@ -8,13 +8,16 @@ from typing import Any
 
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
 from hvd_eurosat.benchmarks.settings import MODES, StepSettings
+from hvd_eurosat.data.tree import open_tree
 
 ROUNDS = 5
+PARTS = ("data", "step", "communication", "optimiser")
 CONTENDERS = ("ours", "baseline", "strong")
 
 
 def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """The "step" section: of each mode the contenders, their ratios and what our step is made of."""
+    images = len(open_tree(settings.data.root).files("train"))
     ranks, threads = launcher.ranks, launcher.threads
     rounds = min(ROUNDS, settings.steps)
     steps = settings.steps // rounds
@@ -24,22 +27,30 @@ def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], Non
         for name in order:
             say(f"round {number + 1} of {rounds}: {name}")
             flags = ("--strong",) if name == "strong" else ()
-            ours = name == "ours"
-            run = launcher.ours(ranks, steps, threads) if ours else launcher.baseline(ranks, steps, threads, *flags)
-            found[name].append(run)
+            if name == "ours":
+                found[name].append(launcher.ours(ranks, steps, threads, validation=True))
+            else:
+                found[name].append(launcher.baseline(ranks, steps, threads, *flags))
     facts = {"ranks": ranks, "threads": threads, "device": found["ours"][0][0]["device"], "steps": rounds * steps}
-    return {mode: compare(mode, found) | facts for mode in MODES}
+    return {mode: compare(mode, found, images) | facts for mode in MODES}
 
 
-def compare(mode: str, found: Mapping[str, Sequence[Results]]) -> dict[str, Any]:
-    """One mode's figures, from the results of each contender's rounds."""
+def compare(mode: str, found: Mapping[str, Sequence[Results]], images: int) -> dict[str, Any]:
+    """One mode's figures, from the results of each contender's rounds. images: of an epoch."""
     rates = {name: spread([rate(ranks, mode) for ranks in rounds]) for name, rounds in found.items()}
+    epochs = {name: spread([epoch_rate(ranks, mode, images) for ranks in rounds]) for name, rounds in found.items()}
     return {
         **rates,
-        "ratio": rates["ours"]["median"] / rates["baseline"]["median"],
-        "ratio_strong": rates["ours"]["median"] / rates["strong"]["median"],
+        **ratios(rates),
+        "epoch": epochs | ratios(epochs),
         "share": shares(found["ours"], mode),
     }
+
+
+def ratios(rates: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """How many times as fast we are as either baseline."""
+    ours = rates["ours"]["median"]
+    return {"ratio": ours / rates["baseline"]["median"], "ratio_strong": ours / rates["strong"]["median"]}
 
 
 def rate(ranks: Results, mode: str) -> float:
@@ -48,10 +59,16 @@ def rate(ranks: Results, mode: str) -> float:
     return sum(images) / max(sum(step_seconds(rank, mode)) for rank in ranks)
 
 
+def epoch_rate(ranks: Results, mode: str, images: int) -> float:
+    """Images per second of an epoch of so many, its validation included."""
+    validation: float = max(rank["modes"][mode]["validation"] for rank in ranks)
+    return images / (images / rate(ranks, mode) + validation)
+
+
 def step_seconds(rank: Mapping[str, Any], mode: str) -> list[float]:
     """Of each step of a rank, all in all."""
-    parts = [values for name, values in rank["modes"][mode].items() if name not in ("images", "buckets")]
-    return [sum(values) for values in zip(*parts, strict=True)]
+    of = rank["modes"][mode]
+    return [sum(values) for values in zip(*(of[part] for part in PARTS if part in of), strict=True)]
 
 
 def shares(jobs: Sequence[Results], mode: str) -> dict[str, float]:

@@ -21,7 +21,8 @@ WORK = 0.1
 def rank(data: float, work: float, optimiser: float, communication: float) -> dict[str, Any]:
     """Two equal steps of 128 images."""
     of = {"data": data, "step": work, "optimiser": optimiser, "communication": communication, "images": 128.0}
-    return {"device": "cpu", "modes": {mode: {name: [value] * 2 for name, value in of.items()} for mode in MODES}}
+    once = {"validation": 3.0}
+    return {"device": "cpu", "modes": {mode: once | {k: [value] * 2 for k, value in of.items()} for mode in MODES}}
 
 
 class Machine:
@@ -44,20 +45,22 @@ class Machine:
         return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
 
 
-def test_sections_and_modes_are_merged(tmp_path: Path) -> None:
-    results.merge(tmp_path, "step", {"all": {"ratio": 1}})
-    results.merge(tmp_path, "step", {"bn+head": {"ratio": 2}})
+def test_a_section_stands_beside_the_others(tmp_path: Path) -> None:
+    results.merge(tmp_path, "scaling", {"all": {"4": {"efficiency": 1}}})
     results.merge(tmp_path, "memory", {"1": {"peak_pss_mb": 3}})
-    expected = {"step": {"all": {"ratio": 1}, "bn+head": {"ratio": 2}}, "memory": {"1": {"peak_pss_mb": 3}}}
+    results.merge(tmp_path, "scaling", {"all": {"2": {"efficiency": 1}}})
+    expected = {"scaling": {"all": {"2": {"efficiency": 1}}}, "memory": {"1": {"peak_pss_mb": 3}}}
     assert json.loads((tmp_path / "benchmark.json").read_text()) == expected
 
 
 def test_rates_ratio_and_shares() -> None:
     ours = [rank(0.01, 0.17, 0.02, 0.05), rank(0.01, 0.2, 0.02, 0.02)]
     baseline = [rank(0.1, 0.4, 0, 0)] * 2
-    found = step.compare("all", {"ours": [ours], "baseline": [baseline], "strong": [ours]})
+    found = step.compare("all", {"ours": [ours], "baseline": [baseline], "strong": [ours]}, 2560)
     assert found["ours"]["median"] == pytest.approx(128 / 0.25)
     assert found["ratio"] == pytest.approx(2.0)
+    assert found["epoch"]["ours"]["median"] == pytest.approx(2560 / (5 + 3))
+    assert found["epoch"]["ratio"] == pytest.approx((10 + 3) / (5 + 3))
     assert found["share"] == pytest.approx({"data": 0.04, "optimiser": 0.08, "communication": 0.08, "straggling": 0.06})
 
 
@@ -95,6 +98,7 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     again = project.measure(Machine(0.1), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
+    assert again["all"]["projection"] == found["all"]["projection"]
     results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
