@@ -47,7 +47,7 @@ def show(section: str, found: Mapping[str, Any]) -> None:
         table.add_row(*row.values())
     if section == "project":
         table.caption = NOTE
-    Console(force_terminal=False, width=120).print(table)
+    Console(force_terminal=False, width=130).print(table)
 
 
 def _step_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
@@ -57,10 +57,9 @@ def _step_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             yield {
                 "mode": mode,
                 "what": name,
-                "images/s": f"{rates['median']:,.1f}",
-                "min to max": f"{rates['min']:,.1f} to {rates['max']:,.1f}",
+                "images/s": f"{rates['median']:,.1f} ({rates['min']:,.1f} to {rates['max']:,.1f})",
                 "ours is": f"{of['ours']['median'] / rates['median']:.2f}x",
-                "a whole epoch": f"{of['epoch'][name]['median']:,.1f}",
+                "epoch": f"{of['epoch'][name]['median']:,.1f}",
                 "there": f"{of['epoch']['ours']['median'] / of['epoch'][name]['median']:.2f}x",
                 **{part: _percent(share.get(part)) for part in ("data", "optimiser", "communication", "straggling")},
             }

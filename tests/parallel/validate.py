@@ -1,0 +1,35 @@
+"""Validation by rank 0 alone and by all ranks, of the network in model.weights, on as many ranks as it is started on.
+
+Prints, on rank 0, the loss and the number of correct images of each.
+"""
+
+from __future__ import annotations
+
+from hvd_eurosat import cluster
+from hvd_eurosat.config import Config, load
+from hvd_eurosat.data.batches import open_images
+from hvd_eurosat.data.tree import open_tree
+from hvd_eurosat.model.resnet import build
+from hvd_eurosat.model.weights import load_weights
+from hvd_eurosat.train import evaluate_split
+from hvd_eurosat.training.precision import choose_precision
+from hvd_eurosat.training.signals import StopRequest
+from hvd_eurosat.training.state import TrainingState
+
+
+def main(world: cluster.World, config: Config) -> None:
+    """Both ways."""
+    tree = open_tree(config.data.root)
+    images = open_images(world, tree, ["valid"], config.data, config.data)["valid"]
+    model = build(config.model.arch, len(tree.classes), config.model.trainable, seed=0)
+    load_weights(model, config.model)
+    state = TrainingState(world, config, tree, model, choose_precision(config.train.precision, world.device))
+    for sharded in (False, True):
+        one = config.model_copy(update={"valid": config.valid.model_copy(update={"sharded": sharded})})
+        found = evaluate_split(world, one, state, images, StopRequest())
+        if world.is_main:
+            print(f"validation {found.loss!r} {found.correct}")
+
+
+if __name__ == "__main__":
+    cluster.run(load, main)
