@@ -35,12 +35,12 @@ def _all_come() -> bool:
     rank, size = (int(os.environ[f"HOROVOD_{name}"]) for name in ("RANK", "SIZE"))
     _request("PUT", f"ready/{rank}")
     deadline = time.monotonic() + START_SECONDS
-    for awaited in range(1, size) if rank == 0 else ["all"]:
-        while _request("GET", f"ready/{awaited}") is None:
-            if time.monotonic() > deadline:
-                _request("DELETE", f"ready/{rank}")
-                return False
-            time.sleep(POLL_SECONDS)
+    awaited = range(1, size) if rank == 0 else ["all"]
+    while any(_request("GET", f"ready/{name}") is None for name in awaited):
+        if time.monotonic() > deadline:
+            _request("DELETE", f"ready/{rank}")
+            return False
+        time.sleep(POLL_SECONDS)
     if rank == 0:
         _request("PUT", "ready/all")
     return True
