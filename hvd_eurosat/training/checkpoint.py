@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from hvd_eurosat.model.stored import Blob, Record, named, read_content, read_rec
 from hvd_eurosat.training.files import replacing, write_text
 
 FORMAT = 2
-MAY_DIFFER = ("train.epochs", "valid.", "run.")
+MAY_DIFFER = ("train.epochs", "valid.", "run.", "data.cache_dir")
 VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -219,13 +219,23 @@ class CheckpointFolder:
         note = {"file": record.content.file, "epoch": record.epoch, "step": record.step, "metric": record.metric}
         write_text(self.folder / name, json.dumps(note) + "\n")
 
+    def cut(self, step: int) -> None:
+        """Remove what was saved after a step from which an elastic job begins again."""
+        newer = [record for record in self.records() if record.step > step]
+        self._remove(newer)
+        if newer and (left := self.records()):
+            self._point("last.json", left[-1])
+            self._point("best.json", self.best() or left[-1])
+
     def _remove_old(self) -> None:
         records, best = self.records(), self.best()
         kept = {record.content.file for record in [*records[-self._keep :], *([best] if best else [])]}
+        self._remove(record for record in records if record.content.file not in kept)
+
+    def _remove(self, records: Iterable[Record]) -> None:
         for record in records:
-            if record.content.file not in kept:
-                self.path(record).with_suffix(".json").unlink(missing_ok=True)
-                self.path(record).unlink(missing_ok=True)
+            self.path(record).with_suffix(".json").unlink(missing_ok=True)
+            self.path(record).unlink(missing_ok=True)
 
 
 def _set_aside(path: Path) -> None:

@@ -22,6 +22,7 @@ from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 
+LOCK_SECONDS = 180.0  # a shared disk keeps the lock of a lost host's rank 0 for a while (NFS: 90 s)
 VALIDATION_SHARE = 2  # validating two images takes about as long as training on one, of bn+head
 
 
@@ -33,15 +34,21 @@ class Journal:
         self._config = config
         self._tree = tree
         self.display = Display(world.is_main)
-        self._files = world.together(lambda: RunDirectory(config, self.display.warn) if world.is_main else None)
+        self._committed = cast(Checkpoint | None, world.committed())
+        self._files = world.together(self._open)
         self._saver: Saver | None = None
         self._outfile: Outfile | None = None
 
+    def _open(self) -> RunDirectory | None:
+        if not self._world.is_main:
+            return None
+        patience = LOCK_SECONDS if self._committed else 0.0
+        return RunDirectory(self._config, self.display.warn, patience, self._world.tick)
+
     def find_start(self) -> Checkpoint | None:
         """What to go on from, on every rank: the last commit, or a checkpoint by `run.resume`. Collective."""
-        committed = self._world.committed()
-        if committed:
-            return cast(Checkpoint, committed)
+        if self._committed:
+            return self._committed
         return self._world.on_main(lambda: self._files.start(self._config, self._tree) if self._files else None)
 
     def is_finished(self) -> bool:
@@ -152,6 +159,7 @@ class Journal:
     def stopped(self, state: Checkpoint | None) -> None:
         """The run was asked to stop: save, and say how it goes on. Collective."""
         self.display.end()
+        self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver else None)
         if state and state.samples:
             self.save(state)
         self.saved()

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ Event = dict[str, Any]
 class RunDirectory:
     """Rank 0's files, which one job at a time may use.
 
-    Opening it creates the folders; raises UserError where it cannot write, or another job has it open.
+    Opening it creates the folders; raises UserError where it cannot write, or another job has it open and goes on to
+    have it for `patience` seconds, in which `tick` is called.
     """
 
-    def __init__(self, config: Config, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, report: Callable[[str], None], patience: float, tick: Callable[[], None]
+    ) -> None:
         self.path = config.run.path
         run = config.run
         self.checkpoints = CheckpointFolder(
@@ -42,6 +46,7 @@ class RunDirectory:
         self._report = report
         self._history: list[Event] = []
         self._tensorboard: SummaryWriter | None = None
+        self._patience, self._tick = patience, tick
         self._open()
 
     def _open(self) -> None:
@@ -57,20 +62,31 @@ class RunDirectory:
             self._lock = (self.path / ".lock").open("a+")
             self._take_lock()
             for partial in self.checkpoints.folder.glob(".*"):  # of a job that was killed while it saved
-                partial.unlink()
+                if partial.is_file():
+                    partial.unlink()
         except OSError as error:
             raise UserError(f"run.dir {self.path}: {error.strerror}") from None
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip()
-            raise UserError(f"run.dir {self.path} is in use by another job ({owner}): wait, or give another") from None
+        deadline = time.monotonic() + self._patience
+        while not self._is_locked():
+            if time.monotonic() >= deadline:
+                self._lock.seek(0)
+                owner = self._lock.read().strip()
+                self._lock.close()
+                raise UserError(f"run.dir {self.path} is in use by another job ({owner}): wait, or give another")
+            self._tick()
+            time.sleep(0.5)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
+
+    def _is_locked(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def start(self, config: Config, tree: Tree) -> Checkpoint | None:
         """The checkpoint that `run.resume` means, if any. An earlier run that it does not go on with is set aside."""
@@ -133,6 +149,7 @@ class RunDirectory:
         write_text(self.path / "config.toml", self._config.to_toml())
         self._write_history()
         if start:
+            self.checkpoints.cut(start.step)
             self.checkpoints.add(start)
         epoch = self._history[-1]["epoch"] if self._history else -1
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch + 1)

@@ -20,6 +20,7 @@ from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.run_directory import RunDirectory
 from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import digest
 from hvd_eurosat.training.step import image_size
@@ -180,7 +181,8 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, state: Checkpoint, 
 
 
 def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
-    state.check_resumable(load(["--train.epochs", "99", "--run.keep", "2"]), ["a", "b"], "d")
+    other = ["--train.epochs", "99", "--run.keep", "2", "--data.cache_dir", "elsewhere"]
+    state.check_resumable(load(other), ["a", "b"], "d")
     with pytest.raises(UserError, match=r"model\.arch was 'resnet50' and is 'resnet18' now"):
         state.check_resumable(load(["--model.arch", "resnet18"]), ["a", "b"], "d")
     with pytest.raises(UserError, match="knows the classes a, b"):
@@ -202,6 +204,26 @@ def test_folder_keeps_the_newest_and_the_best(tmp_path: Path, state: Checkpoint)
     last, best = (json.loads((tmp_path / name).read_text()) for name in ("last.json", "best.json"))
     assert last == {"file": "epoch-0010-step-00000105.pt", "epoch": 10, "step": 105, "metric": None}
     assert best == {"file": "epoch-0002.pt", "epoch": 2, "step": 20, "metric": 0.9}
+
+
+def test_what_is_newer_than_the_start_is_removed(tmp_path: Path, state: Checkpoint) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch, accuracy in ((1, 0.5), (2, 0.6), (3, 0.9)):
+        folder.add(at(state, epoch, accuracy))
+    folder.cut(20)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["epoch-0002.pt"]
+    assert [json.loads((tmp_path / name).read_text())["step"] for name in ("last.json", "best.json")] == [20, 20]
+    folder.cut(15)
+    folder.add(at(state, 1, 0.5, samples=5))
+    assert json.loads((tmp_path / "last.json").read_text())["file"] == "epoch-0001-step-00000015.pt"
+
+
+def test_a_lock_is_waited_for_as_long_as_told(tmp_path: Path) -> None:
+    config = load(["--run.dir", str(tmp_path)])
+    first = RunDirectory(config, never, 0.0, lambda: None)
+    with pytest.raises(UserError, match="in use by another job"):
+        RunDirectory(config, never, 0.0, lambda: None)
+    RunDirectory(config, never, 5.0, first.close).close()
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
