@@ -18,7 +18,7 @@ from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.header import header
 from hvd_eurosat.training.inference import log_probabilities, write_predictions
 from hvd_eurosat.training.journal import Journal
-from hvd_eurosat.training.metrics import Evaluation, evaluate
+from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.signals import StopRequest
@@ -64,7 +64,7 @@ def train(world: World, config: Config) -> int:
             train_epoch(world, config, state, step, batches, journal, stop)
             world.tick(f"validation after epoch {state.epoch + 1}")
             with state.statistics.averaged(world):
-                validation = evaluate_split(world, config, state, images["valid"], stop)
+                validation = evaluate(world, config, model, state.precision, images["valid"], stop)
             sums, rate = state.sums.over_all(world), state.optimiser.param_groups[0]["lr"]
             state.end_epoch()
             journal.validated(state.epoch, state.step, rate, sums, validation)
@@ -75,7 +75,7 @@ def train(world: World, config: Config) -> int:
         world.tick("test")
         journal.saved()
         model.load_state_dict(journal.best_model(), strict=False)
-        test = evaluate_split(world, config, state, images["test"], stop)
+        test = evaluate(world, config, model, state.precision, images["test"], stop)
         predict_test(world, config, state, images["test"], tree)
         journal.finish(test, summary(world, model, images))
     except Stopped:
@@ -130,13 +130,6 @@ def train_epoch(
             journal.commit(state.snapshot())
         step.check()
     journal.trained(state.samples - first, stragglers(world, step.stopwatch.take()))
-
-
-def evaluate_split(world: World, config: Config, state: TrainingState, images: Images, stop: StopRequest) -> Evaluation:
-    """The model on a split: rank 0 alone, or all ranks with valid.sharded; the sums on every rank. Collective."""
-    shards = world.size if config.valid.sharded else 1
-    mine = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
-    return evaluate(state.model, mine, config.data, state.precision, world, stop)
 
 
 def predict_test(world: World, config: Config, state: TrainingState, images: Images, tree: Tree) -> None:

@@ -138,7 +138,7 @@ def measure(step: Baseline, batches: Iterator[tuple[Tensor, Tensor]], warm_up: i
 def main() -> None:
     """Measure both modes. Collective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/<class>/ and valid/<class>/")
     parser.add_argument("--out", type=Path, required=True, help="folder for <rank>.json")
     parser.add_argument("--modes", nargs="+", default=["bn+head", "all"], help="what trains")
     parser.add_argument("--arch", default="resnet50")

@@ -26,9 +26,8 @@ from hvd_eurosat.config import read
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
-from hvd_eurosat.train import evaluate_split
+from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_precision
-from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import WIRE, Step, check_compiler, class_weights
 from hvd_eurosat.training.stragglers import Stopwatch
@@ -145,7 +144,8 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     world.watch(settings.run.watchdog_seconds)
     world.together(lambda: check_compiler(settings, world.device))
     tree = world.together(lambda: open_tree(settings.data.root))
-    images = open_images(world, tree, ["train", "valid"], settings.data, settings.data)
+    splits = ["train", *(["valid"] if settings.validation else [])]
+    images = open_images(world, tree, splits, settings.data, settings.data)
     found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "modes": {}}
     sampler = Sampler(images["train"]) if settings.memory else None
     for mode in settings.modes:
@@ -181,7 +181,7 @@ def time_validation(loop: Loop, settings: JobSettings, images: Images) -> float:
     """Seconds of the validation that follows an epoch. Collective."""
     began = time.perf_counter()
     with loop.state.statistics.averaged(loop.world):
-        evaluate_split(loop.world, settings, loop.state, images, StopRequest())
+        evaluate(loop.world, settings, loop.state.model, loop.state.precision, images, lambda: False)
     return time.perf_counter() - began
 
 

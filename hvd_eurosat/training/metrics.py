@@ -14,9 +14,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data
+from hvd_eurosat.config import Config, Data
 from hvd_eurosat.data.augment import normalise
-from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.data.batches import Batch, Images, ordered_batches
 from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.precision import Precision
@@ -108,20 +108,17 @@ class Evaluation:
 
 
 def evaluate(
-    model: LandCoverResNet,
-    batches: Iterable[Batch],
-    data: Data,
-    precision: Precision,
-    world: World,
-    stop: Callable[[], bool],
+    world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, stop: Callable[[], bool]
 ) -> Evaluation:
-    """The model in evaluation mode over batches, summed over all ranks. Collective.
+    """The model in evaluation mode on rank 0, or on all ranks with valid.sharded; the sums on every rank. Collective.
 
     Raises Stopped on every rank if `stop` came true on one before its last batch.
     """
+    shards = world.size if config.valid.sharded else 1
+    batches = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
     was_training = model.training
     model.eval()
-    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, data, precision, world, stop))
+    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, config.data, precision, world, stop))
     model.train(was_training)
     loss, confusion, stopped = world.sum(loss), world.sum(confusion).cpu(), world.sum(stopped)
     if stopped:

@@ -11,10 +11,8 @@ from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.model.weights import load_weights
-from hvd_eurosat.train import evaluate_split
+from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_precision
-from hvd_eurosat.training.signals import StopRequest
-from hvd_eurosat.training.state import TrainingState
 
 
 def main(world: cluster.World, config: Config) -> None:
@@ -23,10 +21,10 @@ def main(world: cluster.World, config: Config) -> None:
     images = open_images(world, tree, ["valid"], config.data, config.data)["valid"]
     model = build(config.model.arch, len(tree.classes), config.model.trainable, seed=0)
     load_weights(model, config.model)
-    state = TrainingState(world, config, tree, model, choose_precision(config.train.precision, world.device))
+    precision = choose_precision(config.train.precision, world.device)
     for sharded in (False, True):
         one = config.model_copy(update={"valid": config.valid.model_copy(update={"sharded": sharded})})
-        found = evaluate_split(world, one, state, images, StopRequest())
+        found = evaluate(world, one, model, precision, images, lambda: False)
         if world.is_main:
             print(f"validation {found.loss!r} {found.correct}")
 
