@@ -1,6 +1,6 @@
 """A new domain for an old network: every image with red and blue swapped and half the brightness.
 
-    python docs/new_domain.py data/EuroSAT_RGB data/EuroSAT_shifted
+    .venv/bin/python docs/new_domain.py data/EuroSAT_RGB data/EuroSAT_shifted
 
 The split and the names stay; the files are PNG, so that nothing but colour and brightness changes.
 """
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def main(source: Path, out: Path) -> None:
-    for path in sorted(source.glob("*/*/*.jpg")):
+    for path in sorted(source.glob("*/*/*.*")):
         red, green, blue = Image.open(path).split()
         target = (out / path.relative_to(source)).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
