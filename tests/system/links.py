@@ -19,8 +19,12 @@ HOURS = 3600 * 6
 
 
 def limit(host: Host, gigabits: float) -> None:
-    """What the host sends, to so many Gbit/s (0: no limit); bursts are small beside the smallest gradients."""
-    shape = ["tbf", "rate", f"{gigabits * 1000:.0f}mbit", "burst", "16kb", "latency", "400ms"]
+    """What the host sends, to so many Gbit/s (0: no limit), in bursts of a millisecond.
+
+    Where a burst takes 64 KB, packets are not cut up by the processor, which a network card would do.
+    """
+    burst = f"{gigabits * 1e6 / 8:.0f}b"
+    shape = ["tbf", "rate", f"{gigabits * 1000:.0f}mbit", "burst", burst, "latency", "400ms"]
     words = ["replace", "dev", "eth0", "root", *shape] if gigabits else ["del", "dev", "eth0", "root"]
     job = host.run(["tc", "qdisc", *words])
     if job.returncode and gigabits:
