@@ -151,6 +151,7 @@ def _draw_scaling(axes: Axes, found: Mapping[str, Any]) -> None:
     for mode, points in found.items():
         of = sorted((int(ranks), point) for ranks, point in points.items())
         ranks = [r for r, _ in of]
+        axes.set_xticks(ranks)
         axes.plot(ranks, [100 * p["efficiency"] for _, p in of], "o-", label=f"{mode}, weak")
         axes.plot(ranks, [100 * p["strong"]["efficiency"] for _, p in of], "o:", label=f"{mode}, strong")
     axes.set_xlabel("ranks")
