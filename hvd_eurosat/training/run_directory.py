@@ -69,7 +69,7 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         deadline = time.monotonic() + self._patience
-        while not self._is_locked():
+        while not self._try_lock():
             if time.monotonic() >= deadline:
                 self._lock.seek(0)
                 owner = self._lock.read().strip()
@@ -81,7 +81,7 @@ class RunDirectory:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
-    def _is_locked(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -143,6 +143,16 @@ def test_resuming_from_a_file_in_another_run_directory(
     assert first.exists()
 
 
+def test_training_with_sharded_validation(launch: Launch, data: Path, trained: Path, tmp_path: Path) -> None:
+    """Two runs of the same bits: one validates on rank 0, one on both."""
+    flags = small(data, tmp_path, model__trainable="all", train__epochs=2, valid__batch_size=8, valid__sharded="true")
+    assert launch("mpirun", 2, "train", *flags).returncode == 0
+    mine, theirs = (curve(run_dir, "valid") for run_dir in (tmp_path, trained))
+    for (_, loss, accuracy), (_, other_loss, other_accuracy) in zip(mine, theirs, strict=True):
+        assert accuracy == other_accuracy
+        assert loss == pytest.approx(other_loss, rel=1e-6)
+
+
 def test_sharded_validation_counts_the_same(data: Path, trained: Path, tmp_path: Path) -> None:
     """20 images in batches of 7: on 4 ranks the last has none."""
     keys = {"valid__batch_size": 7, "model__trainable": "all", "model__weights": checkpoint_file(trained)}
