@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import socket
 import sys
 import time
@@ -530,10 +531,12 @@ def _rank() -> int:
 
 
 def leave_together(status: int) -> NoReturn:
-    """Collective."""
+    """Collective. Once all are here, a request to stop comes too late to count."""
     hvd = _hvd()
     if hvd.size() > 1:
         hvd.barrier()  # the launcher ends every rank when the first leaves with an error
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # an exiting Python would fall back on the default, which kills
     hvd.shutdown()
     sys.exit(status)
 

@@ -33,6 +33,7 @@ COMPILER_PATIENCE = 5  # times run.watchdog_seconds
 def train(world: World, config: Config) -> int:
     """Train, validate and save every epoch; then test the best checkpoint. Returns the job's exit status."""
     world.watch(config.run.watchdog_seconds)
+    stop = StopRequest()
     world.tick("opening the data")
     world.together(lambda: check_compiler(config, world.device))
     tree = world.together(lambda: open_tree(config.data.root))
@@ -58,7 +59,6 @@ def train(world: World, config: Config) -> int:
     step = Step(state, world, config, weights)
     facts = header(world, config, tree, model, batches, state.precision)
     journal.begin(start, facts, state.snapshot(), state.samples // batches.global_batch)
-    stop = StopRequest()
     try:
         while state.epoch < config.train.epochs:
             train_epoch(world, config, state, step, batches, journal, stop)

@@ -80,6 +80,16 @@ def network(*words: str) -> None:
     subprocess.run(words, check=True)
 
 
+class AtTheVeryEnd:
+    """Sends its process a signal when Python, having given back its signal handlers, clears the modules."""
+
+    def __init__(self) -> None:
+        self._signal = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
+
+    def __del__(self) -> None:
+        self._signal()
+
+
 def fail(*_: object) -> None:
     """An error that nobody foresaw."""
     raise ValueError("planted")
@@ -94,6 +104,7 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "gil": lambda *_: [ctypes.PyDLL(None).usleep(10**6) for _ in iter(int, 1)],  # keeps the GIL asleep, for ever
     "usr1": lambda *_: send(os.getpid(), signal.SIGUSR1),
     "term": lambda *_: send(os.getpid(), signal.SIGTERM),
+    "usr1-at-the-very-end": lambda *_: globals().update(last=AtTheVeryEnd()),
     "usr1-launcher": lambda *_: send(os.getppid(), signal.SIGUSR1),
     "term-launcher": lambda *_: send(os.getppid(), signal.SIGTERM),
     "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),

@@ -100,6 +100,7 @@ def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
     [
         ("mpirun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75),
         ("mpirun", f"1 {STEPS + 3} {STEP} term", 75),
+        ("mpirun", "1 1 hvd_eurosat.training.journal:Journal.find_start usr1", 75),
         pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
         pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
         pytest.param("gloo", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
@@ -120,6 +121,13 @@ def test_asked_to_stop(
     assert not (tmp_path / "run" / "summary.json").exists()
     if ranks == 2:
         resumed(inject, tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("gloo", marks=slow)])
+def test_asked_to_stop_when_all_is_done(inject: Inject, tmp_path: Path, undisturbed: str, launcher: str) -> None:
+    job = inject(tmp_path / "run", f"1 1 {STEP} usr1-at-the-very-end", launcher)
+    assert job.returncode == 0, job.output
+    assert fingerprint(tmp_path / "run") == undisturbed
 
 
 @slow
