@@ -35,11 +35,11 @@ def command(launcher: str, ranks: int, verb: str, *arguments: object) -> list[st
     return [*LAUNCHERS[launcher], *count, *program]
 
 
-def run(arguments: list[str], **environment: str) -> Job:
+def run(arguments: list[str], timeout: float = 240, **environment: str) -> Job:
     """The finished job, one thread a rank."""
     allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **allow_root, **environment}
-    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="session")
