@@ -236,15 +236,14 @@ class GradientBuckets:
         self._world, self._adasum = world, adasum
         self._dtype, self._compresses = dtype, dtype != torch.float32
         self._missing: list[int] = []
+        self.groups = _split(list(reversed(parameters)), BUCKET_BYTES)
         self._handles: dict[int, tuple[int, Tensor]] = {}
-        groups = _split(list(reversed(parameters)), BUCKET_BYTES)
-        self._sizes = [len(group) for group in groups]
-        rooms = [sum(p.numel() for p in group) for group in groups]
+        rooms = [sum(p.numel() for p in group) for group in self.groups]
         if not adasum:
             rooms[-1] += notes
         self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
         self.notes = torch.zeros(notes, device=world.device) if adasum else self.buffers[-1][-notes:]
-        for number, group in enumerate(groups):
+        for number, group in enumerate(self.groups):
             self._hold(number, group)
 
     def _hold(self, number: int, parameters: list[torch.nn.Parameter]) -> None:
@@ -269,7 +268,7 @@ class GradientBuckets:
         """Start a step: all gradients and notes to zero, in place."""
         for buffer in self.buffers:
             buffer.zero_()
-        self._missing = list(self._sizes)
+        self._missing = [len(group) for group in self.groups]
 
     def wait(self) -> None:
         """Until the sums over all ranks are in the parameters' gradients and in the notes."""

@@ -15,9 +15,21 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+first_slots() { # as many as $1 of the hosts $2: horovodrun starts a rank of Gloo on every slot, whatever -np says
+  local left=$1 host slots first=()
+  for host in ${2//,/ }; do
+    ((left > 0)) || break
+    slots=$((${host##*:} < left ? ${host##*:} : left))
+    first+=("${host%:*}:$slots")
+    ((left -= slots)) || true
+  done
+  (IFS=, && echo "${first[*]}")
+}
+
 parse_arguments "$@"
 check_hosts
 allow_root
+[[ ${HOROVOD_CONTROLLER:-mpi} != gloo ]] || HOSTS=$(first_slots "$RANKS" "$HOSTS")
 OPTIONS=(-np "$RANKS" -H "$HOSTS")
 [[ -z $INTERFACE ]] || OPTIONS+=(--network-interfaces "$INTERFACE")
 if [[ ${HOROVOD_CONTROLLER:-mpi} == gloo ]]; then exec "$BIN/horovodrun" --gloo "${OPTIONS[@]}" "${COMMAND[@]}"; fi

@@ -48,7 +48,7 @@ class Clock(Stopwatch):
 
     def begin(self, span: str) -> None:
         """What follows is another thing."""
-        self._marks.append((span, self._mark()))
+        self._marks.append((span, self.mark()))
 
     def work(self) -> None:
         """The gradients are summed."""
@@ -64,13 +64,11 @@ class Clock(Stopwatch):
         """Of each thing, in each step (from one "data" to the next, or to the end). Waits for the device."""
         spans: dict[str, list[float]] = {"data": [], "step": [], "communication": [], "optimiser": []}
         self.begin("end")
-        if self._on_gpu:
-            torch.cuda.synchronize()
         for (name, begin), (_, end) in itertools.pairwise(self._marks):
             if name == "data":
                 for values in spans.values():
                     values.append(0.0)
-            spans[name][-1] += begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin
+            spans[name][-1] += self.between(begin, end)
         self._marks.clear()
         return spans
 
@@ -109,6 +107,22 @@ class Loop:
         self.step(batch, LEARNING_RATE, False)
         self.step.check()
         return batch.total
+
+    def readiness(self) -> list[float]:
+        """The share of a step's time after which the last gradient of each bucket is there. Collective."""
+        groups, clock = self.step.gradients.groups, self.clock
+        there: dict[int, Any] = {}
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, n=number: there.update({n: clock.mark()}))
+            for number, group in enumerate(groups)
+            for parameter in group
+        ]
+        begin = clock.mark()
+        next(self)
+        end = clock.mark()
+        for hook in hooks:
+            hook.remove()
+        return [clock.between(begin, there[number]) / clock.between(begin, end) for number in range(len(groups))]
 
 
 class Sampler:
@@ -172,7 +186,7 @@ def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
     meet(settings, f"{mode}.begin.{number}", lambda: time.sleep(0.001))
     loop.clock.seconds()
     images = [float(next(loop)) for _ in range(settings.steps)]
-    seconds = loop.clock.seconds()
+    seconds = loop.clock.seconds() | ({"ready": loop.readiness()} if settings.beside else {})
     meet(settings, f"{mode}.end.{number}", lambda: next(loop))
     return seconds | {"images": images}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from hvd_eurosat.benchmarks.settings import StepSettings
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training.files import make_folder, write_text
 
-MPIRUN = Path(__file__).parents[2] / "launch" / "mpirun.sh"
+LAUNCH = Path(__file__).parents[2] / "launch"
+RANK_LABEL = re.compile(r"^\[\d+\]<stderr>:\s*")  # horovodrun's
 Results = list[dict[str, Any]]
 
 
@@ -26,7 +28,8 @@ Results = list[dict[str, Any]]
 class Launcher:
     """Jobs of one configuration, on this machine or on hosts.
 
-    cores: of a machine; launched: ranks that the benchmark itself was started with; slots: of each host, if any.
+    cores: of a machine; launched: ranks that the benchmark itself was started with; slots: of each host, if any; gloo:
+    ranks meet over Gloo, as they do where HOROVOD_CONTROLLER says so, and not over MPI.
     """
 
     settings: StepSettings
@@ -34,12 +37,14 @@ class Launcher:
     cores: int
     launched: int
     slots: tuple[int, ...]
+    gloo: bool
 
     @staticmethod
     def of(settings: StepSettings) -> Launcher:
         """Makes the folder of the results, with the configuration in it. Raises UserError."""
-        if not MPIRUN.exists():
-            raise UserError(f"benchmark starts its jobs by {MPIRUN}, which is not there: use a clone of the project")
+        if not LAUNCH.exists():
+            raise UserError(f"benchmark starts its jobs by {LAUNCH}, which is not there: use a clone of the project")
+        gloo = os.environ.get("HOROVOD_CONTROLLER") == "gloo"
         _, launched = cluster.launched()
         cluster.forget_launcher()
         make_folder(settings.folder, "run.dir")
@@ -48,7 +53,7 @@ class Launcher:
         hosts = [host.partition(":")[2] or "1" for host in settings.hosts.split(",") if host]
         if not all(slots.isdigit() for slots in hosts):
             raise UserError(f"--hosts {settings.hosts}: write name:slots,name:slots")
-        return Launcher(settings, recipe, len(os.sched_getaffinity(0)), launched, tuple(map(int, hosts)))
+        return Launcher(settings, recipe, len(os.sched_getaffinity(0)), launched, tuple(map(int, hosts)), gloo)
 
     @property
     def ranks(self) -> int:
@@ -84,19 +89,25 @@ class Launcher:
 
     def _run(self, module: str, ranks: int, threads: int, words: list[object]) -> Results:
         """Raises UserError or RunError, with the job's own words, where it fails."""
-        where = ["--hosts", self.settings.hosts] if self.settings.hosts else []
+        where = {"--hosts": self.settings.hosts, "--interface": self.settings.interface}
+        launcher = LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh")
+        begin = [launcher, *(word for option in where.items() if option[1] for word in option), "--np", ranks]
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
             program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
             job = subprocess.run(
-                [str(word) for word in (MPIRUN, *where, "--np", ranks, *program)],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                [str(word) for word in (*begin, *program)],
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(threads),
+                    **({"HOROVOD_CONTROLLER": "gloo"} if self.gloo else {}),
+                },
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
                 check=False,
             )
             if job.returncode:
-                said = job.stderr.strip().splitlines()
+                said = [RANK_LABEL.sub("", line) for line in job.stderr.strip().splitlines()]
                 error = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
                 message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
                 raise UserError(message) if job.returncode == 2 else RunError(message)

@@ -6,11 +6,12 @@
 - Work, with its spread, is measured on independent jobs of one rank, side by side as the ranks will be: where ranks
   outnumber cores they share them in the one case as in the other. The slowest of P is taken from their distribution.
 - Horovod looks for work once in a cycle, of which half passes on average. Latency and host (seconds per byte to copy
-  and to add) are fitted to allreduces of several sizes on two ranks. Wire is the nominal rate of the link, of which TCP
-  over Ethernet leaves 95 %; an allreduce that is optimal in bandwidth sends 2 (P - 1) / P n on each link (Thakur et
-  al. 2005), one rank to a link.
-- All buckets but the last go out during backward, two thirds of the work. On CPUs what the host does for a message
-  takes the core from the work, and is not hidden; a core that is shared does it as much slower as it works.
+  and to add) are fitted to allreduces of several sizes on two ranks, and so is wire where links of that rate are there;
+  else it is the nominal rate, of which TCP over Ethernet leaves 95 %. An allreduce that is optimal in bandwidth sends
+  2 (P - 1) / P n on each link (Thakur et al. 2005), one rank to a link.
+- Buckets go out one after the other, each as soon as its last gradient is there, which is measured on jobs of one rank
+  too. On CPUs what the host does for a message takes the core from the work, and is not hidden; a core that is shared
+  does it as much slower as it works. MPI waits spinning, and yields to the work: there, nothing goes out meanwhile.
 
 Nothing is fitted to steps of more than one rank. They are what the model is checked against.
 """
@@ -18,10 +19,11 @@ Nothing is fitted to steps of more than one rank. They are what the model is che
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,48 +39,74 @@ CHECKED = (2, 3, 4)
 PROJECTED = [4**power for power in range(6)]
 LINKS = (1.0, 10.0, 100.0)
 ROUNDS = 3
-BACKWARD = 2 / 3
 GOODPUT = 0.95
 Samples = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Allreduce:
-    """Seconds: cycle, latency (of one message), host (per byte). buckets: bytes of each; hides_host: as on GPUs."""
+    """Seconds: cycle, latency (of one message), host (per byte), wires (per byte, of links measured, by Gbit/s).
+
+    buckets: bytes of each; ready: the share of a step's work after which it can go out; hides_host: as on GPUs.
+    """
 
     cycle: float
     latency: float
     host: float
     buckets: list[int]
+    ready: list[float]
     hides_host: bool
+    wires: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
-    def fit(jobs: Sequence[Results], mode: str) -> Allreduce:
-        """From the times of messages on two ranks; of the two, the last to come has not waited for the other."""
+    def fit(jobs: Sequence[Results], alone: Sequence[Results], mode: str, gloo: bool) -> Allreduce:
+        """From jobs of two ranks that time messages, and jobs of one, which say when buckets are ready."""
         first = jobs[0][0]
-        times = [
-            statistics.mean(min(both) for run in jobs for both in zip(*(r["messages"][size] for r in run), strict=True))
-            for size in first["messages"]
-        ]
-        host, fixed = np.polyfit([int(size) for size in first["messages"]], times, 1, w=1 / np.array(times))
-        latency = max(0.0, float(fixed) - first["cycle"] / 2) / 2
+        host, fixed = line(jobs)
+        latency = max(0.0, fixed - first["cycle"] / 2) / 2
+        on_gpu = first["device"] == "cuda"
+        ready = np.mean([one["modes"][mode]["ready"] for run in alone for one in run], axis=0)
+        if not (on_gpu or gloo):
+            ready[:] = ready[-1]
         buckets = first["modes"][mode]["buckets"]
-        return Allreduce(first["cycle"], latency, max(0.0, float(host)), buckets, first["device"] == "cuda")
+        return Allreduce(first["cycle"], latency, max(0.0, host), buckets, ready.tolist(), on_gpu)
+
+    def with_link(self, link: float, jobs: Sequence[Results]) -> Allreduce:
+        """Fitted to the messages of two ranks over a link, too."""
+        wire = max(0.0, line(jobs)[0] - self.host)
+        return dataclasses.replace(self, wires={**self.wires, f"{link:g}": wire})
+
+    def wire(self, link: float) -> float:
+        """Seconds per byte of a link of so many Gbit/s, or without limit (0)."""
+        nominal = 8 / (link * 1e9 * GOODPUT) if link else 0.0
+        return self.wires.get(f"{link:g}", nominal)
 
     def exposed(self, ranks: int, link: float, work: float, slower: float) -> float:
-        """Seconds of a step.
+        """Seconds that a step is longer for it.
 
         link: Gbit/s, or 0; work: seconds of the step's own; slower: times that shared cores are slower than in the fit.
         """
         if ranks == 1:
             return 0.0
-        wire = 8 / (link * 1e9 * GOODPUT) if link else 0.0
-        sent = [2 * (ranks - 1) / ranks * size for size in self.buckets]
-        sending = [self.cycle / 2 + 2 * self.latency * np.log2(ranks) + wire * size for size in sent]
-        adding = [self.host * slower * size for size in sent]
-        if self.hides_host:
-            sending, adding = [s + a for s, a in zip(sending, adding, strict=True)], [0.0]
-        return float(sending[-1] + max(0.0, sum(sending[:-1]) - BACKWARD * work) + sum(adding))
+        free = taken = 0.0  # when the wire is free; what the host has taken from the work
+        for size, ready in zip(self.buckets, self.ready, strict=True):
+            sent = 2 * (ranks - 1) / ranks * size
+            adding = self.host * slower * sent
+            begin = max(free, ready * work + taken + self.cycle / 2)
+            free = begin + 2 * self.latency * math.log2(ranks) + self.wire(link) * sent + adding
+            taken += 0.0 if self.hides_host else adding
+        return free - self.ready[-1] * work
+
+
+def line(jobs: Sequence[Results]) -> tuple[float, float]:
+    """Seconds per byte, and of no bytes. Of the two ranks, the last to come to a message has not waited."""
+    sizes = list(jobs[0][0]["messages"])
+    times = [
+        statistics.mean(min(both) for run in jobs for both in zip(*(r["messages"][size] for r in run), strict=True))
+        for size in sizes
+    ]
+    slope, fixed = np.polyfit([int(size) for size in sizes], times, 1, w=1 / np.array(times))
+    return float(slope), float(fixed)
 
 
 def slowest(samples: Samples, ranks: int) -> float:
@@ -100,23 +128,24 @@ def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
     jobs = collect(launcher, settings, say)
     found = {}
     for mode in MODES:
+        old = before[mode] if settings.link else {"points": []}
+        if settings.link:
+            fit = Allreduce(**old["fit"]).with_link(settings.link, jobs["messages"])
+        else:
+            fit = Allreduce.fit(jobs["messages"], jobs["alone 2"], mode, launcher.gloo)
         samples = {ranks: work(jobs[f"alone {ranks}"], mode) for ranks in alone_counts(launcher, settings)}
-        old = before.get(mode, {}) if settings.link else {}
-        fit = Allreduce(**old["fit"]) if old else Allreduce.fit(jobs["messages"], mode)
-        points = [point for point in old.get("points", ()) if point["link"] != settings.link]
+        points = [point for point in old["points"] if point["link"] != settings.link]
         for ranks in checked(launcher, settings):
-            together = jobs[f"together {ranks}"]
             slower = float(samples[ranks].mean(1).max() / samples[2].mean(1).max())
-            points.append(check(predict(fit, samples[ranks], ranks, settings.link, slower), together, mode))
-        found[mode] = old | {
+            point = predict(fit, samples[ranks], ranks, settings.link, slower)
+            points.append(check(point, jobs[f"together {ranks}"], mode))
+        node = samples[launcher.room(settings.cores)]
+        found[mode] = {
             "fit": dataclasses.asdict(fit),
             "points": points,
             "error": max(abs(point["error"]) for point in points),
+            "projection": [predict(fit, node, ranks, link, 1.0) for link in LINKS for ranks in PROJECTED],
         }
-        if not settings.link:
-            node = samples[launcher.room(settings.cores)]
-            many = [predict(fit, node, ranks, link, 1.0) for link in LINKS for ranks in PROJECTED]
-            found[mode]["projection"] = many
     return found
 
 
@@ -146,8 +175,7 @@ def collect(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
     jobs: dict[str, list[Results]] = defaultdict(list)
     for number in range(rounds):
         say(f"round {number + 1} of {rounds}")
-        if not settings.link:
-            jobs["messages"].append(launcher.ours(2, 1, cores, cores=cores, messages=True))
+        jobs["messages"].append(launcher.ours(2, 1, cores, cores=cores, messages=True))
         for ranks in alone_counts(launcher, settings):
             jobs[f"alone {ranks}"].append(launcher.alone(ranks, steps, cores))
         for ranks in checked(launcher, settings):
@@ -162,6 +190,6 @@ def work(jobs: Sequence[Results], mode: str) -> Samples:
 
 def predict(fit: Allreduce, samples: Samples, ranks: int, link: float, slower: float) -> dict[str, Any]:
     """A point: the step's time in ms and its efficiency, the share of it that one rank alone would take."""
-    mean = float(samples.mean())
-    seconds = slowest(samples, ranks) + fit.exposed(ranks, link, mean, slower)
-    return {"ranks": ranks, "link": link, "predicted_ms": 1000 * seconds, "efficiency": mean / seconds}
+    work = slowest(samples, ranks)
+    seconds = work + fit.exposed(ranks, link, work, slower)
+    return {"ranks": ranks, "link": link, "predicted_ms": 1000 * seconds, "efficiency": float(samples.mean()) / seconds}

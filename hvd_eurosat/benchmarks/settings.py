@@ -21,6 +21,8 @@ class StepSettings(Config):
     """measured steps of each contender and mode; they bound the time it takes"""
     hosts: str = ""
     """hosts to run on, as name:slots,name:slots; default: this machine"""
+    interface: str = ""
+    """the network interface that the hosts share, where they have several"""
 
     @property
     def folder(self) -> Path:

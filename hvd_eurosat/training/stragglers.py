@@ -22,9 +22,10 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
-        self._begin = self._mark()
+        self._begin = self.mark()
 
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
+        """This moment, by the device's clock."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -33,19 +34,23 @@ class Stopwatch:
 
     def work(self) -> None:
         """From here on this rank works."""
-        self._begin = self._mark()
+        self._begin = self.mark()
 
     def wait(self) -> None:
         """Its work is done: what follows is waiting."""
-        self._spans.append((self._begin, self._mark()))
+        self._spans.append((self._begin, self.mark()))
 
     def take(self) -> float:
         """Seconds of work since the last call; waits for the device."""
         spans, self._spans = self._spans, []
+        return sum((self.between(begin, end) for begin, end in spans), start=0.0)
+
+    def between(self, begin: Any, end: Any) -> float:
+        """Seconds from one moment to another; waits for the device."""
         if not self._on_gpu:
-            return float(sum(end - begin for begin, end in spans))
-        torch.cuda.synchronize()
-        return float(sum(begin.elapsed_time(end) for begin, end in spans)) / 1000
+            return float(end - begin)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
 
 
 def stragglers(world: World, seconds: float) -> list[dict[str, Any]]:

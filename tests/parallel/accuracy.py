@@ -28,7 +28,7 @@ def link_tenth(source: Path, folder: Path) -> None:
 
 
 def train(folder: Path, precision: str, seed: int) -> dict[str, float]:
-    """Accuracy in percent: of the best epoch's validation, and of the test."""
+    """Accuracy in percent: of the validation after the last epoch, and of the test with the best one."""
     run_dir = folder / f"{precision}-{seed}"
     keys = {"data.root": folder / "data", "run.dir": run_dir, "train.precision": precision, "train.seed": seed}
     flags = [f"--{key}={value}" for key, value in {**keys, "train.epochs": EPOCHS}.items()]

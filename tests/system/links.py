@@ -1,6 +1,6 @@
 """The projection over hosts that are namespaces of this machine, with links of several rates. As root; half an hour.
 
-python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 9]
+HOROVOD_CONTROLLER=gloo python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 9]
 
 It is fitted on four hosts without a limit, and checked on two, three and four of them at each rate.
 """
@@ -35,7 +35,8 @@ def main() -> None:
     """Measure at each rate."""
     with tempfile.TemporaryDirectory() as name, network("abcd", Path(name)) as hosts:
         environment = {"PATH": f"{name}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        words = [sys.executable, "-m", "hvd_eurosat.benchmark", "project", "--hosts", "a:1,b:1,c:1,d:1", *sys.argv[1:]]
+        where = ["--hosts", "a:1,b:1,c:1,d:1", "--interface", "eth0"]
+        words = [sys.executable, "-m", "hvd_eurosat.benchmark", "project", *where, *sys.argv[1:]]
         for rate in RATES:
             for host in hosts.values():
                 limit(host, rate)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.parallel.conftest import SMALL
 from tests.system.conftest import Launch
 from tests.system.hosts import Host
 from tests.system.links import limit
 
 
-def test_step_over_a_slow_link(launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+def test_step_over_a_slow_link(
+    launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path, controller: str
+) -> None:
     flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
     limit(hosts["b"], 0.1)
     try:
-        job = launch("mpirun", "--hosts", "a:1", "benchmark", "step", "--hosts", "a:1,b:1", *flags, timeout=540)
+        words = ("benchmark", "step", "--hosts", "a:1,b:1", "--interface", "eth0", *flags)
+        job = launch("horovodrun", "--hosts", "a:1", *words, timeout=540, HOROVOD_CONTROLLER=controller)
     finally:
         limit(hosts["b"], 0)
     assert job.returncode == 0, job.stderr

@@ -36,6 +36,14 @@ def test_training_over_three_hosts(
     assert summary(run_dir)["world_size"] == 3
 
 
+@pytest.mark.parametrize("controller", ["mpi", "gloo"])
+def test_fewer_ranks_than_slots(launch: Launch, data: Path, tmp_path: Path, controller: str) -> None:
+    flags = small(data, tmp_path / "run", train__epochs=1)
+    job = launch("horovodrun", "--hosts", ALL, "--np", 2, "train", *flags, HOROVOD_CONTROLLER=controller)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert summary(tmp_path / "run")["world_size"] == 2
+
+
 def test_the_doctor_over_three_hosts(launch: Launch) -> None:
     job = launch("mpirun", "--hosts", ALL, "doctor")
     assert job.returncode == 0, job.stdout + job.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from hvd_eurosat.benchmarks import project, results, scaling, step
 from hvd_eurosat.benchmarks.project import Allreduce
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
 
-FIT = Allreduce(cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], hides_host=False)
+FIT = Allreduce(
+    cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], ready=[0.3, 0.9], hides_host=False
+)
 WORK = 0.1
 
 
@@ -26,7 +29,9 @@ def rank(data: float, work: float, optimiser: float, communication: float) -> di
 
 
 class Machine:
-    """Jobs that take as long as the model says. A job of two ranks is half as fast as one of its ranks alone."""
+    """Jobs that take as long as the model says."""
+
+    gloo = True
 
     def __init__(self, link: float) -> None:
         self.link = link
@@ -35,13 +40,17 @@ class Machine:
         return 2
 
     def alone(self, ranks: int, steps: int, cores: int) -> list[dict[str, Any]]:
-        return [rank(0, WORK, 0, 0)] * ranks
+        one = rank(0, WORK, 0, 0)
+        for of in one["modes"].values():
+            of["ready"] = FIT.ready
+        return [one] * ranks
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> list[dict[str, Any]]:
         one = rank(0, WORK, 0, FIT.exposed(ranks, self.link, WORK, 1.0))
         for of in one["modes"].values():
             of["buckets"] = FIT.buckets
-        times = {str(n): [FIT.cycle / 2 + 2 * FIT.latency + n * FIT.host] for n in (4096, 2**20, 2**24)}
+        each = FIT.host + FIT.wire(self.link)
+        times = {str(n): [FIT.cycle / 2 + 2 * FIT.latency + n * each] for n in (4096, 2**20, 2**24)}
         return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
 
 
@@ -76,12 +85,18 @@ def test_the_slowest_of_many() -> None:
 
 
 def test_what_is_hidden_behind_backward() -> None:
-    small = 2 * 1.5 / 2 * 300_000 * 8 / (0.95 * 1e9)  # the last bucket's, on 4 ranks over 1 Gbit/s
+    small = 1.5 * 300_000 * 8 / (0.95 * 1e9)  # the last bucket's, on 4 ranks over 1 Gbit/s
     large = 1.5 * 16_000_000 * 8 / (0.95 * 1e9)
-    latency, host = 0.002 + 0.004, 1.5 * 16_300_000 * 2e-9
+    cycle, latency, host = 0.002, 0.004, 1.5 * 16_300_000 * 2e-9
     assert FIT.exposed(1, 1.0, WORK, 1.0) == 0
-    assert FIT.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(small + latency + host)
-    assert FIT.exposed(4, 1.0, 0.0, 2.0) == pytest.approx(small + large + 2 * latency + 2 * host)
+    assert FIT.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + latency + small + host)
+    assert FIT.exposed(4, 1.0, 0.0, 2.0) == pytest.approx(cycle + 2 * latency + small + large + 2 * host)
+    in_part = (0.3 - 0.9) * WORK + cycle + 2 * latency + small + large + host
+    assert FIT.exposed(4, 1.0, WORK, 1.0) == pytest.approx(in_part)
+    on_gpu = dataclasses.replace(FIT, hides_host=True)
+    assert on_gpu.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + latency + small + 1.5 * 300_000 * 2e-9)
+    over_mpi = Allreduce.fit([Machine(0).ours(2, 1, 1)], [Machine(0).alone(2, 1, 1)], "all", gloo=False)
+    assert over_mpi.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + 2 * latency + small + large + host)
 
 
 def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
@@ -98,6 +113,7 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     again = project.measure(Machine(0.1), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
+    assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(FIT.wire(0.1))}
     assert again["all"]["projection"] == found["all"]["projection"]
     results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
