@@ -26,12 +26,20 @@ first_slots() { # as many as $1 of the hosts $2: horovodrun starts a rank of Glo
   (IFS=, && echo "${first[*]}")
 }
 
+any_elsewhere() { # where all hosts are this one, horovodrun refuses every interface but lo
+  local host
+  for host in ${HOSTS//,/ }; do
+    is_here "${host%:*}" || return 0
+  done
+  return 1
+}
+
 parse_arguments "$@"
 check_hosts
 allow_root
 [[ ${HOROVOD_CONTROLLER:-mpi} != gloo ]] || HOSTS=$(first_slots "$RANKS" "$HOSTS")
 OPTIONS=(-np "$RANKS" -H "$HOSTS")
-[[ -z $INTERFACE ]] || OPTIONS+=(--network-interfaces "$INTERFACE")
+if [[ -n $INTERFACE ]] && any_elsewhere; then OPTIONS+=(--network-interfaces "$INTERFACE"); fi
 if [[ ${HOROVOD_CONTROLLER:-mpi} == gloo ]]; then exec "$BIN/horovodrun" --gloo "${OPTIONS[@]}" "${COMMAND[@]}"; fi
 if [[ $(PATH=$BIN:$PATH mpirun --version 2>&1) == *"(Open MPI)"* ]]; then
   MPI="${INTERFACE:+-mca oob_tcp_if_include $INTERFACE}"
