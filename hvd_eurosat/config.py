@@ -204,7 +204,7 @@ class Run(Section):
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
-    """also save after every so many steps; 0: only after epochs"""
+    """also save after every so many steps, unless the one before is still being written; 0: only after epochs"""
     keep: PositiveInt = 2
     """how many of the newest checkpoints to keep, beside the best"""
     on_save_error: Literal["continue", "stop"] = "continue"

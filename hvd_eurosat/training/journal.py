@@ -134,13 +134,16 @@ class Journal:
     def save(self, state: Checkpoint | None) -> None:
         """A checkpoint, in the background, which carries the history up to and with itself.
 
-        At the end of an epoch: every checkpoint_interval, at the best so far and at the end.
+        At the end of an epoch: every checkpoint_interval, at the best so far and at the end. Within one: unless the
+        one before is still being written, for which all ranks would wait.
         """
         if not self._files or not self._saver or not state:
             return
         due = state.epoch % self._config.run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
         if self._outfile:
             self._outfile.flush()
+        if state.samples and self._saver.is_busy:
+            return
         if state.samples or due or self._files.last_is_best():
             if not state.samples:
                 self._files.record("checkpoint", state.epoch, step=state.step)

@@ -25,6 +25,11 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._errors: list[BaseException] = []
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Begin to write a checkpoint, which nobody changes any more."""
         self.wait()
@@ -33,7 +38,7 @@ class Saver:
 
     def wait(self, tick: Callable[[], None] = lambda: None) -> None:
         """Until nothing is being written; `tick` is called meanwhile."""
-        while self._thread and self._thread.is_alive():
+        while self._thread and self.is_busy:
             self._thread.join(0.5)
             tick()
         if len(self._errors) >= self._allowed:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from hvd_eurosat import cluster
@@ -29,6 +30,7 @@ from hvd_eurosat.train import train
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.step import Step
+from hvd_eurosat.watchdog import ENDING_GRACE
 
 HOURS = 10_000
 SLOW = "tc qdisc add dev eth0 root tbf rate 1mbit burst 32kbit latency 400ms"
@@ -90,6 +92,13 @@ class AtTheVeryEnd:
         self._signal()
 
 
+def term_all_and_write_slowly(*_: object) -> None:
+    """All ranks are told to end, as by srun, while a save takes longer than a rank waits for one that may be gone."""
+    for rank in psutil.Process(os.getppid()).children():
+        rank.terminate()
+    time.sleep(2 * ENDING_GRACE)
+
+
 def fail(*_: object) -> None:
     """An error that nobody foresaw."""
     raise ValueError("planted")
@@ -109,6 +118,7 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "term-launcher": lambda *_: send(os.getppid(), signal.SIGTERM),
     "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),
     "term-launcher-and-sleep": lambda *_: (send(os.getppid(), signal.SIGTERM), time.sleep(HOURS)),
+    "term-all-and-write-slowly": term_all_and_write_slowly,
     "fill": fill,
     "fill-for-good": functools.partial(fill, for_good=True),
     "remove": lambda *_: shutil.rmtree(disk() / "run"),

@@ -123,6 +123,14 @@ def test_asked_to_stop(
         resumed(inject, tmp_path / "run", undisturbed)
 
 
+def test_asked_to_stop_while_a_save_takes_long(inject: Inject, tmp_path: Path, undisturbed: str) -> None:
+    fault = "0 1 hvd_eurosat.training.checkpoint:CheckpointFolder.add term-all-and-write-slowly"
+    job = inject(tmp_path / "run", fault, run__checkpoint_steps=1)
+    assert job.returncode == STOPPED, job.output
+    assert "stopped on request at step" in job.output
+    resumed(inject, tmp_path / "run", undisturbed)
+
+
 @pytest.mark.parametrize("launcher", ["mpirun", pytest.param("gloo", marks=slow)])
 def test_asked_to_stop_when_all_is_done(inject: Inject, tmp_path: Path, undisturbed: str, launcher: str) -> None:
     job = inject(tmp_path / "run", f"1 1 {STEP} usr1-at-the-very-end", launcher)
