@@ -17,7 +17,7 @@ def test_predictions_are_the_same_on_any_number_of_ranks(
         out = tmp_path / str(ranks)
         job = launch("mpirun", ranks, "predict", "--checkpoint", best, "--input", data / "test", "--out", out)
         assert job.returncode == 0, job.stderr
-        tables.append(list(csv.DictReader((out / "predictions.csv").open())))
+        tables.append(list(csv.DictReader((out / "predictions.csv").read_text().splitlines())))
     assert tables[0] == tables[1] == tables[2]
     assert len({(tmp_path / str(ranks) / "output_1.h5").read_bytes() for ranks in (1, 2, 3)}) == 1
     images = sorted(str(path) for path in (data / "test").rglob("*.jpg"))
