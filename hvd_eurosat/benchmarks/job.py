@@ -117,6 +117,7 @@ class Loop:
             for number, group in enumerate(groups)
             for parameter in group
         ]
+        next(self)  # so that a GPU has work in its queue
         begin = clock.mark()
         next(self)
         end = clock.mark()
@@ -160,7 +161,9 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     tree = world.together(lambda: open_tree(settings.data.root))
     splits = ["train", *(["valid"] if settings.validation else [])]
     images = open_images(world, tree, splits, settings.data, settings.data)
-    found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "modes": {}}
+    controller = os.environ.get("HOROVOD_CONTROLLER", "mpi")
+    found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "controller": controller}
+    found["modes"] = {}
     sampler = Sampler(images["train"]) if settings.memory else None
     for mode in settings.modes:
         loop = Loop(world, settings, tree, images["train"], mode)

@@ -42,7 +42,7 @@ class Launcher:
     @staticmethod
     def of(settings: StepSettings) -> Launcher:
         """Makes the folder of the results, with the configuration in it. Raises UserError."""
-        if not LAUNCH.exists():
+        if not (LAUNCH / "mpirun.sh").exists():
             raise UserError(f"benchmark starts its jobs by {LAUNCH}, which is not there: use a clone of the project")
         gloo = os.environ.get("HOROVOD_CONTROLLER") == "gloo"
         _, launched = cluster.launched()
@@ -88,19 +88,18 @@ class Launcher:
         return self._run("baseline", ranks, threads, [*what, *sizes, *flags])
 
     def _run(self, module: str, ranks: int, threads: int, words: list[object]) -> Results:
-        """Raises UserError or RunError, with the job's own words, where it fails."""
-        where = {"--hosts": self.settings.hosts, "--interface": self.settings.interface}
-        launcher = LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh")
-        begin = [launcher, *(word for option in where.items() if option[1] for word in option), "--np", ranks]
+        """Raises UserError or RunError, with the job's own words, where it fails; over Gloo always RunError."""
+        begin: list[object] = [LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh"), "--np", ranks]
+        for option, value in {"--hosts": self.settings.hosts, "--interface": self.settings.interface}.items():
+            begin += [option, value] if value else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if self.gloo:
+            environment["HOROVOD_CONTROLLER"] = "gloo"
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
             program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
             job = subprocess.run(
                 [str(word) for word in (*begin, *program)],
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": str(threads),
-                    **({"HOROVOD_CONTROLLER": "gloo"} if self.gloo else {}),
-                },
+                env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
@@ -47,7 +48,8 @@ Samples = NDArray[np.float64]
 class Allreduce:
     """Seconds: cycle, latency (of one message), host (per byte), wires (per byte, of links measured, by Gbit/s).
 
-    buckets: bytes of each; ready: the share of a step's work after which it can go out; hides_host: as on GPUs.
+    buckets: bytes of each; ready: the share of a step's work after which it can go out; hides_host: as on GPUs; gloo:
+    not over MPI.
     """
 
     cycle: float
@@ -56,24 +58,25 @@ class Allreduce:
     buckets: list[int]
     ready: list[float]
     hides_host: bool
+    gloo: bool
     wires: dict[str, float] = field(default_factory=dict)
 
     @staticmethod
     def fit(jobs: Sequence[Results], alone: Sequence[Results], mode: str, gloo: bool) -> Allreduce:
         """From jobs of two ranks that time messages, and jobs of one, which say when buckets are ready."""
         first = jobs[0][0]
-        host, fixed = line(jobs)
+        host, fixed = fit_line(jobs)
         latency = max(0.0, fixed - first["cycle"] / 2) / 2
         on_gpu = first["device"] == "cuda"
         ready = np.mean([one["modes"][mode]["ready"] for run in alone for one in run], axis=0)
         if not (on_gpu or gloo):
             ready[:] = ready[-1]
         buckets = first["modes"][mode]["buckets"]
-        return Allreduce(first["cycle"], latency, max(0.0, host), buckets, ready.tolist(), on_gpu)
+        return Allreduce(first["cycle"], latency, max(0.0, host), buckets, ready.tolist(), on_gpu, gloo)
 
     def with_link(self, link: float, jobs: Sequence[Results]) -> Allreduce:
-        """Fitted to the messages of two ranks over a link, too."""
-        wire = max(0.0, line(jobs)[0] - self.host)
+        """Fitted to the messages of two ranks over a link, too, which is not faster than its nominal rate."""
+        wire = max(8 / (link * 1e9), fit_line(jobs)[0] - self.host)
         return dataclasses.replace(self, wires={**self.wires, f"{link:g}": wire})
 
     def wire(self, link: float) -> float:
@@ -98,7 +101,7 @@ class Allreduce:
         return free - self.ready[-1] * work
 
 
-def line(jobs: Sequence[Results]) -> tuple[float, float]:
+def fit_line(jobs: Sequence[Results]) -> tuple[float, float]:
     """Seconds per byte, and of no bytes. Of the two ranks, the last to come to a message has not waited."""
     sizes = list(jobs[0][0]["messages"])
     times = [
@@ -113,6 +116,7 @@ def slowest(samples: Samples, ranks: int) -> float:
     """The expected time of the slowest of some ranks: samples [ranks measured, steps] in seconds, of each one's steps.
 
     From their distributions: all P are below t with probability F1(t) F2(t) ..., each as often as P has room for it.
+    Of many more ranks than there are samples it is about the slowest sample: rarer delays are not in them.
     """
     times = np.sort(samples.ravel())
     below = np.stack([np.searchsorted(np.sort(one), times, side="right") / len(one) for one in samples])
@@ -123,8 +127,10 @@ def slowest(samples: Samples, ranks: int) -> float:
 def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """The "project" section: of each mode the fit, the points that check it, its error, and the projection."""
     before = read_results(settings.folder).get("project", {})
-    if settings.link and not all("fit" in before.get(mode, {}) for mode in MODES):
-        raise UserError("project --link checks a model that is there: fit it first, without --link")
+    fitted = [before.get(mode, {}).get("fit", {}).get("gloo") for mode in MODES]
+    if settings.link and fitted != [launcher.gloo] * len(MODES):
+        over = "Gloo" if launcher.gloo else "MPI"
+        raise UserError(f"project --link checks a model that is there: fit it over {over} first, without --link")
     jobs = collect(launcher, settings, say)
     found = {}
     for mode in MODES:
@@ -134,17 +140,18 @@ def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
         else:
             fit = Allreduce.fit(jobs["messages"], jobs["alone 2"], mode, launcher.gloo)
         samples = {ranks: work(jobs[f"alone {ranks}"], mode) for ranks in alone_counts(launcher, settings)}
+        slower = {ranks: float(times.mean(1).max() / samples[2].mean(1).max()) for ranks, times in samples.items()}
         points = [point for point in old["points"] if point["link"] != settings.link]
         for ranks in checked(launcher, settings):
-            slower = float(samples[ranks].mean(1).max() / samples[2].mean(1).max())
-            point = predict(fit, samples[ranks], ranks, settings.link, slower)
+            point = predict(fit, samples[ranks], ranks, settings.link, slower[ranks])
             points.append(check(point, jobs[f"together {ranks}"], mode))
-        node = samples[launcher.room(settings.cores)]
+        node = launcher.room(settings.cores)
+        many = [predict(fit, samples[node], ranks, link, slower[node]) for link in LINKS for ranks in PROJECTED]
         found[mode] = {
             "fit": dataclasses.asdict(fit),
             "points": points,
             "error": max(abs(point["error"]) for point in points),
-            "projection": [predict(fit, node, ranks, link, 1.0) for link in LINKS for ranks in PROJECTED],
+            "projection": many,
         }
     return found
 
@@ -159,7 +166,8 @@ def check(point: Mapping[str, Any], jobs: Sequence[Results], mode: str) -> dict[
 
 def checked(launcher: Launcher, settings: ProjectSettings) -> list[int]:
     """Numbers of ranks whose steps check the model."""
-    limit = launcher.room(settings.cores) if settings.hosts else max(CHECKED)
+    limited = settings.hosts or torch.cuda.is_available()
+    limit = launcher.room(settings.cores) if limited else max(CHECKED)
     return [ranks for ranks in CHECKED if ranks <= limit]
 
 
@@ -190,6 +198,6 @@ def work(jobs: Sequence[Results], mode: str) -> Samples:
 
 def predict(fit: Allreduce, samples: Samples, ranks: int, link: float, slower: float) -> dict[str, Any]:
     """A point: the step's time in ms and its efficiency, the share of it that one rank alone would take."""
-    work = slowest(samples, ranks)
-    seconds = work + fit.exposed(ranks, link, work, slower)
+    own = slowest(samples, ranks)
+    seconds = own + fit.exposed(ranks, link, own, slower)
     return {"ranks": ranks, "link": link, "predicted_ms": 1000 * seconds, "efficiency": float(samples.mean()) / seconds}

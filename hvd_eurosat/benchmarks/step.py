@@ -31,7 +31,8 @@ def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], Non
                 found[name].append(launcher.ours(ranks, steps, threads, validation=True))
             else:
                 found[name].append(launcher.baseline(ranks, steps, threads, *flags))
-    facts = {"ranks": ranks, "threads": threads, "device": found["ours"][0][0]["device"], "steps": rounds * steps}
+    of_job = {name: found["ours"][0][0][name] for name in ("device", "controller")}
+    facts = {"ranks": ranks, "threads": threads, "steps": rounds * steps, **of_job}
     return {mode: compare(mode, found, images) | facts for mode in MODES}
 
 

@@ -114,7 +114,8 @@ class Journal:
         self._rate = samples / self._seconds
 
     def validated(self, epoch: int, step: int, learning_rate: float, sums: Sums, validation: Evaluation) -> None:
-        """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation."""
+        """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation. Collective."""
+        self._wait_for_saver()
         if not self._files:
             return
         facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
@@ -135,7 +136,7 @@ class Journal:
         """A checkpoint, in the background, which carries the history up to and with itself.
 
         At the end of an epoch: every checkpoint_interval, at the best so far and at the end. Within one: unless the
-        one before is still being written, for which all ranks would wait.
+        one before is still being written, for which all ranks would wait in silence.
         """
         if not self._files or not self._saver or not state:
             return
@@ -162,12 +163,16 @@ class Journal:
     def stopped(self, state: Checkpoint | None) -> None:
         """The run was asked to stop: save, and say how it goes on. Collective."""
         self.display.end()
-        self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver else None)
+        self._wait_for_saver()
         if state and state.samples:
             self.save(state)
         self.saved()
         if self._files and state:
             self.display.say(f"stopped on request at step {state.step}, saved in {self._files.path}: start it again")
+
+    def _wait_for_saver(self) -> None:
+        """Until nothing is being written, of which the other ranks hear. Collective."""
+        self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver else None)
 
     def best_model(self) -> dict[str, Tensor]:
         """What of the best checkpoint's state dict is not frozen, on every rank. Collective."""

@@ -86,14 +86,17 @@ class AtTheVeryEnd:
     """Sends its process a signal when Python, having given back its signal handlers, clears the modules."""
 
     def __init__(self) -> None:
+        self._say = functools.partial(os.write, 2, b"at the very end\n")
         self._signal = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
 
     def __del__(self) -> None:
+        self._say()
         self._signal()
 
 
-def term_all_and_write_slowly(*_: object) -> None:
+def term_all_and_write_slowly(*_: object, after: float = 0.0) -> None:
     """All ranks are told to end, as by srun, while a save takes longer than a rank waits for one that may be gone."""
+    time.sleep(after)
     for rank in psutil.Process(os.getppid()).children():
         rank.terminate()
     time.sleep(2 * ENDING_GRACE)
@@ -119,6 +122,7 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),
     "term-launcher-and-sleep": lambda *_: (send(os.getppid(), signal.SIGTERM), time.sleep(HOURS)),
     "term-all-and-write-slowly": term_all_and_write_slowly,
+    "term-all-later-and-write-slowly": functools.partial(term_all_and_write_slowly, after=4.0),
     "fill": fill,
     "fill-for-good": functools.partial(fill, for_good=True),
     "remove": lambda *_: shutil.rmtree(disk() / "run"),

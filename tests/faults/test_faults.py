@@ -123,9 +123,13 @@ def test_asked_to_stop(
         resumed(inject, tmp_path / "run", undisturbed)
 
 
-def test_asked_to_stop_while_a_save_takes_long(inject: Inject, tmp_path: Path, undisturbed: str) -> None:
-    fault = "0 1 hvd_eurosat.training.checkpoint:CheckpointFolder.add term-all-and-write-slowly"
-    job = inject(tmp_path / "run", fault, run__checkpoint_steps=1)
+@pytest.mark.parametrize(("steps", "when"), [(1, "term-all"), (STEPS, "term-all-later")])
+def test_asked_to_stop_while_a_save_takes_long(
+    inject: Inject, tmp_path: Path, undisturbed: str, steps: int, when: str
+) -> None:
+    """Within an epoch, and at its end, where the next save is due."""
+    fault = f"0 1 hvd_eurosat.training.checkpoint:CheckpointFolder.add {when}-and-write-slowly"
+    job = inject(tmp_path / "run", fault, run__checkpoint_steps=steps)
     assert job.returncode == STOPPED, job.output
     assert "stopped on request at step" in job.output
     resumed(inject, tmp_path / "run", undisturbed)
@@ -135,6 +139,7 @@ def test_asked_to_stop_while_a_save_takes_long(inject: Inject, tmp_path: Path, u
 def test_asked_to_stop_when_all_is_done(inject: Inject, tmp_path: Path, undisturbed: str, launcher: str) -> None:
     job = inject(tmp_path / "run", f"1 1 {STEP} usr1-at-the-very-end", launcher)
     assert job.returncode == 0, job.output
+    assert "at the very end" in job.output
     assert fingerprint(tmp_path / "run") == undisturbed
 
 

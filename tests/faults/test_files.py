@@ -104,7 +104,7 @@ def test_the_disk_fills_for_good(inject: Inject, disk: Path, data: Path) -> None
     checkpoints = CheckpointFolder(disk / "run" / "checkpoints", keep=1)
     newest = checkpoints.newest(print)
     assert newest is not None
-    assert newest.step == STEPS + 1
+    assert newest.step in (STEPS, STEPS + 1)  # the second is left out if the first is still being written
     assert not list((disk / "run" / "checkpoints").glob(".*"))
 
 

@@ -1,4 +1,4 @@
-"""The projection over hosts that are namespaces of this machine, with links of several rates. As root; half an hour.
+"""The projection over hosts that are namespaces of this machine, with links of several rates. As root; an hour.
 
 HOROVOD_CONTROLLER=gloo python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 9]
 
@@ -43,6 +43,8 @@ def main() -> None:
             print(f"links of {rate:g} Gbit/s" if rate else "no limit", flush=True)
             job = hosts["a"].run([*words, "--link", str(rate)], HOURS, **environment)
             print(job.stdout, job.stderr, flush=True)
+            if job.returncode:
+                sys.exit(job.returncode)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hvd_eurosat.benchmarks.project import Allreduce
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
 
 FIT = Allreduce(
-    cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], ready=[0.3, 0.9], hides_host=False
+    cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], ready=[0.3, 0.9], hides_host=False, gloo=True
 )
 WORK = 0.1
 
@@ -25,33 +25,44 @@ def rank(data: float, work: float, optimiser: float, communication: float) -> di
     """Two equal steps of 128 images."""
     of = {"data": data, "step": work, "optimiser": optimiser, "communication": communication, "images": 128.0}
     once = {"validation": 3.0}
-    return {"device": "cpu", "modes": {mode: once | {k: [value] * 2 for k, value in of.items()} for mode in MODES}}
+    return {
+        "device": "cpu",
+        "controller": "mpi",
+        "modes": {mode: once | {k: [value] * 2 for k, value in of.items()} for mode in MODES},
+    }
 
 
 class Machine:
-    """Jobs that take as long as the model says."""
+    """Jobs that take as long as the model says, on two cores, over links that are slower than their nominal rate."""
 
     gloo = True
 
     def __init__(self, link: float) -> None:
         self.link = link
+        self.fit = dataclasses.replace(FIT, wires={"0.1": 1.2 * FIT.wire(0.1)})
 
     def room(self, cores: int) -> int:
-        return 2
+        return 4
 
     def alone(self, ranks: int, steps: int, cores: int) -> list[dict[str, Any]]:
-        one = rank(0, WORK, 0, 0)
+        one = rank(0, WORK * slower(ranks), 0, 0)
         for of in one["modes"].values():
             of["ready"] = FIT.ready
         return [one] * ranks
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> list[dict[str, Any]]:
-        one = rank(0, WORK, 0, FIT.exposed(ranks, self.link, WORK, 1.0))
+        work = WORK * slower(ranks)
+        one = rank(0, work, 0, self.fit.exposed(ranks, self.link, work, slower(ranks)))
         for of in one["modes"].values():
             of["buckets"] = FIT.buckets
-        each = FIT.host + FIT.wire(self.link)
+        each = FIT.host + self.fit.wire(self.link)
         times = {str(n): [FIT.cycle / 2 + 2 * FIT.latency + n * each] for n in (4096, 2**20, 2**24)}
         return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
+
+
+def slower(ranks: int) -> float:
+    """Where ranks share two cores."""
+    return max(1.0, ranks / 2)
 
 
 def test_a_section_stands_beside_the_others(tmp_path: Path) -> None:
@@ -107,13 +118,16 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
         assert found[mode]["fit"]["latency"] == pytest.approx(FIT.latency)
         assert [point["ranks"] for point in found[mode]["points"]] == [2, 3, 4]
         assert found[mode]["error"] == pytest.approx(0, abs=1e-6)
-        assert max(point["ranks"] for point in found[mode]["projection"]) == 1024
+        many = found[mode]["projection"][-1]
+        own = 2 * WORK
+        assert (many["ranks"], many["link"]) == (1024, 100)
+        assert many["predicted_ms"] == pytest.approx(1000 * (own + FIT.exposed(1024, 100, own, 2.0)))
     results.merge(tmp_path, "project", found)
     slow = settings.model_copy(update={"link": 0.1})
     again = project.measure(Machine(0.1), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
-    assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(FIT.wire(0.1))}
+    assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(1.2 * FIT.wire(0.1))}
     assert again["all"]["projection"] == found["all"]["projection"]
     results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
@@ -124,6 +138,9 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["step", "--step", "3"]) == 2
     assert benchmark.main(["step", "--hosts", "a:many", place]) == 2
     assert benchmark.main(["project", "--link", "1", place]) == 2
+    other = {mode: {"fit": dataclasses.asdict(FIT)} for mode in MODES}  # over Gloo
+    (tmp_path / "benchmark.json").write_text(json.dumps({"project": other}))
+    assert benchmark.main(["project", "--link", "1", place]) == 2
     (tmp_path / "benchmark.json").write_text("{")
     assert benchmark.main(["project", place]) == 2
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error"] * 4
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error"] * 5
