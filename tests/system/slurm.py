@@ -101,7 +101,9 @@ def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterato
         _wait_until_idle(slurm)
         yield slurm
     finally:
-        for process in reversed(started):
+        for name in ("a", "b"):
+            hosts[name].kill_all()
+        for process in started:
             process.terminate()
             process.wait(20)
 
