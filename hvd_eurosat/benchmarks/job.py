@@ -161,9 +161,12 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     tree = world.together(lambda: open_tree(settings.data.root))
     splits = ["train", *(["valid"] if settings.validation else [])]
     images = open_images(world, tree, splits, settings.data, settings.data)
-    controller = os.environ.get("HOROVOD_CONTROLLER", "mpi")
-    found: dict[str, Any] = {"device": world.device.type, "threads": world.threads, "controller": controller}
-    found["modes"] = {}
+    found: dict[str, Any] = {
+        "device": world.device.type,
+        "threads": world.threads,
+        "controller": os.environ.get("HOROVOD_CONTROLLER", "mpi"),
+        "modes": {},
+    }
     sampler = Sampler(images["train"]) if settings.memory else None
     for mode in settings.modes:
         loop = Loop(world, settings, tree, images["train"], mode)
