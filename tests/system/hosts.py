@@ -103,7 +103,8 @@ class Host:
             with contextlib.suppress(psutil.Error, OSError):
                 if os.readlink(f"/proc/{process.pid}/ns/pid") == namespace:
                     found.append((process, process.cmdline()))
-        return [(process, words) for process, words in found if "sshd" not in " ".join(words)]
+        # No command line: it has ended, and its parent, the host's first process, has yet to reap it.
+        return [(process, words) for process, words in found if words and "sshd" not in " ".join(words)]
 
     def stop(self) -> None:
         """Everything on it ends."""
