@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvd_eurosat import cluster
+from hvd_eurosat import environment
 from hvd_eurosat.benchmarks import memory, project, results, scaling, step
 from hvd_eurosat.benchmarks.launcher import Launcher
 from hvd_eurosat.benchmarks.settings import MemorySettings, ProjectSettings, ScalingSettings, StepSettings
@@ -33,7 +33,7 @@ SUBCOMMANDS: dict[str, tuple[type[StepSettings], Measure, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data. Rank 0 does it all."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    rank, _ = cluster.launched()
+    rank, _ = environment.launched()
     if rank > 0:  # the launcher only says how many ranks the jobs are to have
         return 0
     parser = argparse.ArgumentParser(

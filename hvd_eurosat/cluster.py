@@ -7,7 +7,6 @@ The only module that knows Horovod and MPI. It serves a single process, ranks st
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -23,28 +22,24 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
-from hvd_eurosat import rendezvous
+from hvd_eurosat import node, rendezvous
 from hvd_eurosat.config import Settings
+from hvd_eurosat.environment import is_parallel, launched, under_mpi
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.node import Place
 from hvd_eurosat.watchdog import Watchdog
 
 T = TypeVar("T")
 Tensors = TypeVar("Tensors", bound=Tensor)
 C = TypeVar("C", bound=Settings)
 
-RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
-LAUNCHER_VARIABLES = re.compile(
-    "(OMPI|PMIX|PMI|ORTE)_|HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|CONTROLLER|CPU_OPERATIONS|ELASTIC)"
-)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-BUCKET_BYTES = 16 * 2**20
 BROADCAST_BYTES = 4 * 2**20
 PULSE_SECONDS = 1.0
 
 DEFAULTS = {
     # The ranks wait minutes for rank 0's validation or for a node's packing: not a stall to warn of after 60 s.
     "HOROVOD_STALL_CHECK_TIME_SECONDS": "1800",
-    # Fusion depends on timing, and so would the order of a sum: the buckets are ours (see GradientBuckets).
+    # Fusion depends on timing, and so would the order of a sum: the buckets are ours (training/gradients.py).
     "HOROVOD_FUSION_THRESHOLD": "0",
     # Horovod's thread asks the other ranks every so many ms, and MPI waits for their answer spinning: on CPUs both
     # take cores from the training thread, 30 % of them with the defaults (1 ms, no yielding), 6 % with these.
@@ -91,7 +86,7 @@ class World:
     def watch(self, seconds: float) -> None:
         """From here on this rank is ended after `seconds` without progress, and when its launcher dies."""
         self._process.watchdog.start(
-            seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", _is_parallel()
+            seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", is_parallel()
         )
 
     def tick(self, phase: str | None = None, patience: float = 1.0) -> None:
@@ -124,7 +119,7 @@ class World:
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's tensors (dense, of any memory format) to every rank, in place. Collective."""
         memory = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-        for number, group in enumerate(_split(memory, BROADCAST_BYTES) if self.size > 1 else []):
+        for number, group in enumerate(split_by_bytes(memory, BROADCAST_BYTES) if self.size > 1 else []):
             with self.waiting():  # of groups, so that a slow network is not taken for a dead one
                 _hvd().broadcast_parameters([(f"broadcast.{number}.{i}", m) for i, m in enumerate(group)], root_rank=0)
 
@@ -134,6 +129,19 @@ class World:
             return tensor.clone()
         with self.waiting():
             return cast(Tensor, _hvd().allreduce(tensor, op=_hvd().Sum))
+
+    def start_sum(self, tensor: Tensor, name: str, adasum: bool = False) -> int:
+        """Begin to add up a tensor over all ranks, in place, while this one works on. Collective, known by `name`.
+
+        adasum: by Adasum (Maleki et al. 2020), over MPI alone.
+        """
+        operation = _hvd().Adasum if adasum else _hvd().Sum
+        return cast(int, _hvd().allreduce_async_(tensor, name=name, op=operation))
+
+    def finish_sum(self, handle: int) -> None:
+        """Wait for what `start_sum` began."""
+        with self.waiting():
+            _hvd().synchronize(handle)
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Every rank's tensor [...], as one [size, ...]. Collective."""
@@ -211,78 +219,7 @@ class World:
         return self.together(work)
 
 
-class GradientBuckets:
-    """Sums gradients over the ranks in flat buckets of fixed content and order, while backward still runs.
-
-    Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
-    the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
-    backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
-    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own
-    (but with Adasum, which adds numbers up in another way). Buckets, notes included, travel as `dtype`.
-    """
-
-    def __init__(
-        self,
-        world: World,
-        parameters: Sequence[torch.nn.Parameter],
-        notes: int,
-        adasum: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        if adasum and world.size & (world.size - 1):
-            raise SharedError(f"optim.reduction adasum works on 2, 4, 8, ... ranks, not on {world.size}")
-        if adasum and world.size > 1 and not _under_mpi():
-            raise SharedError("optim.reduction adasum needs MPI: start the ranks by mpirun, srun or horovodrun --mpi")
-        self._world, self._adasum = world, adasum
-        self._dtype, self._compresses = dtype, dtype != torch.float32
-        self._missing: list[int] = []
-        self.groups = _split(list(reversed(parameters)), BUCKET_BYTES)
-        self._handles: dict[int, tuple[int, Tensor]] = {}
-        rooms = [sum(p.numel() for p in group) for group in self.groups]
-        if not adasum:
-            rooms[-1] += notes
-        self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
-        self.notes = torch.zeros(notes, device=world.device) if adasum else self.buffers[-1][-notes:]
-        for number, group in enumerate(self.groups):
-            self._hold(number, group)
-
-    def _hold(self, number: int, parameters: list[torch.nn.Parameter]) -> None:
-        offset = 0
-        for parameter in parameters:
-            piece = self.buffers[number][offset : offset + parameter.numel()]
-            parameter.grad = piece.as_strided(parameter.shape, parameter.stride())
-            offset += parameter.numel()
-            parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(number))
-
-    def _arrived(self, number: int) -> None:
-        self._missing[number] -= 1
-        if self._missing[number] == 0 and self._world.size > 1:
-            sent = self.buffers[number]
-            if self._compresses:  # as large as a rank's own mean, or 16 bits would lose it
-                sent = (sent * self._world.size).to(self._dtype)
-            operation = _hvd().Adasum if self._adasum else _hvd().Sum
-            handle = _hvd().allreduce_async_(sent, name=f"gradients.{number}", op=operation)
-            self._handles[number] = handle, sent
-
-    def zero(self) -> None:
-        """Start a step: all gradients and notes to zero, in place."""
-        for buffer in self.buffers:
-            buffer.zero_()
-        self._missing = [len(group) for group in self.groups]
-
-    def wait(self) -> None:
-        """Until the sums over all ranks are in the parameters' gradients and in the notes."""
-        with self._world.waiting():
-            for number, (handle, sent) in self._handles.items():
-                _hvd().synchronize(handle)
-                if self._compresses:
-                    self.buffers[number].copy_(sent).div_(self._world.size)
-            if self._adasum:
-                self.notes.copy_(self._world.sum(self.notes))
-        self._handles.clear()
-
-
-def _split(tensors: list[Tensors], room: int) -> list[list[Tensors]]:
+def split_by_bytes(tensors: list[Tensors], room: int) -> list[list[Tensors]]:
     """Groups of tensors, in order, of about `room` bytes each."""
     groups: list[list[Tensors]] = [[]]
     filled = 0
@@ -337,7 +274,7 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
 
 
 def _where() -> str:
-    return f" (rank {_rank()} on {socket.gethostname()})" if _is_parallel() else ""
+    return f" (rank {_rank()} on {socket.gethostname()})" if is_parallel() else ""
 
 
 def _elastically(job: Callable[[_Process], int]) -> int:
@@ -375,7 +312,7 @@ def join() -> World:
 def _init() -> None:
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
-    if _under_mpi():
+    if under_mpi():
         from mpi4py import MPI  # before Horovod, which would otherwise finalise MPI when the first rank leaves
 
         _hvd().init(comm=MPI.COMM_WORLD)
@@ -392,13 +329,13 @@ def _init() -> None:
 def _world(process: _Process) -> World:
     """This rank's place among the others: its device and its share of the node's cores. Collective."""
     world = _place(process)
-    places = [place for place in world.gather(_Place.of(world.device)) if place.host == socket.gethostname()]
-    world.together(lambda: _check_places(world, places))
-    own = frozenset(os.sched_getaffinity(0))
-    sharing = sum(1 for place in places if place.cores & own)
-    threads = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or max(1, len(own) // sharing))
+    places = [place for place in world.gather(Place.of(world.device)) if place.host == socket.gethostname()]
+    world.together(lambda: node.check(places, world.size))
+    if world.is_main and (warning := node.idle_cores(places)):
+        _say(f"warning: {warning}")
+    threads = node.threads(places)
     torch.set_num_threads(threads)
-    _keep_freed_memory()
+    node.keep_freed_memory()
     return replace(world, threads=threads)
 
 
@@ -410,38 +347,6 @@ def _place(process: _Process) -> World:
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
     return World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1, _process=process)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a rank runs: its host, the cores it may use, its GPU."""
-
-    host: str
-    cores: frozenset[int]
-    gpu: str | None
-
-    @staticmethod
-    def of(device: torch.device) -> _Place:
-        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-        return _Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), gpu)
-
-
-def _check_places(world: World, places: list[_Place]) -> None:
-    """Refuse ranks that share a GPU or do not see each other; name cores that mpirun leaves idle."""
-    gpus = {place.gpu for place in places}
-    if None not in gpus and len(gpus) < len(places):
-        raise UserError(
-            f"{len(places)} ranks on the {len(gpus)} GPUs of {places[0].host}: start one rank per GPU, "
-            f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
-        )
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if world.size == 1 and int(tasks) > 1 and not _under_mpi():
-        raise UserError(f"srun started {tasks} tasks that do not see each other: use srun --mpi=pmix, or mpirun")
-    used, there = len(frozenset().union(*(p.cores for p in places))), len(os.sched_getaffinity(os.getppid()))
-    if world.is_main and _under_mpi() and used < there:
-        _say(
-            f"warning: mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none"
-        )
 
 
 def libraries() -> dict[str, Any]:
@@ -464,7 +369,7 @@ def libraries() -> dict[str, Any]:
 
 def thread_level() -> str:
     """Which calls from several threads MPI allows in this job."""
-    if not _under_mpi():
+    if not under_mpi():
         return "no MPI in this job"
     from mpi4py import MPI
 
@@ -472,35 +377,10 @@ def thread_level() -> str:
     return next(name.lower() for name in names if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
 
 
-def launched() -> tuple[int, int]:
-    """(rank, ranks) by the launcher's word, before the job is joined; srun's counts where no MPI's is there."""
-    known = any(v in os.environ for v in ("HOROVOD_RANK", *RANK_VARIABLES))
-    rank = _rank() if known else int(os.environ.get("SLURM_PROCID", 0))
-    sizes = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    return rank, next((int(os.environ[v]) for v in sizes if v in os.environ), 1)
-
-
-def forget_launcher() -> None:
-    """This process, and those that it starts, are no ranks of a job that it was launched in, nor bound as such."""
-    if not _is_parallel():
-        return
-    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-    for variable in filter(LAUNCHER_VARIABLES.match, list(os.environ)):
-        del os.environ[variable]
-
-
 def _loaded_mpi() -> set[str]:
     """Paths of the MPI libraries in this process."""
     paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
     return {path for path in paths if re.search(r"/libmpi(ch)?\.so", path)}
-
-
-def _keep_freed_memory() -> None:
-    """Stop glibc from returning every large activation to the system, only to fault its pages in again."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # glibc before 2.35 takes less
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _say(text: str) -> None:
@@ -515,18 +395,11 @@ def _hvd() -> Any:
     return horovod.torch
 
 
-def _under_mpi() -> bool:
-    return "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ and any(v in os.environ for v in RANK_VARIABLES)
-
-
-def _is_parallel() -> bool:
-    return "HOROVOD_SIZE" in os.environ or any(v in os.environ for v in RANK_VARIABLES)
-
-
 def _rank() -> int:
     if "horovod.torch" in sys.modules and _hvd().is_initialized():
         return int(_hvd().rank())
-    return int(next((os.environ[v] for v in ("HOROVOD_RANK", *RANK_VARIABLES) if v in os.environ), 0))
+    rank, _ = launched()
+    return rank
 
 
 def leave_together(status: int) -> NoReturn:
@@ -544,7 +417,7 @@ def _abort(status: int) -> NoReturn:
     sys.stdout.flush()
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar may have hidden
-    if _under_mpi():
+    if under_mpi():
         from mpi4py import MPI
 
         MPI.COMM_WORLD.Abort(status)

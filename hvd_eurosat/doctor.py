@@ -22,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hvd_eurosat import cluster
+from hvd_eurosat import cluster, environment
 from hvd_eurosat.cluster import World
 from hvd_eurosat.diagnosis.checks import Finding, installation, job, machine
 from hvd_eurosat.diagnosis.facts import Facts, collect
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     as_json = parser.parse_args(argv).json
     facts = collect()
     obstacles = list(installation(facts))
-    rank, launched = cluster.launched()
+    rank, launched = environment.launched()
     if obstacles:  # the other ranks are ended by the launcher
         if rank == 0:
             report([facts], [*obstacles, *machine(facts)], {}, "", as_json)

@@ -19,13 +19,14 @@ from typing import Any
 import psutil
 import torch
 
-from hvd_eurosat import cluster
+from hvd_eurosat import cluster, environment
 from hvd_eurosat.benchmarks.settings import JobSettings
-from hvd_eurosat.cluster import GradientBuckets, World
+from hvd_eurosat.cluster import World
 from hvd_eurosat.config import read
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
+from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState
@@ -235,10 +236,10 @@ def bind(rank: int, cores: int) -> None:
 
 
 if __name__ == "__main__":
-    rank, _ = cluster.launched()
+    rank, _ = environment.launched()
     settings = load(sys.argv[1:])
     if settings.beside:
-        cluster.forget_launcher()
+        environment.forget_launcher()
     if settings.cores and not torch.cuda.is_available():
         bind(rank, settings.cores)
     cluster.run(load, lambda world, settings: main(world, settings, rank))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hvd_eurosat import cluster
+from hvd_eurosat import environment
 from hvd_eurosat.benchmarks.settings import StepSettings
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training.files import make_folder, write_text
@@ -45,8 +45,8 @@ class Launcher:
         if not (LAUNCH / "mpirun.sh").exists():
             raise UserError(f"benchmark starts its jobs by {LAUNCH}, which is not there: use a clone of the project")
         gloo = os.environ.get("HOROVOD_CONTROLLER") == "gloo"
-        _, launched = cluster.launched()
-        cluster.forget_launcher()
+        _, launched = environment.launched()
+        environment.forget_launcher()
         make_folder(settings.folder, "run.dir")
         recipe = settings.folder / "benchmark.toml"
         write_text(recipe, settings.training().to_toml())
@@ -92,14 +92,14 @@ class Launcher:
         begin: list[object] = [LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh"), "--np", ranks]
         for option, value in {"--hosts": self.settings.hosts, "--interface": self.settings.interface}.items():
             begin += [option, value] if value else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if self.gloo:
-            environment["HOROVOD_CONTROLLER"] = "gloo"
+            variables["HOROVOD_CONTROLLER"] = "gloo"
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
             program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
             job = subprocess.run(
                 [str(word) for word in (*begin, *program)],
-                env=environment,
+                env=variables,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

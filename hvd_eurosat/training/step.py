@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_eurosat.cluster import GradientBuckets, SharedError, World
+from hvd_eurosat.cluster import SharedError, World
 from hvd_eurosat.config import Config, Train
 from hvd_eurosat.data.augment import augment, normalise, shrink
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
+from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.stragglers import Stopwatch
 

@@ -1,0 +1,42 @@
+"""What the launcher of this process (mpirun, srun, horovodrun) says of it in its environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
+LAUNCHER_VARIABLES = re.compile(
+    "(OMPI|PMIX|PMI|ORTE)_|HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_|CONTROLLER|CPU_OPERATIONS|ELASTIC)"
+)
+
+
+def under_mpi() -> bool:
+    """Whether the ranks meet by MPI; else they do by Gloo, or there is one alone."""
+    return "HOROVOD_GLOO_RENDEZVOUS_ADDR" not in os.environ and any(v in os.environ for v in RANK_VARIABLES)
+
+
+def is_parallel() -> bool:
+    """Whether this process is a rank that a launcher started."""
+    return "HOROVOD_SIZE" in os.environ or any(v in os.environ for v in RANK_VARIABLES)
+
+
+def launched() -> tuple[int, int]:
+    """(rank, ranks) by the launcher's word, before the job is joined; srun's counts where no MPI's is there."""
+    ranks = ("HOROVOD_RANK", *RANK_VARIABLES, "SLURM_PROCID")
+    sizes = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    return _first(ranks, 0), _first(sizes, 1)
+
+
+def _first(variables: Iterable[str], default: int) -> int:
+    return next((int(os.environ[v]) for v in variables if v in os.environ), default)
+
+
+def forget_launcher() -> None:
+    """This process, and those that it starts, are no ranks of a job that it was launched in, nor bound as such."""
+    if not is_parallel():
+        return
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
+    for variable in filter(LAUNCHER_VARIABLES.match, list(os.environ)):
+        del os.environ[variable]

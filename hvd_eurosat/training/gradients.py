@@ -1,0 +1,81 @@
+"""The sum of the gradients over the ranks, which runs while backward still does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_eurosat.cluster import SharedError, World, split_by_bytes
+from hvd_eurosat.environment import under_mpi
+
+BUCKET_BYTES = 16 * 2**20
+
+
+class GradientBuckets:
+    """Sums gradients over the ranks in flat buckets of fixed content and order, while backward still runs.
+
+    Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
+    the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
+    backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
+    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own
+    (but with Adasum, which adds numbers up in another way). Buckets, notes included, travel as `dtype`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        parameters: Sequence[torch.nn.Parameter],
+        notes: int,
+        adasum: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if adasum and world.size & (world.size - 1):
+            raise SharedError(f"optim.reduction adasum works on 2, 4, 8, ... ranks, not on {world.size}")
+        if adasum and world.size > 1 and not under_mpi():
+            raise SharedError("optim.reduction adasum needs MPI: start the ranks by mpirun, srun or horovodrun --mpi")
+        self._world, self._adasum = world, adasum
+        self._dtype, self._compresses = dtype, dtype != torch.float32
+        self._missing: list[int] = []
+        self.groups = split_by_bytes(list(reversed(parameters)), BUCKET_BYTES)
+        self._handles: dict[int, tuple[int, Tensor]] = {}
+        rooms = [sum(p.numel() for p in group) for group in self.groups]
+        if not adasum:
+            rooms[-1] += notes
+        self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
+        self.notes = torch.zeros(notes, device=world.device) if adasum else self.buffers[-1][-notes:]
+        for number, group in enumerate(self.groups):
+            self._hold(number, group)
+
+    def _hold(self, number: int, parameters: list[torch.nn.Parameter]) -> None:
+        offset = 0
+        for parameter in parameters:
+            piece = self.buffers[number][offset : offset + parameter.numel()]
+            parameter.grad = piece.as_strided(parameter.shape, parameter.stride())
+            offset += parameter.numel()
+            parameter.register_post_accumulate_grad_hook(lambda _: self._arrived(number))
+
+    def _arrived(self, number: int) -> None:
+        self._missing[number] -= 1
+        if self._missing[number] == 0 and self._world.size > 1:
+            sent = self.buffers[number]
+            if self._compresses:  # as large as a rank's own mean, or 16 bits would lose it
+                sent = (sent * self._world.size).to(self._dtype)
+            self._handles[number] = self._world.start_sum(sent, f"gradients.{number}", self._adasum), sent
+
+    def zero(self) -> None:
+        """Start a step: all gradients and notes to zero, in place."""
+        for buffer in self.buffers:
+            buffer.zero_()
+        self._missing = [len(group) for group in self.groups]
+
+    def wait(self) -> None:
+        """Until the sums over all ranks are in the parameters' gradients and in the notes."""
+        for number, (handle, sent) in self._handles.items():
+            self._world.finish_sum(handle)
+            if self._compresses:
+                self.buffers[number].copy_(sent).div_(self._world.size)
+        if self._adasum:
+            self.notes.copy_(self._world.sum(self.notes))
+        self._handles.clear()
