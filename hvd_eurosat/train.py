@@ -5,6 +5,8 @@ horovodrun -np 8 python -m hvd_eurosat.train --config recipes/finetune.toml --da
 
 from __future__ import annotations
 
+import math
+
 from hvd_eurosat import cluster
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, load
@@ -58,7 +60,7 @@ def train(world: World, config: Config) -> int:
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)
     facts = header(world, config, tree, model, batches, state.precision)
-    journal.begin(start, facts, state.snapshot(), state.samples // batches.global_batch)
+    journal.begin(start, facts, state.snapshot(), math.ceil(state.samples / batches.global_batch))
     try:
         while state.epoch < config.train.epochs:
             train_epoch(world, config, state, step, batches, journal, stop)

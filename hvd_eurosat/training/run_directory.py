@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.model.stored import named
 from hvd_eurosat.training import checkpoint, plots
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import make_folder, write_text
@@ -103,7 +104,7 @@ class RunDirectory:
 
     def _is_newest(self, path: Path) -> bool:
         records = self.checkpoints.records()
-        return bool(records) and self.checkpoints.path(records[-1]).samefile(path)
+        return bool(records) and self.checkpoints.path(records[-1]).resolve() == named(path).resolve()
 
     def _set_aside(self) -> None:
         if not (self.path / "metrics.jsonl").exists():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hvd_eurosat.config import Config, Optim, Train, load
+from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.model.stored import Blob, read_record
@@ -224,6 +225,28 @@ def test_a_lock_is_waited_for_as_long_as_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in use by another job"):
         RunDirectory(config, never, 0.0, lambda: None)
     RunDirectory(config, never, 5.0, first.close).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "stays"), [("epoch-0002.pt", True), ("last.json", True), ("epoch-0001.pt", False), ("best.json", False)]
+)
+def test_a_run_goes_on_in_place_from_its_newest_checkpoint(
+    tmp_path: Path, state: Checkpoint, name: str, stays: bool
+) -> None:
+    folder = tmp_path / "run"
+    resume = folder / "checkpoints" / name
+    config = load(["--run.dir", str(folder), "--run.resume", str(resume), "--model.arch", "resnet18"])
+    directory = RunDirectory(config, lambda _: None, 0.0, lambda: None)
+    for epoch, accuracy in ((1, 0.9), (2, 0.5)):
+        directory.checkpoints.add(
+            dataclasses.replace(at(state, epoch, accuracy), config=config.model_dump(mode="json"))
+        )
+    (folder / "metrics.jsonl").touch()
+    tree = Tree(folder, tuple(state.classes), state.digest, synthetic=False, image_size=64, checksums={})
+    assert directory.start(config, tree) is not None
+    directory.close()
+    assert (folder / "metrics.jsonl").exists() == stays
+    assert Path(f"{folder}.1").exists() != stays
 
 
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
