@@ -43,8 +43,8 @@ class LandCoverResNet(ResNet):
     """ResNet (He et al. 2015) whose head is a dense layer without bias and a log-softmax.
 
     `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
-    al. 2021, "Training BatchNorm and only BatchNorm"), or names of modules between commas. A BatchNorm layer that does
-    not train stays in evaluation mode. Its state dict has torchvision's keys.
+    al. 2021, "Training BatchNorm and only BatchNorm"), or names of modules between commas, which train with all that is
+    in them. A BatchNorm layer that does not train stays in evaluation mode. Its state dict has torchvision's keys.
     """
 
     def __init__(self, arch: str, classes: int, trainable: str, details: Details = DEFAULT) -> None:
@@ -95,7 +95,7 @@ def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:
     """Whether the module of this name learns under model.trainable."""
     if trainable in ("bn+head", "head"):
         return name == "fc" or (trainable == "bn+head" and isinstance(module, nn.BatchNorm2d))
-    return trainable == "all" or name in trainable.split(",")
+    return trainable == "all" or any(f"{name}.".startswith(f"{chosen}.") for chosen in trainable.split(","))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -63,3 +63,5 @@ def _check_names(model: Model, classes: int) -> None:
     for name in model.trainable.split(","):
         if name not in known:
             raise UserError(f"model.trainable: {model.arch} has no module {name}")
+        if not list(known[name].parameters()):
+            raise UserError(f"model.trainable: {name} of {model.arch} has no parameters")

@@ -283,8 +283,14 @@ def test_single_layers_can_be_frozen(layers: Object) -> None:
     assert names == ["layer4.2.conv3.weight", "layer4.2.bn3.weight", "layer4.2.bn3.bias", "fc.weight"]
     assert model.layer4[2].bn3.training
     assert not model.bn1.training
-    with pytest.raises(UserError, match=r"model\.trainable: resnet50 has no module layer9"):
-        settle(Model(trainable="layer9,fc", weights="none"), 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("layer9", "resnet50 has no module layer9"), ("relu", "relu of resnet50")]
+)
+def test_a_module_that_cannot_learn_is_refused(name: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.trainable: {reason}"):
+        settle(Model(trainable=f"{name},fc", weights="none"), 10)
 
 
 def another_head(content: Object) -> Object:

@@ -18,7 +18,9 @@ from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.precision import Precision
 
 
-@pytest.mark.parametrize(("trainable", "count"), [("bn+head", 73_600), ("head", 20_480), ("all", 23_528_512)])
+@pytest.mark.parametrize(
+    ("trainable", "count"), [("bn+head", 73_600), ("head", 20_480), ("layer4,fc", 14_985_216), ("all", 23_528_512)]
+)
 def test_parameters(trainable: str, count: int) -> None:
     assert count_parameters(build("resnet50", 10, trainable, seed=0)) == (23_528_512, count)
 
