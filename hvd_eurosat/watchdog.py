@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import mmap
 import os
 import select
@@ -89,7 +90,7 @@ class Watchdog:
     def _note(self, limit: float, waits: bool) -> None:
         if self._memory:
             beat = Beat(time.monotonic(), limit, waits, self._name.encode(), self._phase.encode())
-            BEAT.pack_into(self._memory, 0, *beat)
+            self._memory[: BEAT.size] = BEAT.pack(*beat)  # pack_into clears it first, which the companion may see
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -125,7 +126,8 @@ def _reason(beat: Beat, signals: list[tuple[float, int]]) -> str | None:
     idle = time.monotonic() - beat.time
     if signals and signals[-1][0] - signals[0][0] > SIGNAL_GRACE:
         return "was told twice to stop"
-    if beat.waits and idle > ENDING_GRACE and any(number == signal.SIGTERM for _, number in signals):
+    told = next((when for when, number in signals if number == signal.SIGTERM), math.inf)
+    if beat.waits and time.monotonic() - max(beat.time, told) > ENDING_GRACE:
         return ""
     if beat.limit and idle > beat.limit + (WAITING_GRACE if beat.waits else 0):
         did = "waited for the other ranks" if beat.waits else "made no progress"

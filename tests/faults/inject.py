@@ -94,12 +94,12 @@ class AtTheVeryEnd:
         self._signal()
 
 
-def term_all_and_write_slowly(*_: object, after: float = 0.0) -> None:
-    """All ranks are told to end, as by srun, while a save takes longer than a rank waits for one that may be gone."""
-    time.sleep(after)
+def linger(*_: object, before: float, after: float) -> None:
+    """Work slowly; after `before` seconds all ranks are told to end, as by srun, and `after` later the work is done."""
+    time.sleep(before)
     for rank in psutil.Process(os.getppid()).children():
         rank.terminate()
-    time.sleep(2 * ENDING_GRACE)
+    time.sleep(after)
 
 
 def fail(*_: object) -> None:
@@ -121,8 +121,9 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "term-launcher": lambda *_: send(os.getppid(), signal.SIGTERM),
     "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),
     "term-launcher-and-sleep": lambda *_: (send(os.getppid(), signal.SIGTERM), time.sleep(HOURS)),
-    "term-all-and-write-slowly": term_all_and_write_slowly,
-    "term-all-later-and-write-slowly": functools.partial(term_all_and_write_slowly, after=4.0),
+    "term-all-and-write-slowly": functools.partial(linger, before=0.0, after=2 * ENDING_GRACE),
+    "term-all-later-and-write-slowly": functools.partial(linger, before=4.0, after=2 * ENDING_GRACE),
+    "work-slowly-and-term-all": functools.partial(linger, before=ENDING_GRACE + 1, after=1.0),
     "fill": fill,
     "fill-for-good": functools.partial(fill, for_good=True),
     "remove": lambda *_: shutil.rmtree(disk() / "run"),

@@ -100,6 +100,7 @@ def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
     [
         ("mpirun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75),
         ("mpirun", f"1 {STEPS + 3} {STEP} term", 75),
+        ("mpirun", f"1 {STEPS + 3} {STEP} work-slowly-and-term-all", 75),
         ("mpirun", "1 1 hvd_eurosat.training.journal:Journal.find_start usr1", 75),
         pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
         pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
