@@ -93,6 +93,9 @@ def test_bad_jobs(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     job = slurm.wait(slurm.submit("--export=ALL,LAUNCHER=nope", *options, TRAIN), 60)
     assert job["ExitCode"] == "2:0"
     assert "error: LAUNCHER is mpirun, horovodrun or srun, not 'nope'" in output(tmp_path)
+    job = slurm.wait(slurm.submit("--export=ALL,LAUNCHER=horovodrun,HOROVOD_CONTROLLER=gloo", *options, TRAIN), 60)
+    assert job["ExitCode"] == "2:0"
+    assert "error: horovodrun over Gloo passes no request to save on" in output(tmp_path)
 
 
 def test_ranks_of_srun_without_pmix(slurm: Slurm) -> None:
