@@ -60,7 +60,8 @@ class _Process:
     """What this process keeps, also while the world around it changes (elastic jobs)."""
 
     def __init__(self, elastic: bool = False) -> None:
-        self.watchdog = Watchdog(patient=elastic)
+        # NCCL, unlike Gloo, may not tell a rank that the others are gone.
+        self.watchdog = Watchdog(patient=elastic and not torch.cuda.is_available())
         self.pulse_due: float | None = None  # the sign of life that ranks at work give to those that wait for them
         self.committed: Any = None
         self.members: Any = None  # Horovod's elastic state, which hears of hosts that come and go

@@ -84,7 +84,8 @@ class TrainBatches:
                 f"train.batch_size {batch_size} is larger than a rank's shard of {self.shard} training images"
             )
         self._images = images
-        self._mine = rank + world_size * torch.arange(batch_size)
+        self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
+        self._mine = rank + world_size * torch.arange(batch_size, device=images.storage)
         self._order: DistributedSampler[Tensor] = DistributedSampler(
             _Length(self.length), num_replicas=1, rank=0, shuffle=True, seed=seed
         )
@@ -98,10 +99,9 @@ class TrainBatches:
         self._order.set_epoch(epoch)
         order = torch.tensor(list(self._order), device=self._images.storage)
         for first in range(samples, self.length, self.global_batch):
-            positions = first + self._mine
-            real = int((positions < self.length).sum())
+            real = min(self._batch_size, len(range(first + self._rank, self.length, self._world_size)))
             total = min(self.global_batch, self.length - first)
-            yield self._images.batch(order[positions.to(order.device) % self.length], real, total)
+            yield self._images.batch(order[(first + self._mine) % self.length], real, total)
 
 
 class _Length(Dataset[Tensor]):

@@ -50,7 +50,7 @@ class TrainingState:
         world = self._world
         same_world = len(saved.rank_buffers) == world.size
         self.model.load_state_dict(saved.model)
-        self.optimiser.load_state_dict(saved.optimiser)
+        self.optimiser.load_state_dict(_copy(saved.optimiser))  # it keeps the tensors that it is given
         self.statistics.flat.copy_(saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0))
         self.epoch, self.samples, self.step = saved.epoch, saved.samples, saved.step
         if same_world:
