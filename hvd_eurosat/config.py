@@ -103,7 +103,7 @@ class Model(Section):
     weights: str = "imagenet"
     """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a checkpoint of ours"""
     trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
-    """what learns: bn+head (all BatchNorm layers and the head), head, all, or modules: layer4.2.bn3,fc"""
+    """what learns: bn+head (all BatchNorm layers and the head), head, all, or modules with all in them: layer4,fc"""
     layers: UserPath | None = None
     """a Keras layers.json of a ResNet-50, which says what learns and sets the four keys below"""
     variant: Literal["auto", "v1", "v1.5"] = "auto"
@@ -159,7 +159,8 @@ class Optim(Section):
     compression: Literal["none", "fp16"] = "none"
     """how gradients travel between the ranks: in 16 bits at half the traffic, which tells when all weights train"""
     reduction: Literal["sum", "adasum"] = "sum"
-    """adasum: add gradients up the less the more they agree, for large global batches, on 2, 4, 8, ... ranks"""
+    """adasum: add gradients up the less the more they agree, for large global batches, on 2, 4, 8, ... ranks; over NCCL
+    between nodes alone, and the mean within each"""
 
 
 class Train(Section):
