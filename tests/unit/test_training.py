@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config, Optim, Train, load
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
@@ -21,9 +23,10 @@ from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.run_directory import RunDirectory
 from hvd_eurosat.training.saver import Saver
-from hvd_eurosat.training.state import digest
+from hvd_eurosat.training.state import TrainingState, digest
 from hvd_eurosat.training.step import image_size
 from tests.unit.conftest import Canary
 
@@ -114,6 +117,28 @@ def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Chec
     """The state at another time."""
     history = [{"event": "valid", "epoch": epoch, "accuracy": accuracy}]
     return dataclasses.replace(state, epoch=epoch, samples=samples, step=10 * epoch + samples, history=history)
+
+
+def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
+    config = load(["--run.dir", str(tmp_path), "--model.arch", "resnet18"])
+    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    model = build("resnet18", 2, "head", seed=0)
+    state = TrainingState(world, config, tree, model, Precision("fp32"))
+
+    def update() -> None:
+        model.fc.weight.grad = torch.ones_like(model.fc.weight)
+        state.optimiser.step()
+
+    update()
+    saved = state.snapshot()
+    assert saved is not None
+    first = copy.deepcopy(saved)
+    state.restore(saved)
+    update()
+    assert not torch.equal(model.fc.weight, first.model["fc.weight"])
+    for name in ("model", "optimiser"):
+        torch.testing.assert_close(getattr(saved, name), getattr(first, name), rtol=0, atol=0)
 
 
 def never(message: str) -> None:
