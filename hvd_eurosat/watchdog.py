@@ -114,7 +114,10 @@ def _watch(memory: mmap.mmap, rank: int, launcher: int) -> None:
                 return
             signals += [(time.monotonic(), number) for number in received if number in (signal.SIGTERM, signal.SIGUSR1)]
         beat = Beat(*BEAT.unpack_from(memory))
-        orphaned = launcher != 0 and _parent(rank) != launcher
+        parent = _parent(rank)
+        if parent is None:
+            return
+        orphaned = launcher not in (0, parent)
         reason = "lost its launcher" if orphaned else _reason(beat, signals)
         if reason is not None:
             _end(rank, f"error: {_text(beat.name)} {reason}" if reason else "", stacks="threads" in reason)
@@ -141,7 +144,8 @@ def _text(padded: bytes) -> str:
 
 def _end(rank: int, message: str, stacks: bool) -> None:
     if message:
-        os.write(2, f"{message}\n".encode())
+        with contextlib.suppress(OSError):  # the launcher that would read it may be gone
+            os.write(2, f"{message}\n".encode())
     with contextlib.suppress(ProcessLookupError):
         if stacks:
             os.kill(rank, STACKS)
@@ -150,12 +154,13 @@ def _end(rank: int, message: str, stacks: bool) -> None:
         os.kill(rank, signal.SIGKILL)
 
 
-def _parent(process: int) -> int:
+def _parent(process: int) -> int | None:
+    """None: it has ended."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
             return int(file.read().rpartition(b")")[2].split()[1])
     except OSError:
-        return 0
+        return None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from hvd_eurosat.training import checkpoint
 from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small
 
 STEP = "hvd_eurosat.training.step:Step.__call__"
+SAVE = "hvd_eurosat.training.checkpoint:CheckpointFolder.add"
 EPOCHS, STEPS = 3, 4
 
 
