@@ -24,7 +24,7 @@ from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.saver import Saver
-from tests.faults.conftest import STEP, STEPS, Inject, environment, fingerprint, flags, launched
+from tests.faults.conftest import SAVE, STEP, STEPS, Inject, environment, fingerprint, flags, launched
 from tests.parallel.conftest import checkpoint_file
 from tests.unit.conftest import Canary
 
@@ -98,7 +98,7 @@ def test_the_disk_fills_and_has_room_again(inject: Inject, disk: Path, data: Pat
 
 
 def test_the_disk_fills_for_good(inject: Inject, disk: Path, data: Path) -> None:
-    job = inject(disk / "run", f"0 {STEPS + 2} {STEP} fill-for-good", train__epochs=5)
+    job = inject(disk / "run", f"0 2 {SAVE} fill-for-good", train__epochs=5)
     assert job.returncode == 1
     assert "No space left on device" in job.errors[0]
     checkpoints = CheckpointFolder(disk / "run" / "checkpoints", keep=1)
@@ -115,7 +115,7 @@ def test_too_little_room_is_said_before_training(inject: Inject, disk: Path, dat
 
 
 def test_the_run_directory_is_removed(inject: Inject, tmp_path: Path) -> None:
-    job = inject(tmp_path / "run", f"0 2 {STEP} remove", run__checkpoint_steps=1)
+    job = inject(tmp_path / "run", f"0 2 {SAVE} remove", run__checkpoint_steps=1)
     assert job.returncode == 1
     assert "No such file or directory" in job.errors[0]
     assert not (tmp_path / "run").exists()

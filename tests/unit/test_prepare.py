@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -485,7 +486,8 @@ def slow(tmp_path: Path, grow: Grow) -> Iterator[subprocess.Popen[str]]:
     """`prepare` on its slow way from tmp_path/photos to tmp_path/out, with some images written."""
     source = grow("photos", {"A": 200, "B": 200})
     words = [sys.executable, "-c", SLOW, "--source", str(source), "--out", str(tmp_path / "out")]
-    with subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
+    with subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".out.partial-*/.unsplit/*/*.jpg")):
             assert time.monotonic() < deadline

@@ -60,8 +60,8 @@ def test_a_rank_waits_for_the_late(
     rank: int, awaited: str, store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOROVOD_RANK", str(rank))
-    threading.Timer(0.5, store.update, [{f"/ready/{awaited}": b"1"}]).start()
     began = time.monotonic()
+    threading.Timer(0.5, store.update, [{f"/ready/{awaited}": b"1"}]).start()
     rendezvous.meet(again=False)
     assert time.monotonic() - began >= 0.4
     assert {f"/ready/{rank}", "/ready/all"} <= set(store)
