@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,23 @@ def test_signalled_before_the_time_limit_saved_requeued_finished(slurm: Slurm, d
     assert job["JobState"] == "COMPLETED", output(tmp_path)
     assert int(job["Restarts"]) >= 1
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "srun"])
+def test_signalled_before_its_ranks_listen_requeued_finished(
+    slurm: Slurm, hosts: dict[str, Host], data: Path, tmp_path: Path, launcher: str
+) -> None:
+    options = (*TWO_NODES, f"--output={tmp_path}/job.out", f"--export=ALL,LAUNCHER={launcher}")
+    number = slurm.submit(*options, TRAIN, *small(data, tmp_path / "run", train__epochs=1))
+    deadline = time.monotonic() + 60
+    while not any("/bin/python -m hvd_eurosat.train" in words for words in hosts["b"].processes()):
+        assert time.monotonic() < deadline, output(tmp_path)
+        time.sleep(0.05)
+    assert slurm.run("scancel", "--batch", "--signal=USR1", number).returncode == 0
+    job = slurm.wait(number, 180)
+    assert job["JobState"] == "COMPLETED", output(tmp_path)
+    assert job["Restarts"] == "1"
+    assert summary(tmp_path / "run")["world_size"] == 2
 
 
 def test_bad_jobs(slurm: Slurm, data: Path, tmp_path: Path) -> None:
