@@ -120,6 +120,17 @@ def test_other_ways_to_add_gradients_up(
     assert losses == pytest.approx(exact, abs=near)
 
 
+def test_compiled_it_learns_the_same(launch: Launch, data: Path, tmp_path: Path) -> None:
+    curves = []
+    for compiled in ("false", "true"):
+        keys = {"train__epochs": 1, "train__compile": compiled, "optim__lr": 1e-4}
+        job = launch("mpirun", 2, "train", *small(data, tmp_path / compiled, **keys))
+        assert job.returncode == 0, job.stderr
+        curves.append([e["loss"] for kind in ("train", "valid") for e in events(tmp_path / compiled, kind)])
+    assert "compiled" in job.stdout
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("launcher", "ranks", "error"), [("mpirun", 3, "works on 2, 4, 8, ... ranks, not on 3"), ("gloo", 2, "needs MPI")]
 )
