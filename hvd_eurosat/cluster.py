@@ -1,6 +1,6 @@
 """The ranks of a job: who they are, what they share, and the one place through which they leave.
 
-The only module that knows Horovod and MPI. It serves a single process, ranks started by an MPI launcher
+The only module that calls Horovod and MPI. It serves a single process, ranks started by an MPI launcher
 (mpirun, srun, horovodrun) and ranks of `horovodrun --gloo` alike.
 """
 
@@ -134,7 +134,7 @@ class World:
     def start_sum(self, tensor: Tensor, name: str, adasum: bool = False) -> int:
         """Begin to add up a tensor over all ranks, in place, while this one works on. Collective, known by `name`.
 
-        adasum: by Adasum (Maleki et al. 2020), over MPI alone.
+        adasum: by Adasum (Maleki et al. 2020), which needs MPI between the ranks.
         """
         operation = _hvd().Adasum if adasum else _hvd().Sum
         return cast(int, _hvd().allreduce_async_(tensor, name=name, op=operation))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_eurosat.environment import under_mpi
+from hvd_eurosat.environment import is_parallel, under_mpi
 from hvd_eurosat.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -40,7 +40,7 @@ def check(places: list[Place], ranks: int) -> None:
             f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
         )
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if ranks == 1 and int(tasks) > 1 and not under_mpi():
+    if ranks == 1 and int(tasks) > 1 and not is_parallel():
         raise UserError(f"srun started {tasks} tasks that do not see each other: use srun --mpi=pmix, or mpirun")
 
 

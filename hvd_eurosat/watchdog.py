@@ -44,7 +44,7 @@ class Beat(NamedTuple):
 class Watchdog:
     """The rank's side. Nothing is watched before `start`.
 
-    patient: a rank that waits for others is not ended, because it will hear that they are gone (elastic jobs).
+    patient: a rank that waits for others is not ended, because it will hear that they are gone (elastic jobs on CPUs).
     """
 
     def __init__(self, patient: bool) -> None:
