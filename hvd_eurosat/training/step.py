@@ -48,7 +48,7 @@ def image_size(full: int, train: Train, epoch: int) -> int:
 
 
 class Step:
-    """Augment, forward, backward, sum the gradients over the ranks, update. Nothing waits for the device.
+    """Augment, forward, backward, sum the gradients over the ranks, update. Nothing but Horovod waits for the device.
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
     number, and Horovod adds (Adasum, Maleki et al. 2020, takes each rank's own mean instead). With the gradients the
