@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
@@ -72,9 +71,8 @@ def test_a_rank_of_an_elastic_job_hangs(inject: Inject, tmp_path: Path) -> None:
     job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} stop", "elastic", 3, run__watchdog_seconds=patience)
     assert job.returncode == 0, job.output
     (named,) = job.errors
-    told = re.search(r"rank 1 of 3 .* made no progress for (\d+) s", named)
-    assert told, named
-    assert patience <= int(told[1]) < patience + 5
+    assert "rank 1 of 3" in named
+    assert f"made no progress for {patience}" in named
     assert summary(tmp_path / "run")["world_size"] == 2
     assert [event["epoch"] for event in events(tmp_path / "run", "train")] == list(range(1, EPOCHS + 1))
 
