@@ -134,7 +134,7 @@ def _reason(beat: Beat, signals: list[tuple[float, int]]) -> str | None:
         return ""
     if beat.limit and idle > beat.limit + (WAITING_GRACE if beat.waits else 0):
         did = "waited for the other ranks" if beat.waits else "made no progress"
-        return f"{did} for {idle:.0f} s in {_text(beat.phase)}; its threads:"
+        return f"{did} for {int(idle)} s in {_text(beat.phase)}; its threads:"
     return None
 
 
