@@ -115,13 +115,13 @@ def fit_line(jobs: Sequence[Results]) -> tuple[float, float]:
 def slowest(samples: Samples, ranks: int) -> float:
     """The expected time of the slowest of some ranks: samples [ranks measured, steps] in seconds, of each one's steps.
 
-    From their distributions: all P are below t with probability F1(t) F2(t) ..., each as often as P has room for it.
-    Of many more ranks than there are samples it is about the slowest sample: rarer delays are not in them.
+    The ranks measured worked side by side: what slows a core or a machine slows its ranks in the same step, and the
+    slowest there is one sample. Other machines are independent: n such groups are below t with probability F(t)^n. Of
+    many more ranks than there are samples it is about the slowest sample: rarer delays are not in them.
     """
-    times = np.sort(samples.ravel())
-    below = np.stack([np.searchsorted(np.sort(one), times, side="right") / len(one) for one in samples])
-    all_below = np.prod(below, axis=0) ** (ranks / len(samples))
-    return float(np.sum(times * np.diff(all_below, prepend=0.0)))
+    times = np.sort(samples.max(0))
+    below = np.arange(1, len(times) + 1) / len(times)
+    return float(times @ np.diff(below ** (ranks / len(samples)), prepend=0.0))
 
 
 def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, Any]:

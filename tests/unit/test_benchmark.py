@@ -93,6 +93,8 @@ def test_the_slowest_of_many() -> None:
     for ranks in (1, 2, 9):
         assert project.slowest(uniform, ranks) == pytest.approx(ranks / (ranks + 1), abs=1e-3)
     assert project.slowest(np.array([[1.0, 1.0], [2.0, 2.0]]), 2) == 2.0
+    assert project.slowest(np.array([[1.0, 2.0], [1.0, 2.0]]), 2) == 1.5  # slowed in the same step
+    assert project.slowest(np.array([[1.0, 2.0], [1.0, 2.0]]), 4) == 1.75
 
 
 def test_what_is_hidden_behind_backward() -> None:
