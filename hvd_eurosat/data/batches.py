@@ -49,8 +49,14 @@ class Images:
     def batch(self, indices: Tensor, real: int, total: int) -> Batch:
         """The samples at `indices` (int64 [B], on the storage's device), of which the first `real` count."""
         weights = (torch.arange(len(indices), device=self.device) < real).float()
-        images, labels = (all_of.index_select(0, indices).to(self.device) for all_of in (self.images, self.labels))
-        return Batch(indices.to(self.device), images.permute(0, 3, 1, 2), labels, weights, total)
+        images, labels = (self._send(all_of.index_select(0, indices)) for all_of in (self.images, self.labels))
+        return Batch(self._send(indices), images.permute(0, 3, 1, 2), labels, weights, total)
+
+    def _send(self, chosen: Tensor) -> Tensor:
+        """To the device; from pinned memory, so that the host does not wait for it."""
+        if self.storage == self.device:
+            return chosen
+        return chosen.pin_memory().to(self.device, non_blocking=True)
 
 
 def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, place: Place) -> dict[str, Images]:
