@@ -25,7 +25,7 @@ from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
-from hvd_eurosat.training.step import Step, check_compiler, class_weights
+from hvd_eurosat.training.step import Step, class_weights, compiles
 from hvd_eurosat.training.stragglers import stragglers
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
@@ -37,7 +37,6 @@ def train(world: World, config: Config) -> int:
     world.watch(config.run.watchdog_seconds)
     stop = StopRequest()
     world.tick("opening the data")
-    world.together(lambda: check_compiler(config, world.device))
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
     images = open_images(world, tree, SPLITS, config.data, config.data)
@@ -118,8 +117,8 @@ def train_epoch(
     step.stopwatch.work()
     journal.begin_epoch(state.epoch + 1, batches.steps(first))
     for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
-        compiles = config.train.compile and number == 1
-        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", COMPILER_PATIENCE if compiles else 1)
+        first_step = number == 1 and compiles(config.train, world.device)
+        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", COMPILER_PATIENCE if first_step else 1)
         progress = state.epoch + state.samples / batches.length
         rate = learning_rate(config.optim, config.train.epochs, batches.global_batch, progress)
         step(batch, rate, stop())

@@ -30,7 +30,7 @@ from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState
-from hvd_eurosat.training.step import WIRE, Step, check_compiler, class_weights
+from hvd_eurosat.training.step import WIRE, Step, class_weights
 from hvd_eurosat.training.stragglers import Stopwatch
 
 LEARNING_RATE = 1e-5
@@ -158,7 +158,6 @@ def load(argv: Sequence[str]) -> JobSettings:
 def main(world: World, settings: JobSettings, number: int) -> None:
     """Measure each mode. number: this rank's, or that of the job among those beside it. Collective."""
     world.watch(settings.run.watchdog_seconds)
-    world.together(lambda: check_compiler(settings, world.device))
     tree = world.together(lambda: open_tree(settings.data.root))
     splits = ["train", *(["valid"] if settings.validation else [])]
     images = open_images(world, tree, splits, settings.data, settings.data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -15,7 +14,7 @@ VIEWS = 8
 FLIP, TURN, CROP, ZOOM = 10, 20, 30, 40  # keys of `mix`, so that each draws numbers of its own
 
 
-def mix(indices: Tensor, *keys: int) -> Tensor:
+def mix(indices: Tensor, *keys: int | Tensor) -> Tensor:
     """Random bits from (keys, index) alone: int64 [B] in [0, 2**31), whatever the rank or the batch.
 
     Two rounds of the finaliser of SplitMix64 (Steele et al. 2014); int64 products wrap as they should.
@@ -47,7 +46,15 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def augment(images: Tensor, indices: Tensor, seed: int, epoch: int, data: Data) -> Tensor:
+def network_input(images: Tensor, indices: Tensor, seed: int, epoch: Tensor, size: int, data: Data) -> Tensor:
+    """Training images uint8 [B, 3, S, S] augmented, shrunk to `size` and normalised: float32 [B, 3, size, size].
+
+    indices int64 [B]; epoch int64 []: as a tensor, so that where this is compiled every epoch has the same code.
+    """
+    return normalise(shrink(augment(images, indices, seed, epoch, data), size), data)
+
+
+def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
     """Another view of each image every epoch, all eight in eight epochs, and what else the configuration asks for.
 
     images uint8 [B, 3, S, S], indices int64 [B] (of the samples in their split). Random in (seed, epoch, index) only.
@@ -78,7 +85,7 @@ def resample(images: Tensor, places: Tensor) -> Tensor:
     return sampled.round().to(torch.uint8)
 
 
-def _places(indices: Tensor, seed: int, epoch: int, data: Data) -> Tensor:
+def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
     """A random turn about the centre, then a random window: the map from the output to the image, [B, 2, 3]."""
     angle = (2 * _uniform(indices, seed, epoch, TURN) - 1) * math.radians(data.random_rotate)
     left, right, top, bottom = (data.jitter_crop * _uniform(indices, seed, epoch, CROP + side) for side in range(4))
@@ -90,7 +97,7 @@ def _places(indices: Tensor, seed: int, epoch: int, data: Data) -> Tensor:
     return torch.stack(rows, 1).view(-1, 2, 3)
 
 
-def _uniform(indices: Tensor, *keys: int) -> Tensor:
+def _uniform(indices: Tensor, *keys: int | Tensor) -> Tensor:
     """Random numbers in [0, 1), float32 [B]."""
     return (mix(indices, *keys) >> 7).float() / 2**24
 
@@ -106,11 +113,11 @@ def shrink(images: Tensor, size: int) -> Tensor:
 
 def normalise(images: Tensor, data: Data) -> Tensor:
     """uint8 [B, 3, S, S] to float32 as the network takes it: (x / 255 - mean) / std, channels last."""
-    mean, std = _statistics(images.device, data.mean, data.std)
+    mean, std = (_per_channel(values, images.device) for values in (data.mean, data.std))
     scaled = images.to(torch.float32, memory_format=torch.channels_last) / (255 * std)
     return scaled - mean / std
 
 
-@functools.cache
-def _statistics(device: torch.device, *values: tuple[float, ...]) -> list[Tensor]:
-    return [torch.tensor(each, device=device).view(1, 3, 1, 1) for each in values]
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [1, 3, 1, 1], filled on the device: copied there, the host would wait for it."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])[None]

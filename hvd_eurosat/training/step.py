@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hvd_eurosat.cluster import SharedError, World
 from hvd_eurosat.config import Config, Train
-from hvd_eurosat.data.augment import augment, normalise, shrink
+from hvd_eurosat.data.augment import network_input
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.gradients import GradientBuckets
@@ -24,11 +25,14 @@ SIZE_STEP = 16  # pixels
 WIRE = {"none": torch.float32, "fp16": torch.float16}  # Horovod 0.28.1 adds no bfloat16
 
 
-def check_compiler(config: Config, device: torch.device) -> None:
-    """Raise UserError where train.compile would not find the compiler that it needs at run time."""
-    compiler = "g++" if device.type == "cpu" else "gcc"
-    if config.train.compile and not shutil.which(compiler):
-        raise UserError(f"train.compile needs {compiler} at run time, and there is none")
+def compiles(train: Train, device: torch.device) -> bool:
+    """Whether train.compile is wanted, and finds the compiler that it needs at run time."""
+    return train.compile and shutil.which(compiler(device)) is not None
+
+
+def compiler(device: torch.device) -> str:
+    """What torch.compile calls: for CPUs inductor's, for GPUs Triton's."""
+    return "g++" if device.type == "cpu" else "gcc"
 
 
 def class_weights(config: Config, images: Images, classes: int) -> Tensor | None:
@@ -48,7 +52,9 @@ def image_size(full: int, train: Train, epoch: int) -> int:
 
 
 class Step:
-    """Augment, forward, backward, sum the gradients over the ranks, update. Nothing but Horovod waits for the device.
+    """Augment, forward, backward, sum the gradients over the ranks, update.
+
+    Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
     number, and Horovod adds (Adasum, Maleki et al. 2020, takes each rank's own mean instead). With the gradients the
@@ -68,7 +74,12 @@ class Step:
             adasum=config.optim.reduction == "adasum",
             dtype=WIRE[config.optim.compression],
         )
-        self._forward = torch.compile(state.model) if config.train.compile else state.model
+        self._input = network_input
+        self._network: Callable[[Tensor], Tensor] = state.model
+        if compiles(config.train, world.device):
+            self._network = torch.compile(state.model, dynamic=False, mode="reduce-overhead")  # on GPUs a CUDA graph
+            if world.device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
+                self._input = torch.compile(network_input, dynamic=False)
         self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
         self._skipped_in_a_row = 0
         self.stopwatch = Stopwatch(world.device)
@@ -81,7 +92,7 @@ class Step:
         before = state.statistics.flat.clone()
         gradients.zero()
         with state.precision.autocast(self._device):
-            log_probabilities = self._forward(self._prepare(batch))
+            log_probabilities = self._network(self._prepare(batch))
         # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
         losses = F.cross_entropy(
             log_probabilities,
@@ -138,8 +149,9 @@ class Step:
 
     def _prepare(self, batch: Batch) -> Tensor:
         data, train, epoch = self._config.data, self._config.train, self._state.epoch
-        images = augment(batch.images, batch.indices, train.seed, epoch, data)
-        return normalise(shrink(images, image_size(data.image_size, train, epoch)), data)
+        size = image_size(data.image_size, train, epoch)
+        epoch_there = torch.full((), epoch, device=self._device)
+        return self._input(batch.images, batch.indices, train.seed, epoch_there, size, data)
 
 
 class _Findings:

@@ -131,6 +131,13 @@ def test_compiled_it_learns_the_same(launch: Launch, data: Path, tmp_path: Path)
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
+def test_without_a_compiler_it_trains_uncompiled_and_says_so(launch: Launch, data: Path, tmp_path: Path) -> None:
+    flags = small(data, tmp_path, train__epochs=1, train__compile="true")
+    job = launch("python", 1, "train", *flags, PATH="/nowhere")
+    assert job.returncode == 0, job.stderr
+    assert "not compiled: train.compile needs g++, and there is none" in job.stdout
+
+
 @pytest.mark.parametrize(
     ("launcher", "ranks", "error"), [("mpirun", 3, "works on 2, 4, 8, ... ranks, not on 3"), ("gloo", 2, "needs MPI")]
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from hvd_eurosat.config import Data
-from hvd_eurosat.data.augment import augment, mix, normalise, shift, shrink, turn_and_flip
+from hvd_eurosat.data.augment import augment, mix, network_input, normalise, shift, shrink, turn_and_flip
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.errors import UserError
@@ -104,6 +106,22 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(data: Data) -> None:
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(whole, augment(images, indices, seed=1, epoch=3, data=data))
     assert not torch.equal(whole, augment(images, indices, seed=2, epoch=2, data=data))
+
+
+def test_the_network_input_is_one_graph_for_all_epochs() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    data = Data(max_shift=3, random_horizontal_flip=0.5, random_rotate=20, jitter_crop=0.3, random_zoom=0.2)
+    images = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    compiled = torch.compile(network_input, dynamic=False, fullgraph=True, backend=backend)
+    for epoch in torch.arange(3):
+        arguments = (images, torch.arange(6), 1, epoch, 48, data)
+        assert torch.equal(compiled(*arguments), network_input(*arguments))
+    assert len(graphs) == 1
 
 
 def test_eight_epochs_show_each_image_in_all_eight_views() -> None:
