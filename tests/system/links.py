@@ -1,4 +1,4 @@
-"""The projection over hosts that are namespaces of this machine, with links of several rates. As root; an hour.
+"""The projection over hosts that are namespaces of this machine, with links of several rates. As root; 45 minutes.
 
 HOROVOD_CONTROLLER=gloo python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 9]
 
