@@ -107,19 +107,19 @@ check_hosts() { # all at once: what keeps one from taking part, in the first one
 
 probe() {
   local script answer
-  # What it prints is the error; $BIN, $PWD and $INTERFACE are of this host, the rest of that one.
-  script="test -x '$BIN/python' || echo 'has no $BIN: put the project on a disk that all hosts share'
-test -d '$PWD' || echo 'has no folder $PWD: start from one that all hosts share'
+  # Lines with "error: " count, not what login shells and banners say; $BIN, $PWD and $INTERFACE are of this host.
+  script="test -x '$BIN/python' || echo 'error: has no $BIN: put the project on a disk that all hosts share'
+test -d '$PWD' || echo 'error: has no folder $PWD: start from one that all hosts share'
 test -z '$INTERFACE' || test -d '/sys/class/net/$INTERFACE' ||
-  echo 'has no network interface $INTERFACE, only' \$(ls /sys/class/net)"
+  echo 'error: has no network interface $INTERFACE, only' \$(ls /sys/class/net)"
   if is_here "$1"; then
     answer=$(sh -c "$script")
   else
     answer=$(timeout "$((2 * PROBE_SECONDS))" \
       ssh -n -o BatchMode=yes -o ConnectTimeout="$PROBE_SECONDS" "$1" "$script" 2>&1) ||
-      answer="cannot be reached by ssh: $(tail -n 1 <<<"$answer" | tr -d '\r')"
+      answer="error: cannot be reached by ssh: $(tail -n 1 <<<"$answer" | tr -d '\r')"
   fi
-  [[ -z $answer ]] || printf 'host %s %s\n' "$1" "$(head -n 1 <<<"$answer")"
+  sed -n "s/^error: /host $1 /p" <<<"$answer" | head -n 1
 }
 
 allow_root() { # Open MPI asks twice

@@ -25,13 +25,14 @@ StrictModes no
 UsePAM no
 PermitRootLogin yes
 Subsystem sftp internal-sftp
+Banner {folder}/banner
 """
+GREETING = "authorised use only"  # as clusters greet, on ssh's standard error; shown at SSH_LOG_LEVEL=INFO
 SSH = """
 Host *
   IdentityFile {folder}/key
   StrictHostKeyChecking no
   UserKnownHostsFile /dev/null
-  LogLevel ERROR
 """
 START = """
 set -e
@@ -124,10 +125,12 @@ def network(names: Sequence[str], folder: Path) -> Iterator[dict[str, Host]]:
     for key in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     (folder / "sshd_config").write_text(SSHD.format(folder=folder))
+    (folder / "banner").write_text(f"{GREETING}\n")
     (folder / "ssh_config").write_text(SSH.format(folder=folder))
     (folder / "bin").mkdir()
     ssh = folder / "bin" / "ssh"
-    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+    log_level = "-o LogLevel=${SSH_LOG_LEVEL:-ERROR}"
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config {log_level} "$@"\n')
     ssh.chmod(0o755)
     hosts: dict[str, Host] = {}
     switch = subprocess.Popen([*DYING_WITH_US, "unshare", "--net", "sleep", "infinity"])

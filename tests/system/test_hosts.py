@@ -10,7 +10,7 @@ import pytest
 from tests.parallel.conftest import small, summary
 from tests.parallel.test_failures import errors
 from tests.system.conftest import Launch
-from tests.system.hosts import Host
+from tests.system.hosts import GREETING, Host
 
 ALL = "a:1,b:1,c:1"
 
@@ -52,6 +52,12 @@ def test_the_doctor_over_three_hosts(launch: Launch) -> None:
     assert [line.split()[1] for line in job.stdout.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"])] == list(
         "abc"
     )
+
+
+def test_hosts_that_greet(launch: Launch) -> None:
+    job = launch("mpirun", "--hosts", ALL, "doctor", SSH_LOG_LEVEL="INFO")
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert GREETING in job.stderr
 
 
 @pytest.mark.parametrize("script", ["mpirun", "horovodrun", "elastic"])
