@@ -180,8 +180,8 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto takes bf16 where the hardware is fast at it (GPUs, AMX, AVX512-BF16), else fp32"""
     compile: bool = False
-    """compile the network with torch.compile, on GPUs as CUDA graphs: a slow first step, faster ones after; needs a C++
-    compiler, on GPUs gcc, and does without where there is none"""
+    """compile the network with torch.compile, on GPUs as CUDA graphs, after a slow first step; on CPUs steps are slower
+    for it; needs gcc on GPUs, g++ on CPUs, and trains uncompiled where there is none"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """of the weights, the order of the images and their augmentation"""
 
