@@ -119,9 +119,13 @@ def slowest(samples: Samples, ranks: int) -> float:
     slowest there is one sample. Other machines are independent: n such groups are below t with probability F(t)^n. Of
     many more ranks than there are samples it is about the slowest sample: rarer delays are not in them.
     """
+    measured = len(samples)
+    if ranks <= measured:  # any of them
+        weights = [math.comb(below, ranks - 1) / math.comb(measured, ranks) for below in range(measured)]
+        return float((weights @ np.sort(samples, 0)).mean())
     times = np.sort(samples.max(0))
     below = np.arange(1, len(times) + 1) / len(times)
-    return float(times @ np.diff(below ** (ranks / len(samples)), prepend=0.0))
+    return float(times @ np.diff(below ** (ranks / measured), prepend=0.0))
 
 
 def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, Any]:

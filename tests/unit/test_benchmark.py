@@ -95,6 +95,8 @@ def test_the_slowest_of_many() -> None:
     assert project.slowest(np.array([[1.0, 1.0], [2.0, 2.0]]), 2) == 2.0
     assert project.slowest(np.array([[1.0, 2.0], [1.0, 2.0]]), 2) == 1.5  # slowed in the same step
     assert project.slowest(np.array([[1.0, 2.0], [1.0, 2.0]]), 4) == 1.75
+    assert project.slowest(np.array([[1.0, 2.0], [1.0, 2.0]]), 1) == 1.5
+    assert project.slowest(np.array([[1.0, 1.0], [2.0, 2.0]]), 1) == 1.5
 
 
 def test_what_is_hidden_behind_backward() -> None:
