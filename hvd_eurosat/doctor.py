@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -45,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     facts = collect()
     obstacles = list(installation(facts))
     rank, launched = environment.launched()
-    if obstacles:  # the other ranks are ended by the launcher
+    if obstacles:
         if rank == 0:
             report([facts], [*obstacles, *machine(facts)], {}, "", as_json)
         else:
             print(f"error: rank {rank}: {obstacles[0].what}: {obstacles[0].cure}", file=sys.stderr, flush=True)
+            time.sleep(JOIN_SECONDS)  # the launcher ends every rank when the first leaves: rank 0 reports before
         sys.exit(1)
     world = join(facts, rank, launched)
     ranks = world.gather(dataclasses.replace(facts, gpu=_gpu(world)))

@@ -33,7 +33,7 @@ def bare(step: Step, batch: Batch) -> None:
     state, gradients = step._state, step.gradients
     gradients.zero()
     with state.precision.autocast(step._device):
-        log_probabilities = step._forward(step._prepare(batch))
+        log_probabilities = step._network(step._prepare(batch))
     losses = F.cross_entropy(log_probabilities, batch.labels, reduction="none")
     (losses @ batch.weights / batch.total).backward()
     gradients.wait()

@@ -50,8 +50,8 @@ def flip(step: Step, *_: object) -> None:
 
 def nan_loss(step: Step, *_: object) -> None:
     """The loss of the coming step is nan on this rank alone."""
-    forward = step._forward
-    step._forward = lambda images: (setattr(step, "_forward", forward), forward(images) * float("nan"))[1]
+    network = step._network
+    step._network = lambda images: (setattr(step, "_network", network), network(images) * float("nan"))[1]
 
 
 def disk() -> Path:

@@ -22,6 +22,12 @@ real.mpi_built = real.gloo_built = lambda: False
 sys.modules["horovod.torch"] = real
 """
 
+BROKEN_HOROVOD = """
+import os, time
+time.sleep(3 if os.environ["OMPI_COMM_WORLD_RANK"] == "0" else 0)
+raise ImportError("libmpi.so.40: not found")
+"""
+
 
 def script(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,8 @@ def test_versions_that_differ_between_ranks(tmp_path: Path) -> None:
 
 
 def test_horovod_that_cannot_be_imported(launch: Launch, tmp_path: Path) -> None:
-    script(tmp_path / "horovod" / "__init__.py", "").write_text("raise ImportError('libmpi.so.40: not found')\n")
+    """Rank 0, which reports, comes last: the launcher must not have ended it by then for another rank's end."""
+    script(tmp_path / "horovod" / "__init__.py", "").write_text(BROKEN_HOROVOD)
     job = launch("mpirun", 2, "doctor", PYTHONPATH=str(tmp_path))
     assert job.returncode == 1
     assert job.stdout.count("cannot be imported: ImportError: libmpi.so.40: not found") == 1
