@@ -181,7 +181,8 @@ class Train(Section):
     """auto takes bf16 where the hardware is fast at it (GPUs, AMX, AVX512-BF16), else fp32"""
     compile: bool = False
     """compile the network with torch.compile, on GPUs as CUDA graphs, after a slow first step; on CPUs steps are slower
-    for it; needs gcc on GPUs, g++ on CPUs, and trains uncompiled where there is none"""
+    for it, and on several GPUs the gradients of `all` are sent after the backward pass, not during it; needs Python.h
+    and gcc (CC) on GPUs, g++ (CXX) on CPUs: where a rank has none, all train uncompiled"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """of the weights, the order of the images and their augmentation"""
 

@@ -25,7 +25,7 @@ from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
-from hvd_eurosat.training.step import Step, class_weights, compiles
+from hvd_eurosat.training.step import Step, class_weights
 from hvd_eurosat.training.stragglers import stragglers
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
@@ -58,7 +58,7 @@ def train(world: World, config: Config) -> int:
     begin(world, config, state, start)
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)
-    facts = header(world, config, tree, model, batches, state.precision)
+    facts = header(world, config, tree, state, step, batches)
     journal.begin(start, facts, state.snapshot(), math.ceil(state.samples / batches.global_batch))
     try:
         while state.epoch < config.train.epochs:
@@ -117,8 +117,8 @@ def train_epoch(
     step.stopwatch.work()
     journal.begin_epoch(state.epoch + 1, batches.steps(first))
     for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
-        first_step = number == 1 and compiles(config.train, world.device)
-        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", COMPILER_PATIENCE if first_step else 1)
+        patience = COMPILER_PATIENCE if number == 1 and step.compiled else 1
+        world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", patience)
         progress = state.epoch + state.samples / batches.length
         rate = learning_rate(config.optim, config.train.epochs, batches.global_batch, progress)
         step(batch, rate, stop())

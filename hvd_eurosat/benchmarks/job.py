@@ -21,7 +21,7 @@ import torch
 
 from hvd_eurosat import cluster, environment
 from hvd_eurosat.benchmarks.settings import JobSettings
-from hvd_eurosat.cluster import World
+from hvd_eurosat.cluster import SharedError, World
 from hvd_eurosat.config import read
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
@@ -170,6 +170,8 @@ def main(world: World, settings: JobSettings, number: int) -> None:
     sampler = Sampler(images["train"]) if settings.memory else None
     for mode in settings.modes:
         loop = Loop(world, settings, tree, images["train"], mode)
+        if loop.step.obstacle:
+            raise SharedError(f"train.compile: {loop.step.obstacle}")
         found["modes"][mode] = measure(loop, settings, number)
         if settings.validation:
             found["modes"][mode]["validation"] = time_validation(loop, settings, images["valid"])

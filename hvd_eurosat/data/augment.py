@@ -119,5 +119,5 @@ def normalise(images: Tensor, data: Data) -> Tensor:
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [1, 3, 1, 1], filled on the device: copied there, the host would wait for it."""
+    """float32 [1, 3, 1, 1]. Filled on the device, for a copy would make the host wait for it."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])[None]

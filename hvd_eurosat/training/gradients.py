@@ -18,9 +18,10 @@ class GradientBuckets:
 
     Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
-    backward makes them. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket ends
-    with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own
-    (but with Adasum, which adds numbers up in another way). Buckets, notes included, travel as `dtype`.
+    backward makes them (compiled, it hands over all of them at its end). Fixed buckets make the sums repeatable, unlike
+    Horovod's own fusion. The last bucket ends with a few numbers more: what the ranks tell each other in every step,
+    `notes`, costs no collective of its own (but with Adasum, which adds numbers up in another way). Buckets, notes
+    included, travel as `dtype`.
     """
 
     def __init__(

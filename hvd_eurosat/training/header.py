@@ -5,29 +5,29 @@ from __future__ import annotations
 import platform
 
 import torch
-from torch import nn
 
 from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config, Train
+from hvd_eurosat.config import Config
 from hvd_eurosat.data.batches import TrainBatches
 from hvd_eurosat.data.tree import SPLITS, Tree
 from hvd_eurosat.model.resnet import count_parameters
 from hvd_eurosat.training.optimiser import peak_rate
-from hvd_eurosat.training.precision import Precision
-from hvd_eurosat.training.step import compiler, compiles
+from hvd_eurosat.training.state import TrainingState
+from hvd_eurosat.training.step import Step
 
 
 def header(
-    world: World, config: Config, tree: Tree, model: nn.Module, batches: TrainBatches, precision: Precision
+    world: World, config: Config, tree: Tree, state: TrainingState, step: Step, batches: TrainBatches
 ) -> dict[str, str]:
     """A line for each fact: devices, data, network, batch arithmetic, schedule."""
-    total, trainable = count_parameters(model)
+    total, trainable = count_parameters(state.model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
     train, optim = config.train, config.optim
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
-        "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world)}, {precision.name}"
-        + _compiled(train, world.device),
+        "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world)}, {state.precision.name}"
+        + (", compiled" if step.compiled else "")
+        + (f", not compiled: {step.obstacle}" if step.obstacle else ""),
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"
@@ -39,12 +39,6 @@ def header(
         "optimiser": f"{optim.name}, learning rate {peak_rate(optim, batches.global_batch):g} "
         f"{optim.schedule}, {train.epochs} epochs",
     }
-
-
-def _compiled(train: Train, device: torch.device) -> str:
-    if train.compile and not compiles(train, device):
-        return f", not compiled: train.compile needs {compiler(device)}, and there is none"
-    return ", compiled" if train.compile else ""
 
 
 def _device(world: World) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from hvd_eurosat.config import Config, Train
 from hvd_eurosat.data.augment import network_input
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
+from hvd_eurosat.training.compilation import obstacle
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.stragglers import Stopwatch
@@ -23,16 +23,6 @@ GPU_LAG = 4  # steps that the host is behind the device when it reads what the s
 NON_FINITE_STEPS = 3
 SIZE_STEP = 16  # pixels
 WIRE = {"none": torch.float32, "fp16": torch.float16}  # Horovod 0.28.1 adds no bfloat16
-
-
-def compiles(train: Train, device: torch.device) -> bool:
-    """Whether train.compile is wanted, and finds the compiler that it needs at run time."""
-    return train.compile and shutil.which(compiler(device)) is not None
-
-
-def compiler(device: torch.device) -> str:
-    """What torch.compile calls: for CPUs inductor's, for GPUs Triton's."""
-    return "g++" if device.type == "cpu" else "gcc"
 
 
 def class_weights(config: Config, images: Images, classes: int) -> Tensor | None:
@@ -45,14 +35,19 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
     return weights / weights[images.labels.to(images.device)].mean()
 
 
+def image_sizes(full: int, train: Train) -> list[int]:
+    """The sides of the training images, in turn: progressive learning (Tan & Le 2021, "EfficientNetV2")."""
+    return [*range(train.start_size or full, full, SIZE_STEP), full]
+
+
 def image_size(full: int, train: Train, epoch: int) -> int:
-    """The side of the training images in an epoch (from 0): progressive learning (Tan & Le 2021, "EfficientNetV2")."""
-    sizes: list[int] = [*range(train.start_size or full, full, SIZE_STEP), full]
+    """The side of the training images in an epoch (from 0)."""
+    sizes = image_sizes(full, train)
     return sizes[min(epoch * len(sizes) // train.epochs, len(sizes) - 1)]
 
 
 class Step:
-    """Augment, forward, backward, sum the gradients over the ranks, update.
+    """Augment, forward, backward, sum the gradients over the ranks, update. Compiled if every rank can. Collective.
 
     Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
 
@@ -76,10 +71,10 @@ class Step:
         )
         self._input = network_input
         self._network: Callable[[Tensor], Tensor] = state.model
-        if compiles(config.train, world.device):
-            self._network = torch.compile(state.model, dynamic=False, mode="reduce-overhead")  # on GPUs a CUDA graph
-            if world.device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
-                self._input = torch.compile(network_input, dynamic=False)
+        self.obstacle = obstacle(world) if config.train.compile else None
+        self.compiled = config.train.compile and not self.obstacle
+        if self.compiled:
+            self._compile()
         self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
         self._skipped_in_a_row = 0
         self.stopwatch = Stopwatch(world.device)
@@ -91,8 +86,9 @@ class Step:
             group["lr"] = learning_rate
         before = state.statistics.flat.clone()
         gradients.zero()
+        images = self._prepare(batch)
         with state.precision.autocast(self._device):
-            log_probabilities = self._network(self._prepare(batch))
+            log_probabilities = self._network(images)
         # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
         losses = F.cross_entropy(
             log_probabilities,
@@ -116,6 +112,15 @@ class Step:
         state.sums.add(log_probabilities.detach(), batch, skip)
         self._findings.add(torch.stack([skip.float(), gradients.notes[1]]))
         state.advance(batch.total)
+
+    def _compile(self) -> None:
+        """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
+        sizes = len(image_sizes(self._config.data.image_size, self._config.train))
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(sizes, limits.recompile_limit)  # beyond it, torch would go on uncompiled
+        self._network = torch.compile(self._state.model, dynamic=False, mode="reduce-overhead")
+        if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
+            self._input = torch.compile(network_input, dynamic=False)
 
     def _update(self, skip: Tensor) -> None:
         optimiser = self._state.optimiser

@@ -34,3 +34,10 @@ def test_a_job_that_fails(launch: Launch, tmp_path: Path) -> None:
     assert job.returncode == 2
     assert job.stderr.splitlines()[-1].startswith("error: job, np 1: ")
     assert str(tmp_path / "none") in job.stderr
+
+
+def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(launch: Launch, data: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data.root", data, "--run.dir", tmp_path, "--train.compile", "true", "--steps", 1]
+    job = launch("python", 1, "benchmark", "memory", *flags, CXX="/nowhere/g++")
+    assert job.returncode == 2
+    assert job.stderr.splitlines()[-1].endswith(" has no /nowhere/g++")
