@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def folder_labels(names: Sequence[str], classes: Sequence[str], where: str) -> N
 
 def file_batches(
     files: Sequence[Path], data: Data, batch_size: int, device: torch.device, shard: int, shards: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The images in batches of one fixed size, without labels; shard i of n gets every n-th batch, from the i-th on.
 
     Threads decode the next batches meanwhile. Raises UserError, which names the file, for a bad image.

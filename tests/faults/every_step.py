@@ -27,7 +27,7 @@ class StopAt:
 def run(world: cluster.World, config: Config, name: str, stop_at: int) -> int:
     """One run in its own directory; returns its exit status."""
     run_dir = config.run.path / name
-    train.StopRequest = lambda: StopAt(stop_at)  # type: ignore[assignment, misc]
+    train.StopRequest = lambda: StopAt(stop_at)  # type: ignore[attr-defined]
     there = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
     return train.train(world, there)
 
