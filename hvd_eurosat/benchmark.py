@@ -10,6 +10,7 @@ run.dir (default runs/benchmark), where the subcommands' results stand side by s
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,14 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=SUBCOMMANDS, help="`benchmark <what> --help` lists its keys")
     name = parser.parse_args(arguments[:1]).what
     schema, measure, _ = SUBCOMMANDS[name]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the job
     try:
         settings = read(schema, arguments[1:], f"benchmark {name}")
+        results.read_results(settings.folder)  # a damaged file is refused before anything is measured
         found = measure(Launcher.of(settings), settings, lambda text: print(text, file=sys.stderr, flush=True))
         everything = results.merge(settings.folder, name, found)
         results.draw(everything, settings.folder / "benchmark.png")
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     results.show(name, everything[name])
     print(f"in {settings.folder / 'benchmark.json'} and benchmark.png")
     return 0

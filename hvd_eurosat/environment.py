@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from hvd_eurosat.errors import UserError
+
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 LAUNCHER_VARIABLES = re.compile(
     "(OMPI|PMIX|PMI|ORTE)_|SLURM_(PROCID|STEP_)|"
@@ -32,6 +34,14 @@ def launched() -> tuple[int, int]:
 
 def _first(variables: Iterable[str], default: int) -> int:
     return next((int(os.environ[v]) for v in variables if v in os.environ), default)
+
+
+def omp_threads() -> int | None:
+    """OMP_NUM_THREADS, of the outermost level, where it is set. Raises UserError."""
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if value and not re.fullmatch("[1-9][0-9]*", value):
+        raise UserError(f"OMP_NUM_THREADS is {value}: it must be a number of threads")
+    return int(value) if value else None
 
 
 def forget_launcher() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_eurosat.environment import is_parallel, under_mpi
+from hvd_eurosat.environment import is_parallel, omp_threads, under_mpi
 from hvd_eurosat.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -53,10 +53,10 @@ def idle_cores(places: list[Place]) -> str | None:
 
 
 def threads(places: list[Place]) -> int:
-    """This rank's: OMP_NUM_THREADS, or its share of the cores that it may use."""
+    """This rank's: OMP_NUM_THREADS, or its share of the cores that it may use. Raises UserError."""
     own = frozenset(os.sched_getaffinity(0))
     sharing = sum(1 for place in places if place.cores & own)
-    return int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or max(1, len(own) // sharing))
+    return omp_threads() or max(1, len(own) // sharing)
 
 
 def keep_freed_memory() -> None:

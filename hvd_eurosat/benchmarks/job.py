@@ -183,6 +183,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
         found["messages"] = {size: time_messages(world, size) for size in MESSAGES}
     if sampler:
         found |= sampler.stop()
+        world.gather(None)  # whoever leaves no longer shares its pages
     (settings.out / f"{number}.json").write_text(json.dumps(found))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from hvd_eurosat import environment
 from hvd_eurosat.benchmarks.settings import StepSettings
+from hvd_eurosat.config import ENV_PREFIX
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training.files import make_folder, write_text
 
@@ -51,7 +52,7 @@ class Launcher:
         recipe = settings.folder / "benchmark.toml"
         write_text(recipe, settings.training().to_toml())
         hosts = [host.partition(":")[2] or "1" for host in settings.hosts.split(",") if host]
-        if not all(slots.isdigit() for slots in hosts):
+        if not all(re.fullmatch("[1-9][0-9]*", slots) for slots in hosts):
             raise UserError(f"--hosts {settings.hosts}: write name:slots,name:slots")
         return Launcher(settings, recipe, len(os.sched_getaffinity(0)), launched, tuple(map(int, hosts)), gloo)
 
@@ -63,12 +64,16 @@ class Launcher:
     @property
     def threads(self) -> int:
         """Of each rank, when those of a machine share out its cores: OMP_NUM_THREADS, where it is set, as for train."""
-        share = max(1, self.cores // max(self.slots, default=self.launched))
-        return int(os.environ.get("OMP_NUM_THREADS") or share)
+        return environment.omp_threads() or max(1, self.cores // max(self.slots, default=self.launched))
 
     def room(self, cores: int) -> int:
         """How many ranks there is room for when each has so many cores, or a GPU."""
         return sum(self.slots) or torch.cuda.device_count() or max(1, self.cores // cores)
+
+    def allows(self, ranks: int) -> bool:
+        """Whether a job may have so many: ranks can share cores, but no slot of a host and no GPU."""
+        most = sum(self.slots) or torch.cuda.device_count()
+        return not most or ranks <= most
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> Results:
         """What each rank of a job of ours measured."""
@@ -92,22 +97,27 @@ class Launcher:
         begin: list[object] = [LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh"), "--np", ranks]
         for option, value in {"--hosts": self.settings.hosts, "--interface": self.settings.interface}.items():
             begin += [option, value] if value else []
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        variables = {**inherited, "OMP_NUM_THREADS": str(threads)}  # what was configured is in the recipe
         if self.gloo:
             variables["HOROVOD_CONTROLLER"] = "gloo"
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
             program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
-            job = subprocess.run(
-                [str(word) for word in (*begin, *program)],
-                env=variables,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
-            if job.returncode:
-                said = [RANK_LABEL.sub("", line) for line in job.stderr.strip().splitlines()]
+            status, errors = _finish([str(word) for word in (*begin, *program)], variables)
+            if status:
+                said = [RANK_LABEL.sub("", line) for line in errors.strip().splitlines()]
                 error = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
                 message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
-                raise UserError(message) if job.returncode == 2 else RunError(message)
+                raise UserError(message) if status == 2 else RunError(message)
             return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _finish(words: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """A launched job's exit status and standard error. It ends when this process is asked to."""
+    with subprocess.Popen(words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            _, errors = job.communicate()
+        except BaseException:
+            job.terminate()  # and not killed, for the launcher has ranks to end
+            raise
+    return job.returncode, errors

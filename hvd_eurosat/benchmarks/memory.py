@@ -14,7 +14,7 @@ RANKS = (1, 4)
 def measure(launcher: Launcher, settings: MemorySettings, say: Callable[[str], None]) -> dict[str, Any]:
     """The "memory" section: of each number of ranks the largest rank's peak, and what the packed images take of all."""
     found = {}
-    for ranks in RANKS:
+    for ranks in filter(launcher.allows, RANKS):
         say(f"np {ranks}")
         threads = max(1, launcher.cores // ranks)
         trainable = settings.model.trainable

@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
@@ -130,6 +129,8 @@ def slowest(samples: Samples, ranks: int) -> float:
 
 def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, Any]:
     """The "project" section: of each mode the fit, the points that check it, its error, and the projection."""
+    if not launcher.allows(2):
+        raise UserError("project times messages between two ranks, and there is room for one")
     before = read_results(settings.folder).get("project", {})
     fitted = [before.get(mode, {}).get("fit", {}).get("gloo") for mode in MODES]
     if settings.link and fitted != [launcher.gloo] * len(MODES):
@@ -146,7 +147,7 @@ def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
         samples = {ranks: work(jobs[f"alone {ranks}"], mode) for ranks in alone_counts(launcher, settings)}
         slower = {ranks: float(times.mean(1).max() / samples[2].mean(1).max()) for ranks, times in samples.items()}
         points = [point for point in old["points"] if point["link"] != settings.link]
-        for ranks in checked(launcher, settings):
+        for ranks in checked(launcher):
             point = predict(fit, samples[ranks], ranks, settings.link, slower[ranks])
             points.append(check(point, jobs[f"together {ranks}"], mode))
         node = launcher.room(settings.cores)
@@ -168,16 +169,14 @@ def check(point: Mapping[str, Any], jobs: Sequence[Results], mode: str) -> dict[
     return {**point, "measured_ms": measured, "communication_ms": communication, "error": error}
 
 
-def checked(launcher: Launcher, settings: ProjectSettings) -> list[int]:
+def checked(launcher: Launcher) -> list[int]:
     """Numbers of ranks whose steps check the model."""
-    limited = settings.hosts or torch.cuda.is_available()
-    limit = launcher.room(settings.cores) if limited else max(CHECKED)
-    return [ranks for ranks in CHECKED if ranks <= limit]
+    return list(filter(launcher.allows, CHECKED))
 
 
 def alone_counts(launcher: Launcher, settings: ProjectSettings) -> list[int]:
     """How many jobs of one rank are measured side by side: as many as are checked, and a machine full."""
-    return sorted({2, *checked(launcher, settings), launcher.room(settings.cores)})
+    return sorted({2, *checked(launcher), launcher.room(settings.cores)})
 
 
 def collect(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, list[Results]]:
@@ -190,7 +189,7 @@ def collect(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
         jobs["messages"].append(launcher.ours(2, 1, cores, cores=cores, messages=True))
         for ranks in alone_counts(launcher, settings):
             jobs[f"alone {ranks}"].append(launcher.alone(ranks, steps, cores))
-        for ranks in checked(launcher, settings):
+        for ranks in checked(launcher):
             jobs[f"together {ranks}"].append(launcher.ours(ranks, steps, cores, cores=cores))
     return jobs
 

@@ -32,7 +32,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """benchmark.json, empty where it is not there yet. Raises UserError."""
     path = folder / "benchmark.json"
     found = read_json(path, "results") if path.exists() else {}
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
         raise UserError(f"{path} is damaged")
     return found
 

@@ -14,11 +14,12 @@ MODES = ("bn+head", "all")
 class StepSettings(Config):
     """Images per second of the training step and of a whole epoch with its validation, for bn+head and all, beside
     Horovod's example and that in bf16 and channels_last. As many ranks as it is started with (mpirun, horovodrun), or
-    as hosts have slots. Weights are random.
+    as hosts have slots. Weights are random. Of the keys of train, data.root, data.image_size, model.arch and
+    train.batch_size are the example's too; those of the step are ours alone; those of a whole run say nothing here.
     """
 
     steps: PositiveInt = 50
-    """measured steps of each contender and mode; they bound the time it takes"""
+    """measured steps of each contender and mode, in up to five rounds of equal length; they bound the time it takes"""
     hosts: str = ""
     """hosts to run on, as name:slots,name:slots; default: this machine"""
     interface: str = ""
@@ -30,8 +31,8 @@ class StepSettings(Config):
         return self.run.dir or Path("runs/benchmark")
 
     def training(self) -> Config:
-        """Only what a training run is told."""
-        return Config.model_validate(self.model_dump(include=set(Config.model_fields)))
+        """Only what a training run is told; validated again, it would read the environment again."""
+        return Config.model_construct(**{name: getattr(self, name) for name in Config.model_fields})
 
 
 class ScalingSettings(StepSettings):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
-from tests.parallel.conftest import SMALL, Launch
+import psutil
+
+from tests.parallel.conftest import SMALL, Launch, command, wait_for
 
 
 def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
     flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
-    job = launch("mpirun", 2, "benchmark", "step", *flags)
+    job = launch("mpirun", 2, "benchmark", "step", *flags, HVD_EUROSAT_TRAIN__BATCH_SIZE="999")  # flags win
     assert job.returncode == 0, job.stderr
     job = launch("python", 1, "benchmark", "memory", *flags)
     assert job.returncode == 0, job.stderr
@@ -34,6 +37,23 @@ def test_a_job_that_fails(launch: Launch, tmp_path: Path) -> None:
     assert job.returncode == 2
     assert job.stderr.splitlines()[-1].startswith("error: job, np 1: ")
     assert str(tmp_path / "none") in job.stderr
+
+
+def test_damaged_results_are_refused_at_once(launch: Launch, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "benchmark.json").write_text('{"project": 3}')
+    job = launch("python", 1, "benchmark", "memory", "--data.root", data, "--run.dir", tmp_path)
+    assert job.returncode == 2
+    assert job.stderr == f"error: {tmp_path / 'benchmark.json'} is damaged\n"
+
+
+def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 10_000]
+    benchmark = subprocess.Popen(command("python", 1, "benchmark", "memory", *flags), stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.0")))
+    benchmark.terminate()
+    assert benchmark.wait(30) == 143
+    wait_for(lambda: not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])])
+    assert not list(tmp_path.glob(".job-*"))
 
 
 def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(launch: Launch, data: Path, tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ class Machine:
     def room(self, cores: int) -> int:
         return 4
 
+    def allows(self, ranks: int) -> bool:
+        return ranks <= 4
+
     def alone(self, ranks: int, steps: int, cores: int) -> list[dict[str, Any]]:
         one = rank(0, WORK * slower(ranks), 0, 0)
         for of in one["modes"].values():

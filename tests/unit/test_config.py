@@ -9,6 +9,7 @@ import pytest
 
 from hvd_eurosat import evaluate
 from hvd_eurosat.config import Config, load
+from hvd_eurosat.environment import omp_threads
 from hvd_eurosat.errors import UserError
 
 
@@ -110,3 +111,12 @@ def test_another_verb_passes_over_a_key_of_train(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda p: p.stem)
 def test_our_recipes_load(recipe: Path) -> None:
     assert load(["--config", str(recipe)]).run.path == Path("runs") / recipe.stem
+
+
+def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, threads in (("", None), ("4", 4), ("2,1", 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        assert omp_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS is many"):
+        omp_threads()
