@@ -30,6 +30,7 @@ from hvd_eurosat.diagnosis.facts import Facts, collect
 from hvd_eurosat.diagnosis.probes import probe
 
 JOIN_SECONDS = 30
+REPORT_SECONDS = 10
 GIB = 2**30
 
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             report([facts], [*obstacles, *machine(facts)], {}, "", as_json)
         else:
             print(f"error: rank {rank}: {obstacles[0].what}: {obstacles[0].cure}", file=sys.stderr, flush=True)
-            time.sleep(JOIN_SECONDS)  # the launcher ends every rank when the first leaves: rank 0 reports before
+            time.sleep(REPORT_SECONDS)  # the launcher ends all ranks when the first leaves: rank 0 reports before
         sys.exit(1)
     world = join(facts, rank, launched)
     ranks = world.gather(dataclasses.replace(facts, gpu=_gpu(world)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import sysconfig
@@ -22,7 +23,7 @@ def obstacle(world: World) -> str | None:
 def _missing(device: torch.device) -> str | None:
     """For CPUs inductor calls a C++ compiler, for GPUs Triton a C compiler, and both compile against Python."""
     if device.type == "cpu":
-        compilers = [os.environ.get("CXX", "g++")]
+        compilers = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[:1]  # ccache g++
     else:
         compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, compilers)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from hvd_eurosat.training.stragglers import Stopwatch
 GPU_LAG = 4  # steps that the host is behind the device when it reads what the step found
 NON_FINITE_STEPS = 3
 SIZE_STEP = 16  # pixels
+RECOMPILES = 8  # for each size; torch goes on uncompiled after eight in all
 WIRE = {"none": torch.float32, "fp16": torch.float16}  # Horovod 0.28.1 adds no bfloat16
 
 
@@ -115,12 +118,11 @@ class Step:
 
     def _compile(self) -> None:
         """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
-        sizes = len(image_sizes(self._config.data.image_size, self._config.train))
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(sizes, limits.recompile_limit)  # beyond it, torch would go on uncompiled
-        self._network = torch.compile(self._state.model, dynamic=False, mode="reduce-overhead")
+        limit = RECOMPILES * len(image_sizes(self._config.data.image_size, self._config.train))
+        compiled: Callable[..., Any] = partial(torch.compile, dynamic=False, recompile_limit=limit)
+        self._network = compiled(self._state.model, mode="reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
-            self._input = torch.compile(network_input, dynamic=False)
+            self._input = compiled(network_input)
 
     def _update(self, skip: Tensor) -> None:
         optimiser = self._state.optimiser

@@ -122,22 +122,25 @@ def test_other_ways_to_add_gradients_up(
 
 
 def test_compiled_it_learns_the_same(launch: Launch, data: Path, tmp_path: Path) -> None:
+    """On images of two sizes, where torch by itself would compile for one."""
+    (tmp_path / "sitecustomize.py").write_text("import torch._dynamo\ntorch._dynamo.config.recompile_limit = 1\n")
     curves = []
     for compiled in ("false", "true"):
-        keys = {"train__epochs": 1, "train__compile": compiled, "optim__lr": 1e-4}
-        job = launch("mpirun", 2, "train", *small(data, tmp_path / compiled, **keys))
+        keys = {"train__epochs": 2, "train__start_size": 48, "train__compile": compiled, "optim__lr": 1e-4}
+        job = launch("mpirun", 2, "train", *small(data, tmp_path / compiled, **keys), PYTHONPATH=str(tmp_path))
         assert job.returncode == 0, job.stderr
         curves.append([e["loss"] for kind in ("train", "valid") for e in events(tmp_path / compiled, kind)])
     assert ", compiled" in job.stdout
+    assert "recompile_limit" not in job.stderr
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
 def test_where_one_rank_has_no_compiler_none_compiles(data: Path, tmp_path: Path) -> None:
     flags = small(data, tmp_path, train__epochs=1, train__compile="true")
     one, two = command("mpirun", 1, "train", *flags), command("python", 1, "train", *flags)
-    job = run([*one, ":", "-np", "1", "env", "PATH=/nowhere", *two])
+    job = run([*one, ":", "-np", "1", "env", "CXX=/nowhere/g++", *two])
     assert job.returncode == 0, job.stderr
-    assert f", not compiled: {socket.gethostname()} has no g++" in job.stdout
+    assert f", not compiled: {socket.gethostname()} has no /nowhere/g++" in job.stdout
 
 
 @pytest.mark.parametrize(
