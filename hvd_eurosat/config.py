@@ -178,7 +178,8 @@ class Train(Section):
     class_weights: tuple[PositiveFloat, ...] = ()
     """weights of the classes in the loss, in the order of their names; only their ratios count"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 where the hardware is fast at it (GPUs, AMX, AVX512-BF16), else fp32"""
+    """auto takes bf16 where the hardware is fast at it: GPUs since Ampere, and CPUs that multiply matrices faster in it
+    (AMX, AMD's AVX512-BF16), which is measured; else fp32"""
     compile: bool = False
     """compile the network with torch.compile, on GPUs as CUDA graphs, after a slow first step; on CPUs steps are slower
     for it, and on several GPUs the gradients of `all` are sent after the backward pass, not during it; needs Python.h

@@ -89,9 +89,8 @@ def train(world: World, config: Config) -> int:
 
 
 def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
-    """Rank 0's precision for all, or the one that the run began with. Collective."""
-    chosen = Precision(start.precision) if start else choose_precision(config.train.precision, world.device)
-    return world.from_main(chosen)
+    """The precision that the run began with, or a new run's. Collective."""
+    return Precision(start.precision) if start else choose_precision(world, config.train.precision)
 
 
 def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> None:

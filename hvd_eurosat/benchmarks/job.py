@@ -83,7 +83,7 @@ class Loop:
         config = settings.model_copy(update={"model": trainable, "train": full_size})
         details = Details.of(config.model)
         model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
-        precision = choose_precision(config.train.precision, world.device)
+        precision = choose_precision(world, config.train.precision)
         self.state = TrainingState(world, config, tree, model, precision)
         self.world = world
         self.clock = Clock(world.device)

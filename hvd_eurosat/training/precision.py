@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 
 import torch
+
+from hvd_eurosat.cluster import World
+
+PROBE_SIZE, PROBES = 512, 6
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,24 @@ class Precision:
         return torch.autocast(device.type, torch.bfloat16, enabled=self.name == "bf16")
 
 
-def choose_precision(requested: str, device: torch.device) -> Precision:
-    """The precision for `train.precision`: auto takes bf16 where the hardware is fast at it."""
+def choose_precision(world: World, requested: str) -> Precision:
+    """For `train.precision`, the same on all ranks: auto is bf16 where rank 0's hardware is fast at it. Collective."""
     if requested != "auto":
         return Precision(requested)
+    return world.on_main(lambda: Precision("bf16" if _is_fast_at_bf16(world.device) else "fp32"))
+
+
+def _is_fast_at_bf16(device: torch.device) -> bool:
+    """Of CPUs this is measured, for some have bf16 and are slower in it: a Xeon with AVX512-BF16 and no AMX by 40 %."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return Precision("bf16" if fast else "fp32")
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    matrices = {dtype: torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    seconds = {dtype: [_multiply(matrix) for _ in range(PROBES)] for dtype, matrix in matrices.items()}
+    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+
+
+def _multiply(matrix: torch.Tensor) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    matrix @ matrix
+    return time.perf_counter() - began

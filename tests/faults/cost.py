@@ -63,7 +63,7 @@ def main(world: cluster.World, config: Config) -> None:
     batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, 0)
     batch = next(batches.epoch(0))
     model = build(config.model.arch, len(tree.classes), config.model.trainable, 0)
-    state = TrainingState(world, config, tree, model, choose_precision("auto", world.device))
+    state = TrainingState(world, config, tree, model, choose_precision(world, "auto"))
     step = Step(state, world, config, class_weights=None)
     world.watch(600)
     for _ in range(5):

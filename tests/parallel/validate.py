@@ -21,7 +21,7 @@ def main(world: cluster.World, config: Config) -> None:
     images = open_images(world, tree, ["valid"], config.data, config.data)["valid"]
     model = build(config.model.arch, len(tree.classes), config.model.trainable, seed=0)
     load_weights(model, config.model)
-    precision = choose_precision(config.train.precision, world.device)
+    precision = choose_precision(world, config.train.precision)
     for sharded in (False, True):
         one = config.model_copy(update={"valid": config.valid.model_copy(update={"sharded": sharded})})
         found = evaluate(world, one, model, precision, images, lambda: False)

@@ -23,7 +23,7 @@ from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
-from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.run_directory import RunDirectory
 from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import TrainingState, digest
@@ -305,3 +305,12 @@ def test_a_digest_tells_ranks_apart() -> None:
     other.view(torch.int32)[7] ^= 1
     swapped = weights[torch.arange(1000) ^ 1]
     assert len({int(digest(w)) for w in (weights, other, swapped)}) == 3
+
+
+@pytest.mark.parametrize("fast", ["bf16", "fp32"])
+def test_auto_takes_the_faster_precision(monkeypatch: pytest.MonkeyPatch, fast: str) -> None:
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast]
+    monkeypatch.setattr("hvd_eurosat.training.precision._multiply", lambda matrix: 1.0 + (matrix.dtype != dtype))
+    assert choose_precision(world, "auto").name == fast
+    assert {choose_precision(world, name).name for name in ("bf16", "fp32")} == {"bf16", "fp32"}
