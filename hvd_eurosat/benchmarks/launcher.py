@@ -66,14 +66,18 @@ class Launcher:
         """Of each rank, when those of a machine share out its cores: OMP_NUM_THREADS, where it is set, as for train."""
         return environment.omp_threads() or max(1, self.cores // max(self.slots, default=self.launched))
 
+    @property
+    def places(self) -> int:
+        """Slots of the hosts, or GPUs: no two ranks share one. 0 where there are only cores, which they can share."""
+        return sum(self.slots) or torch.cuda.device_count()
+
     def room(self, cores: int) -> int:
-        """How many ranks there is room for when each has so many cores, or a GPU."""
-        return sum(self.slots) or torch.cuda.device_count() or max(1, self.cores // cores)
+        """How many ranks there is room for when each has so many cores, or a place."""
+        return self.places or max(1, self.cores // cores)
 
     def allows(self, ranks: int) -> bool:
-        """Whether a job may have so many: ranks can share cores, but no slot of a host and no GPU."""
-        most = sum(self.slots) or torch.cuda.device_count()
-        return not most or ranks <= most
+        """Whether a job may have so many."""
+        return not self.places or ranks <= self.places
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> Results:
         """What each rank of a job of ours measured."""

@@ -115,8 +115,8 @@ def slowest(samples: Samples, ranks: int) -> float:
     """The expected time of the slowest of some ranks: samples [ranks measured, steps] in seconds, of each one's steps.
 
     The ranks measured worked side by side: what slows a machine slows its ranks at about the same step, and the slowest
-    there is one sample. Other machines are independent: n such groups are below t with probability F(t)^n. Of
-    many more ranks than there are samples it is about the slowest sample: rarer delays are not in them.
+    there is one sample. Other machines are independent: n such groups are below t with probability F(t)^n. Of many more
+    ranks than there are samples it is about the slowest sample: rarer delays are not in them.
     """
     measured = len(samples)
     if ranks <= measured:  # any of them

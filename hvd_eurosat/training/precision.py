@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+import timeit
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +35,10 @@ def _is_fast_at_bf16(device: torch.device) -> bool:
     """Of CPUs this is measured, for some have bf16 and are slower in it: a Xeon with AVX512-BF16 and no AMX by 40 %."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    matrices = {dtype: torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
-    seconds = {dtype: [_multiply(matrix) for _ in range(PROBES)] for dtype, matrix in matrices.items()}
-    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
+    return _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
 
 
-def _multiply(matrix: torch.Tensor) -> float:
-    """Seconds."""
-    began = time.perf_counter()
-    matrix @ matrix
-    return time.perf_counter() - began
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The least that a product of two matrices takes."""
+    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=PROBES))

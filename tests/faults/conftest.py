@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hvd_eurosat.training import checkpoint
-from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small
+from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small, survivors
 
 STEP = "hvd_eurosat.training.step:Step.__call__"
 SAVE = "hvd_eurosat.training.checkpoint:CheckpointFolder.add"
@@ -63,18 +63,6 @@ def fingerprint(run_dir: Path) -> str:
 
     add({key: value for key, value in vars(saved).items() if key != "config"})
     return digest.hexdigest()
-
-
-def survivors(run_dir: Path) -> list[int]:
-    """Processes that still have this run's directory on their command line."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and str(run_dir).encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return found
 
 
 def launched(launcher: str, ranks: int, module: str, *arguments: object) -> list[str]:

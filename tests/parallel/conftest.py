@@ -51,6 +51,18 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+def survivors(run_dir: Path) -> list[int]:
+    """Processes that still have this run's directory on their command line."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and str(run_dir).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
 @pytest.fixture(scope="session")
 def launch() -> Launch:
     """launch(launcher, ranks, verb, *arguments): the finished job."""

@@ -6,9 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-import psutil
-
-from tests.parallel.conftest import SMALL, Launch, command, wait_for
+from tests.parallel.conftest import SMALL, Launch, command, survivors, wait_for
 
 
 def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
@@ -52,7 +50,7 @@ def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
     wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.0")))
     benchmark.terminate()
     assert benchmark.wait(30) == 143
-    wait_for(lambda: not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])])
+    wait_for(lambda: not survivors(tmp_path))
     assert not list(tmp_path.glob(".job-*"))
 
 

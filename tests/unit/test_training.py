@@ -311,6 +311,6 @@ def test_a_digest_tells_ranks_apart() -> None:
 def test_auto_takes_the_faster_precision(monkeypatch: pytest.MonkeyPatch, fast: str) -> None:
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[fast]
-    monkeypatch.setattr("hvd_eurosat.training.precision._multiply", lambda matrix: 1.0 + (matrix.dtype != dtype))
+    monkeypatch.setattr("hvd_eurosat.training.precision._product_seconds", lambda of: 1.0 + (of != dtype))
     assert choose_precision(world, "auto").name == fast
     assert {choose_precision(world, name).name for name in ("bf16", "fp32")} == {"bf16", "fp32"}
