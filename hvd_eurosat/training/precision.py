@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import timeit
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 
 from hvd_eurosat.cluster import World
 
-PROBE_SIZE, PROBES = 512, 6
+PROBE_SIZE, PROBES = 512, 15
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ def choose_precision(world: World, requested: str) -> Precision:
 
 
 def _is_fast_at_bf16(device: torch.device) -> bool:
-    """Of CPUs this is measured, for some have bf16 and are slower in it: a Xeon with AVX512-BF16 and no AMX by 40 %."""
+    """Of CPUs this is measured, for some have bf16 and are slower in it: a Xeon with AVX512-BF16 and no AMX by 40 %.
+
+    By turns, and by the median, so that a busy machine does not turn the answer.
+    """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return _product_seconds(torch.bfloat16) < _product_seconds(torch.float32)
+    ratios = [_product_seconds(torch.bfloat16) / _product_seconds(torch.float32) for _ in range(PROBES)]
+    return statistics.median(ratios) < 1
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """The least that a product of two matrices takes."""
+    """That a product of two matrices takes."""
     matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
-    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=PROBES))
+    return timeit.timeit(lambda: matrix @ matrix, number=1)
