@@ -94,9 +94,15 @@ class AtTheVeryEnd:
         self._signal()
 
 
+def happens() -> None:
+    """The fault, now."""
+    (disk() / "fault").write_text(str(time.time()))
+
+
 def linger(*_: object, before: float, after: float) -> None:
     """Work slowly; after `before` seconds all ranks are told to end, as by srun, and `after` later the work is done."""
     time.sleep(before)
+    happens()
     for rank in psutil.Process(os.getppid()).children():
         rank.terminate()
     time.sleep(after)
@@ -148,7 +154,7 @@ def plant(rank: str, call_number: int, function: str, action: str) -> None:
         nonlocal calls
         calls += 1
         if calls == call_number:
-            (disk() / "fault").write_text(str(time.time()))
+            happens()
             ACTIONS[action](*arguments)
         return original(*arguments, **keywords)
 
