@@ -4,7 +4,7 @@ mpirun -np 2 --bind-to none python -m hvd_eurosat.benchmark step --data.root dat
 python -m hvd_eurosat.benchmark scaling --data.root data/EuroSAT_RGB
 
 Everything is measured in jobs that it starts itself, in turn. Figures go into benchmark.json and benchmark.png of
-run.dir (default runs/benchmark), where the subcommands' results stand side by side.
+run.dir (default runs/benchmark) after every round, where the subcommands' results stand side by side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hvd_eurosat import environment
@@ -22,7 +22,7 @@ from hvd_eurosat.benchmarks.settings import MemorySettings, ProjectSettings, Sca
 from hvd_eurosat.config import read
 from hvd_eurosat.errors import RunError, UserError
 
-Measure = Callable[[Launcher, Any, Callable[[str], None]], dict[str, Any]]
+Measure = Callable[[Launcher, Any, Callable[[str], None]], Iterator[dict[str, Any]]]
 SUBCOMMANDS: dict[str, tuple[type[StepSettings], Measure, str]] = {
     "step": (StepSettings, step.measure, "the training step beside Horovod's example"),
     "scaling": (ScalingSettings, scaling.measure, "1 to N ranks, weak and strong"),
@@ -50,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = read(schema, arguments[1:], f"benchmark {name}")
         results.read_results(settings.folder)  # a damaged file is refused before anything is measured
-        found = measure(Launcher.of(settings), settings, lambda text: print(text, file=sys.stderr, flush=True))
-        everything = results.merge(settings.folder, name, found)
-        results.draw(everything, settings.folder / "benchmark.png")
+        launcher = Launcher.of(settings)
+        for found in measure(launcher, settings, lambda text: print(text, file=sys.stderr, flush=True)):
+            results.draw(results.merge(settings.folder, name, found), settings.folder / "benchmark.png")
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    results.show(name, everything[name])
+    results.show(name, found)
     print(f"in {settings.folder / 'benchmark.json'} and benchmark.png")
     return 0
 

@@ -75,7 +75,7 @@ class Clock(Stopwatch):
 
 
 class Loop:
-    """Training in one mode: iterate to make a step."""
+    """Training in one mode: iterate to make a step. What `train` shows, verifies and saves is not in it."""
 
     def __init__(self, world: World, settings: JobSettings, tree: Tree, images: Images, mode: str) -> None:
         trainable = settings.model.model_copy(update={"trainable": mode})
@@ -172,6 +172,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
         loop = Loop(world, settings, tree, images["train"], mode)
         if loop.step.obstacle:
             raise SharedError(f"train.compile: {loop.step.obstacle}")
+        found["precision"] = loop.state.precision.name
         found["modes"][mode] = measure(loop, settings, number)
         if settings.validation:
             found["modes"][mode]["validation"] = time_validation(loop, settings, images["valid"])
@@ -180,7 +181,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
             found["modes"][mode]["buckets"] = [b.numel() * bytes_each for b in loop.step.gradients.buffers]
     if settings.messages:
         found["cycle"] = float(os.environ["HOROVOD_CYCLE_TIME"]) / 1000
-        found["messages"] = {size: time_messages(world, size) for size in MESSAGES}
+        found["messages"] = {size: time_messages(world, size, WIRE[settings.optim.compression]) for size in MESSAGES}
     if sampler:
         found |= sampler.stop()
         world.gather(None)  # whoever leaves no longer shares its pages
@@ -215,20 +216,20 @@ def meet(settings: JobSettings, name: str, meanwhile: Callable[[], object]) -> N
         meanwhile()
 
 
-def time_messages(world: World, size: int) -> list[float]:
+def time_messages(world: World, size: int, dtype: torch.dtype) -> list[float]:
     """Seconds of allreduces of so many bytes, as the step makes them, each at a random moment. Collective."""
-    parameter = torch.nn.Parameter(torch.zeros(size // 4, device=world.device))
-    buckets = GradientBuckets(world, [parameter], notes=1)
+    parameter = torch.nn.Parameter(torch.zeros(size // dtype.itemsize, device=world.device))
+    buckets = GradientBuckets(world, [parameter], notes=1, dtype=dtype)
     moments = random.Random(size)
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(1 + REPEATS):
         buckets.zero()
         time.sleep(moments.uniform(0.0, 0.02))
         parameter.sum().backward()
         began = time.perf_counter()
         buckets.wait()
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return seconds[1:]  # in the first the ranks agree on the tensor
 
 
 def bind(rank: int, cores: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from hvd_eurosat import environment
 from hvd_eurosat.benchmarks.settings import StepSettings
 from hvd_eurosat.config import ENV_PREFIX
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training.files import make_folder, write_text
 
@@ -42,9 +43,10 @@ class Launcher:
 
     @staticmethod
     def of(settings: StepSettings) -> Launcher:
-        """Makes the folder of the results, with the configuration in it. Raises UserError."""
+        """Makes the folder of the results, with the configuration in it. Bad data raise UserError at once."""
         if not (LAUNCH / "mpirun.sh").exists():
             raise UserError(f"benchmark starts its jobs by {LAUNCH}, which is not there: use a clone of the project")
+        open_tree(settings.data.root)
         gloo = os.environ.get("HOROVOD_CONTROLLER") == "gloo"
         _, launched = environment.launched()
         environment.forget_launcher()
@@ -61,10 +63,9 @@ class Launcher:
         """As many as the hosts have slots, or as the benchmark was started with."""
         return sum(self.slots) or self.launched
 
-    @property
-    def threads(self) -> int:
-        """Of each rank, when those of a machine share out its cores: OMP_NUM_THREADS, where it is set, as for train."""
-        return environment.omp_threads() or max(1, self.cores // max(self.slots, default=self.launched))
+    def threads(self, ranks: int) -> int:
+        """Of each of so many ranks that share out a machine's cores: OMP_NUM_THREADS, where it is set, as for train."""
+        return environment.omp_threads() or max(1, self.cores // ranks)
 
     @property
     def places(self) -> int:
@@ -72,8 +73,10 @@ class Launcher:
         return sum(self.slots) or torch.cuda.device_count()
 
     def room(self, cores: int) -> int:
-        """How many ranks there is room for when each has so many cores, or a place."""
-        return self.places or max(1, self.cores // cores)
+        """How many ranks there is room for when each has so many cores, or a place. Raises UserError."""
+        if not self.places and cores > self.cores:
+            raise UserError(f"--cores {cores}: this machine has {self.cores}")
+        return self.places or self.cores // cores
 
     def allows(self, ranks: int) -> bool:
         """Whether a job may have so many."""
@@ -110,7 +113,10 @@ class Launcher:
             status, errors = _finish([str(word) for word in (*begin, *program)], variables)
             if status:
                 said = [RANK_LABEL.sub("", line) for line in errors.strip().splitlines()]
-                error = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
+                log = self.settings.folder / "benchmark.log"
+                write_text(log, errors)
+                unsaid = f"it ended with status {status}; what it said is in {log}"
+                error = next((line for line in said if line.startswith("error: ")), unsaid)
                 message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
                 raise UserError(message) if status == 2 else RunError(message)
             return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]

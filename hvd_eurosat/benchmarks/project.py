@@ -22,7 +22,7 @@ import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,38 +127,50 @@ def slowest(samples: Samples, ranks: int) -> float:
     return float(times @ np.diff(below ** (ranks / measured), prepend=0.0))
 
 
-def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    """The "project" section: of each mode the fit, the points that check it, its error, and the projection."""
+def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The "project" section after each round: of each mode the fit, the points that check it, and the projection."""
+    before = read_results(settings.folder).get("project", {})
+    refuse(launcher, settings, before)
+    for jobs in collect(launcher, settings, say):
+        yield {mode: project(launcher, settings, jobs, mode, before.get(mode)) for mode in MODES}
+
+
+def refuse(launcher: Launcher, settings: ProjectSettings, before: Mapping[str, Any]) -> None:
+    """Raise UserError for what cannot be measured."""
     if not launcher.allows(2):
         raise UserError("project times messages between two ranks, and there is room for one")
-    before = read_results(settings.folder).get("project", {})
+    if any(slots > 1 for slots in launcher.slots):
+        raise UserError("project measures links, with one rank on each host: --hosts node1:1,node2:1")
+    if settings.link and not launcher.slots:
+        raise UserError("--link tells the rate of the hosts' links: --hosts node1:1,node2:1")
     fitted = [before.get(mode, {}).get("fit", {}).get("gloo") for mode in MODES]
     if settings.link and fitted != [launcher.gloo] * len(MODES):
         over = "Gloo" if launcher.gloo else "MPI"
         raise UserError(f"project --link checks a model that is there: fit it over {over} first, without --link")
-    jobs = collect(launcher, settings, say)
-    found = {}
-    for mode in MODES:
-        old = before[mode] if settings.link else {"points": []}
-        if settings.link:
-            fit = Allreduce(**old["fit"]).with_link(settings.link, jobs["messages"])
-        else:
-            fit = Allreduce.fit(jobs["messages"], jobs["alone 2"], mode, launcher.gloo)
-        samples = {ranks: work(jobs[f"alone {ranks}"], mode) for ranks in alone_counts(launcher, settings)}
-        slower = {ranks: float(times.mean(1).max() / samples[2].mean(1).max()) for ranks, times in samples.items()}
+
+
+def project(
+    launcher: Launcher, settings: ProjectSettings, jobs: Mapping[str, Sequence[Results]], mode: str, old: Any
+) -> dict[str, Any]:
+    """One mode's. old: what an earlier call found, which a call with a link adds to."""
+    points = []
+    if settings.link:
+        fit = Allreduce(**old["fit"]).with_link(settings.link, jobs["messages"])
         points = [point for point in old["points"] if point["link"] != settings.link]
-        for ranks in checked(launcher):
-            point = predict(fit, samples[ranks], ranks, settings.link, slower[ranks])
-            points.append(check(point, jobs[f"together {ranks}"], mode))
-        node = launcher.room(settings.cores)
-        many = [predict(fit, samples[node], ranks, link, slower[node]) for link in LINKS for ranks in PROJECTED]
-        found[mode] = {
-            "fit": dataclasses.asdict(fit),
-            "points": points,
-            "error": max(abs(point["error"]) for point in points),
-            "projection": many,
-        }
-    return found
+    else:
+        fit = Allreduce.fit(jobs["messages"], jobs["alone 2"], mode, launcher.gloo)
+    samples = {ranks: work(jobs[f"alone {ranks}"], mode) for ranks in alone_counts(launcher, settings)}
+    slower = {ranks: float(times.mean(1).max() / samples[2].mean(1).max()) for ranks, times in samples.items()}
+    for ranks in checked(launcher):
+        point = predict(fit, samples[ranks], ranks, settings.link, slower[ranks])
+        points.append(check(point, jobs[f"together {ranks}"], mode))
+    node = launcher.room(settings.cores)
+    return {
+        "fit": dataclasses.asdict(fit),
+        "points": points,
+        "error": max(abs(point["error"]) for point in points),
+        "projection": [predict(fit, samples[node], ranks, link, slower[node]) for link in LINKS for ranks in PROJECTED],
+    }
 
 
 def check(point: Mapping[str, Any], jobs: Sequence[Results], mode: str) -> dict[str, Any]:
@@ -179,8 +191,10 @@ def alone_counts(launcher: Launcher, settings: ProjectSettings) -> list[int]:
     return sorted({2, *checked(launcher), launcher.room(settings.cores)})
 
 
-def collect(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]) -> dict[str, list[Results]]:
-    """The results of each kind of job, in each round."""
+def collect(
+    launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]
+) -> Iterator[Mapping[str, Sequence[Results]]]:
+    """After each round, the results of each kind of job in the rounds so far."""
     rounds = min(ROUNDS, settings.steps)
     steps, cores = settings.steps // rounds, settings.cores
     jobs: dict[str, list[Results]] = defaultdict(list)
@@ -191,7 +205,7 @@ def collect(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
             jobs[f"alone {ranks}"].append(launcher.alone(ranks, steps, cores))
         for ranks in checked(launcher):
             jobs[f"together {ranks}"].append(launcher.ours(ranks, steps, cores, cores=cores))
-    return jobs
+        yield jobs
 
 
 def work(jobs: Sequence[Results], mode: str) -> Samples:

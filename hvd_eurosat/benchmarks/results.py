@@ -32,9 +32,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     """benchmark.json, empty where it is not there yet. Raises UserError."""
     path = folder / "benchmark.json"
     found = read_json(path, "results") if path.exists() else {}
-    if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
-        raise UserError(f"{path} is damaged")
-    return found
+    try:
+        for section, of in found.items():
+            list(ROWS[section](of))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged, or of another version ({error!r}): move it away") from error
+    return dict(found)
 
 
 def show(section: str, found: Mapping[str, Any]) -> None:

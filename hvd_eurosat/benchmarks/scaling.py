@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hvd_eurosat.benchmarks.launcher import Launcher
@@ -14,8 +14,8 @@ from hvd_eurosat.benchmarks.step import ROUNDS, rate, spread
 Rates = dict[str, dict[tuple[str, int], list[float]]]
 
 
-def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    """The "scaling" section: of each mode and number of ranks the rate, and efficiencies with their spread."""
+def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The "scaling" section after each round: of each mode and number of ranks the rate, and efficiencies."""
     counts = numbers(launcher.room(settings.cores))
     rounds = min(ROUNDS, settings.steps)
     steps = settings.steps // rounds
@@ -26,13 +26,13 @@ def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], 
             share = {"train.batch_size": max(1, settings.train.batch_size // ranks)}
             weak = launcher.ours(ranks, steps, settings.cores, cores=settings.cores)
             strong = launcher.ours(ranks, steps, settings.cores, cores=settings.cores, **share) if ranks > 1 else weak
-            alone = launcher.alone(ranks, steps, settings.cores)
+            alone = launcher.alone(ranks, steps, settings.cores) if ranks > 1 else weak
             for mode in MODES:
                 rates[mode]["weak", ranks].append(rate(weak, mode))
                 rates[mode]["strong", ranks].append(rate(strong, mode))
                 apart = statistics.mean(rate([one], mode) for one in alone)
                 rates[mode]["alone", ranks].append(ranks * apart)
-    return {mode: {str(ranks): compare(rates[mode], ranks) for ranks in counts} for mode in MODES}
+        yield {mode: {str(ranks): compare(rates[mode], ranks) for ranks in counts} for mode in MODES}
 
 
 def numbers(most: int) -> list[int]:

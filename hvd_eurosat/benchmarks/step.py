@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
@@ -15,10 +15,10 @@ PARTS = ("data", "step", "communication", "optimiser")
 CONTENDERS = ("ours", "baseline", "strong")
 
 
-def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], None]) -> dict[str, Any]:
-    """The "step" section: of each mode the contenders, their ratios and what our step is made of."""
+def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The "step" section after each round: of each mode the contenders, their ratios and what our step is made of."""
     images = len(open_tree(settings.data.root).files("train"))
-    ranks, threads = launcher.ranks, launcher.threads
+    ranks, threads = launcher.ranks, launcher.threads(max(launcher.slots, default=launcher.launched))
     rounds = min(ROUNDS, settings.steps)
     steps = settings.steps // rounds
     found: dict[str, list[Results]] = {name: [] for name in CONTENDERS}
@@ -31,9 +31,9 @@ def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], Non
                 found[name].append(launcher.ours(ranks, steps, threads, validation=True))
             else:
                 found[name].append(launcher.baseline(ranks, steps, threads, *flags))
-    of_job = {name: found["ours"][0][0][name] for name in ("device", "controller")}
-    facts = {"ranks": ranks, "threads": threads, "steps": rounds * steps, **of_job}
-    return {mode: compare(mode, found, images) | facts for mode in MODES}
+        of_job = {name: found["ours"][0][0][name] for name in ("device", "controller", "precision")}
+        facts = {"ranks": ranks, "threads": threads, "steps": (number + 1) * steps, **of_job}
+        yield {mode: compare(mode, found, images) | facts for mode in MODES}
 
 
 def compare(mode: str, found: Mapping[str, Sequence[Results]], images: int) -> dict[str, Any]:

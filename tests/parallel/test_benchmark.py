@@ -6,6 +6,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import psutil
+
 from tests.parallel.conftest import SMALL, Launch, command, survivors, wait_for
 
 
@@ -30,18 +32,21 @@ def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
     assert four["peak_pss_mb"] > 100
 
 
-def test_a_job_that_fails(launch: Launch, tmp_path: Path) -> None:
-    job = launch("python", 1, "benchmark", "memory", "--data.root", tmp_path / "none", "--run.dir", tmp_path)
-    assert job.returncode == 2
-    assert job.stderr.splitlines()[-1].startswith("error: job, np 1: ")
-    assert str(tmp_path / "none") in job.stderr
-
-
-def test_damaged_results_are_refused_at_once(launch: Launch, data: Path, tmp_path: Path) -> None:
-    (tmp_path / "benchmark.json").write_text('{"project": 3}')
-    job = launch("python", 1, "benchmark", "memory", "--data.root", data, "--run.dir", tmp_path)
-    assert job.returncode == 2
-    assert job.stderr == f"error: {tmp_path / 'benchmark.json'} is damaged\n"
+def test_a_rank_of_a_job_is_killed(data: Path, tmp_path: Path) -> None:
+    """In the second job: what the first found is kept."""
+    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 20]
+    words = command("python", 1, "benchmark", "memory", *flags)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as benchmark:
+        wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.3")))
+        job = "hvd_eurosat.benchmarks.job"
+        ranks = [p for p in map(psutil.Process, survivors(tmp_path)) if p.cmdline()[1:3] == ["-m", job]]
+        ranks[0].kill()
+        _, errors = benchmark.communicate(timeout=60)
+    log = tmp_path / "benchmark.log"
+    assert benchmark.returncode == 1
+    assert errors.splitlines()[-1] == f"error: job, np 4: it ended with status 137; what it said is in {log}"
+    assert "signal 9" in log.read_text()
+    assert list(json.loads((tmp_path / "benchmark.json").read_text())["memory"]) == ["1"]
 
 
 def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
@@ -58,4 +63,4 @@ def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(launch: Launch, d
     flags = [*SMALL, "--data.root", data, "--run.dir", tmp_path, "--train.compile", "true", "--steps", 1]
     job = launch("python", 1, "benchmark", "memory", *flags, CXX="/nowhere/g++")
     assert job.returncode == 2
-    assert job.stderr.splitlines()[-1].endswith(" has no /nowhere/g++")
+    assert job.stderr.splitlines()[-1].endswith(" has no working /nowhere/g++")

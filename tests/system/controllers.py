@@ -28,7 +28,7 @@ def measure(host: Host, controller: str, mode: str, **environment: str) -> str:
         launcher = [f"launch/{LAUNCHERS[controller]}.sh", "--hosts", "a:1,b:1", "--interface", "eth0"]
         done = host.run([*launcher, *job, *keys], 3600, HOROVOD_CONTROLLER=controller.lower(), **environment)
         if done.returncode:
-            return done.stderr
+            raise RuntimeError(done.stderr)
         ranks = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(2)]
     seconds = statistics.median(step_seconds(ranks[0], mode))
     waits = zip(*(rank["modes"][mode]["communication"] for rank in ranks), strict=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hvd_eurosat.benchmarks.settings import MODES
 from tests.parallel.conftest import SMALL
 from tests.system.conftest import Launch
 from tests.system.hosts import Host
@@ -28,3 +29,20 @@ def test_step_over_a_slow_link(
     step = json.loads((tmp_path / "benchmark.json").read_text())["step"]
     assert (step["all"]["ranks"], step["all"]["controller"]) == (2, controller)
     assert step["all"]["share"]["communication"] > step["bn+head"]["share"]["communication"]
+
+
+def test_scaling_and_projection_over_hosts(launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
+    for what in ("scaling", "project"):
+        words = ("benchmark", what, "--hosts", "a:1,b:1", "--interface", "eth0", *flags)
+        job = launch("horovodrun", "--hosts", "a:1", *words, timeout=540, HOROVOD_CONTROLLER="gloo")
+        assert job.returncode == 0, job.stderr
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    for mode in MODES:
+        one, two = (found["scaling"][mode][ranks] for ranks in ("1", "2"))
+        assert one["efficiency"] == 1
+        assert 0 < two["images_per_second"] < 2.5 * one["images_per_second"]
+        (point,) = found["project"][mode]["points"]
+        assert 0 < point["communication_ms"] < point["measured_ms"]
+        assert abs(point["error"]) < 1
+        assert all(0 < each["efficiency"] <= 1 for each in found["project"][mode]["projection"])

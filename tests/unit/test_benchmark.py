@@ -14,6 +14,7 @@ from hvd_eurosat import benchmark
 from hvd_eurosat.benchmarks import project, results, scaling, step
 from hvd_eurosat.benchmarks.project import Allreduce
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
+from tests.unit.conftest import Grow
 
 FIT = Allreduce(
     cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], ready=[0.3, 0.9], hides_host=False, gloo=True
@@ -32,10 +33,17 @@ def rank(data: float, work: float, optimiser: float, communication: float) -> di
     }
 
 
+@pytest.fixture
+def data(grow: Grow) -> Path:
+    """A tree with two classes."""
+    return grow("data", {f"{split}/{name}": 1 for split in ("train", "valid", "test") for name in "AB"})
+
+
 class Machine:
     """Jobs that take as long as the model says, on two cores, over links that are slower than their nominal rate."""
 
     gloo = True
+    slots = (1, 1, 1, 1)
 
     def __init__(self, link: float) -> None:
         self.link = link
@@ -69,10 +77,12 @@ def slower(ranks: int) -> float:
 
 
 def test_a_section_stands_beside_the_others(tmp_path: Path) -> None:
-    results.merge(tmp_path, "scaling", {"all": {"4": {"efficiency": 1}}})
-    results.merge(tmp_path, "memory", {"1": {"peak_pss_mb": 3}})
-    results.merge(tmp_path, "scaling", {"all": {"2": {"efficiency": 1}}})
-    expected = {"scaling": {"all": {"2": {"efficiency": 1}}}, "memory": {"1": {"peak_pss_mb": 3}}}
+    scaled = scaling.compare({(kind, 1): [1.0] for kind in ("weak", "strong", "alone")}, 1)
+    used = {"peak_pss_mb": 3, "images_mb": 2, "images_file_mb": 1}
+    results.merge(tmp_path, "scaling", {"all": {"4": scaled}})
+    results.merge(tmp_path, "memory", {"1": used})
+    results.merge(tmp_path, "scaling", {"all": {"2": scaled}})
+    expected = {"scaling": {"all": {"2": scaled}}, "memory": {"1": used}}
     assert json.loads((tmp_path / "benchmark.json").read_text()) == expected
 
 
@@ -89,6 +99,21 @@ def test_rates_ratio_and_shares() -> None:
 
 def test_numbers_of_ranks() -> None:
     assert [scaling.numbers(most) for most in (1, 2, 6)] == [[1], [1, 2], [1, 2, 4, 6]]
+
+
+def test_efficiencies_are_taken_within_a_round() -> None:
+    """The machine is half as fast in the second of three rounds."""
+    rates = {
+        ("alone", 1): [100.0, 50.0, 100.0],
+        ("alone", 2): [180.0, 90.0, 180.0],
+        ("weak", 2): [171.0, 81.0, 180.0],
+        ("strong", 2): [150.0, 70.0, 160.0],
+    }
+    found = scaling.compare(rates, 2)
+    assert found["images_per_second"] == 171.0
+    assert (found["min"], found["efficiency"], found["max"]) == pytest.approx((0.9, 0.95, 1.0))
+    assert found["plain"] == pytest.approx(0.855)
+    assert found["strong"] == pytest.approx({"images_per_second": 150.0, "efficiency": 0.75})
 
 
 def test_the_slowest_of_many() -> None:
@@ -119,7 +144,7 @@ def test_what_is_hidden_behind_backward() -> None:
 
 def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     settings = ProjectSettings(steps=1, run={"dir": tmp_path})
-    found = project.measure(Machine(0.0), settings, print)
+    (found,) = project.measure(Machine(0.0), settings, print)
     for mode in MODES:
         assert found[mode]["fit"]["host"] == pytest.approx(FIT.host)
         assert found[mode]["fit"]["latency"] == pytest.approx(FIT.latency)
@@ -131,7 +156,7 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
         assert many["predicted_ms"] == pytest.approx(1000 * (own + FIT.exposed(1024, 100, own, 2.0)))
     results.merge(tmp_path, "project", found)
     slow = settings.model_copy(update={"link": 0.1})
-    again = project.measure(Machine(0.1), slow, print)
+    (again,) = project.measure(Machine(0.1), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
     assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(1.2 * FIT.wire(0.1))}
@@ -140,14 +165,35 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
 
-def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = f"--run.dir={tmp_path}"
-    assert benchmark.main(["step", "--step", "3"]) == 2
-    assert benchmark.main(["step", "--hosts", "a:many", place]) == 2
-    assert benchmark.main(["project", "--link", "1", place]) == 2
-    other = {mode: {"fit": dataclasses.asdict(FIT)} for mode in MODES}  # over Gloo
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("step", "--step", "3"), "--step"),
+        (("step", "--data.root", "nowhere"), "nowhere"),
+        (("step", "--hosts", "a:many"), "write name:slots,name:slots"),
+        (("scaling", "--cores", "5000"), "--cores 5000: this machine has "),
+        (("project", "--hosts", "a:8,b:8"), "with one rank on each host"),
+        (("project", "--link", "1"), "--hosts node1:1,node2:1"),
+        (("project", "--link", "1", "--hosts", "a:1,b:1"), "fit it over MPI first, without --link"),
+    ],
+)
+def test_bad_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: Path, words: tuple[str, ...], error: str
+) -> None:
+    other = {mode: {"fit": dataclasses.asdict(FIT), "points": []} for mode in MODES}  # over Gloo
     (tmp_path / "benchmark.json").write_text(json.dumps({"project": other}))
-    assert benchmark.main(["project", "--link", "1", place]) == 2
-    (tmp_path / "benchmark.json").write_text("{")
-    assert benchmark.main(["project", place]) == 2
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error"] * 5
+    what, *flags = words
+    assert benchmark.main([what, f"--run.dir={tmp_path}", f"--data.root={data}", *flags]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ")
+    assert error in said
+
+
+@pytest.mark.parametrize("content", ["{", "3", '{"project": 3}', '{"scaling": {"all": {"2": {"efficiency": 1}}}}'])
+def test_damaged_results_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: Path, content: str
+) -> None:
+    (tmp_path / "benchmark.json").write_text(content)
+    assert benchmark.main(["memory", f"--run.dir={tmp_path}", f"--data.root={data}"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "benchmark.json") in said
