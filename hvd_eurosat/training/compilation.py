@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import socket
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from hvd_eurosat.cluster import World
 
 
 def obstacle(world: World) -> str | None:
-    """What keeps some rank, and so all of them, from compiling: "node3 has no g++". Collective."""
+    """What keeps some rank, and so all of them, from compiling: "node3 has no working g++". Collective."""
     missing = _missing(world.device)
     return next(filter(None, world.gather(missing and f"{socket.gethostname()} has no {missing}")), None)
 
@@ -23,10 +23,19 @@ def obstacle(world: World) -> str | None:
 def _missing(device: torch.device) -> str | None:
     """For CPUs inductor calls a C++ compiler, for GPUs Triton a C compiler, and both compile against Python."""
     if device.type == "cpu":
-        compilers = (shlex.split(os.environ.get("CXX", "")) or ["g++"])[:1]  # ccache g++
+        language, compilers = "c++", [shlex.split(os.environ.get("CXX", "")) or ["g++"]]  # ccache g++
     else:
-        compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if not any(map(shutil.which, compilers)):
-        return compilers[0]
+        language, compilers = "c", [[os.environ["CC"]]] if os.environ.get("CC") else [["gcc"], ["clang"]]
+    if not any(_works(compiler, language) for compiler in compilers):
+        return f"working {shlex.join(compilers[0])}"
     header = Path(sysconfig.get_path("include"), "Python.h")
     return None if header.exists() else str(header)
+
+
+def _works(compiler: list[str], language: str) -> bool:
+    """Whether it takes an empty program."""
+    try:
+        words = [*compiler, "-x", language, "-fsyntax-only", "-"]
+        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
