@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import timeit
 from dataclasses import dataclass
 
@@ -36,12 +35,12 @@ def choose_precision(world: World, requested: str) -> Precision:
 def _is_fast_at_bf16(device: torch.device) -> bool:
     """Of CPUs this is measured, for some have bf16 and multiply matrices slower in it: a Xeon without AMX by 40 %.
 
-    By turns, and by the median, so that a busy machine does not turn the answer.
+    By turns and by the least, so that neither a machine that drifts nor one that is shared turns the answer.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ratios = [_product_seconds(torch.bfloat16) / _product_seconds(torch.float32) for _ in range(PROBES)]
-    return statistics.median(ratios) < WORTH_IT
+    pairs = [(_product_seconds(torch.bfloat16), _product_seconds(torch.float32)) for _ in range(PROBES)]
+    return min(bf16 for bf16, _ in pairs) < WORTH_IT * min(fp32 for _, fp32 in pairs)
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
