@@ -26,12 +26,13 @@ RANK_LABEL = re.compile(r"^\[\d+\]<stderr>:\s*")  # horovodrun's
 Results = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launcher:
     """Jobs of one configuration, on this machine or on hosts.
 
     cores: of a machine; launched: ranks that the benchmark itself was started with; slots: of each host, if any; gloo:
-    ranks meet over Gloo, as they do where HOROVOD_CONTROLLER says so, and not over MPI.
+    ranks meet over Gloo, as they do where HOROVOD_CONTROLLER says so, and not over MPI; precision: of all jobs of ours,
+    the one that the first job chose.
     """
 
     settings: StepSettings
@@ -40,6 +41,7 @@ class Launcher:
     launched: int
     slots: tuple[int, ...]
     gloo: bool
+    precision: str
 
     @staticmethod
     def of(settings: StepSettings) -> Launcher:
@@ -56,7 +58,8 @@ class Launcher:
         hosts = [host.partition(":")[2] or "1" for host in settings.hosts.split(",") if host]
         if not all(re.fullmatch("[1-9][0-9]*", slots) for slots in hosts):
             raise UserError(f"--hosts {settings.hosts}: write name:slots,name:slots")
-        return Launcher(settings, recipe, len(os.sched_getaffinity(0)), launched, tuple(map(int, hosts)), gloo)
+        cores, slots = len(os.sched_getaffinity(0)), tuple(map(int, hosts))
+        return Launcher(settings, recipe, cores, launched, slots, gloo, settings.train.precision)
 
     @property
     def ranks(self) -> int:
@@ -84,8 +87,10 @@ class Launcher:
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> Results:
         """What each rank of a job of ours measured."""
-        flags = [f"--{key}={value}" for key, value in keys.items()]
-        return self._run("job", ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
+        flags = [f"--{key}={value}" for key, value in {"train.precision": self.precision, **keys}.items()]
+        found = self._run("job", ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
+        self.precision = found[0]["precision"]
+        return found
 
     def alone(self, ranks: int, steps: int, cores: int) -> Results:
         """What independent jobs of one rank measured, side by side; of GPUs, which share nothing, one does for all."""
