@@ -44,6 +44,6 @@ def _is_fast_at_bf16(device: torch.device) -> bool:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """That a product of two matrices takes."""
+    """Of one product of two matrices."""
     matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype)
     return timeit.timeit(lambda: matrix @ matrix, number=1)
