@@ -61,8 +61,8 @@ read_options() { # what the caller leaves open is as it was when this .venv was 
 options() { for name in SETUP_{VENV,MPI,DEV,PYTHON,CUDA_HOME,NCCL_HOME}; do echo "$name=${!name}"; done; }
 
 digest() {
-  { echo "$ROOT" && options && cat "$ROOT"/launch/{install.sh,constraints.txt,cmake/*} "$ROOT/pyproject.toml"; } |
-    sha256sum
+  { echo "$ROOT" && options && cat "$ROOT"/launch/{install.sh,constraints.txt,cmake/*} "$ROOT/pyproject.toml" \
+    "$ROOT"/hvd_eurosat/model/*.cpp; } | sha256sum
 }
 
 works() { [[ -f $STAMP ]] && "$VENV/bin/python" -c '' 2>/dev/null; }

@@ -6,10 +6,32 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models import resnet
 
 from hvd_eurosat.config import Model
 from hvd_eurosat.model.convolution import use_matrix_products
+from hvd_eurosat.model.norm_relu import norm_relu
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, with norm_relu."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W]; returns [B, planes, H / stride, W / stride]."""
+        skipped = self.downsample(x) if self.downsample else x
+        return norm_relu(self.bn2, self.conv2(norm_relu(self.bn1, self.conv1(x))), skipped)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, with norm_relu."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W]; returns [B, 4 * planes, H / stride, W / stride]."""
+        skipped = self.downsample(x) if self.downsample else x
+        out = norm_relu(self.bn1, self.conv1(x))
+        out = norm_relu(self.bn2, self.conv2(out))
+        return norm_relu(self.bn3, self.conv3(out), skipped)
+
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -39,7 +61,7 @@ class Details:
 DEFAULT = Details()
 
 
-class LandCoverResNet(ResNet):
+class LandCoverResNet(resnet.ResNet):
     """ResNet (He et al. 2015) whose head is a dense layer without bias and a log-softmax.
 
     `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
@@ -88,7 +110,9 @@ class LandCoverResNet(ResNet):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, 3, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
-        return torch.log_softmax(super().forward(images).float(), dim=1)
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.log_softmax(self.fc(self.avgpool(x).flatten(1)).float(), dim=1)
 
 
 def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:

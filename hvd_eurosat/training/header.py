@@ -10,10 +10,13 @@ from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config
 from hvd_eurosat.data.batches import TrainBatches
 from hvd_eurosat.data.tree import SPLITS, Tree
+from hvd_eurosat.model import norm_relu
 from hvd_eurosat.model.resnet import count_parameters
 from hvd_eurosat.training.optimiser import peak_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
+
+NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at set-up"
 
 
 def header(
@@ -44,4 +47,5 @@ def header(
 def _device(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"{world.threads} CPU threads each ({platform.machine()})"
+    fused = "" if norm_relu.is_available() else NOT_FUSED
+    return f"{world.threads} CPU threads each ({platform.machine()}{fused})"

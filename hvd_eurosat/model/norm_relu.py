@@ -1,0 +1,96 @@
+"""BatchNorm, the addition of a residual and ReLU in one, where that is faster: in training, on CPUs.
+
+There each of them waits for main memory. As one, in C++, they read or write the activations eight times instead of
+thirteen, forward and backward together: a step of bn+head takes a fifth less on a Xeon with AMX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCK = 64  # channels that the library works on at a time
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def norm_relu(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(images) + residual), all [B, C, H, W]. In training updates norm's statistics."""
+    if _is_fused(norm, images, residual):
+        output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, norm)
+        return output
+    normed = norm(images)
+    if residual is not None:
+        normed += residual
+    return F.relu(normed, inplace=True)
+
+
+def is_available() -> bool:
+    """Whether launch/install.sh could build the library for this CPU."""
+    return _library() is not None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """Built for AVX-512 or AVX2. It shares the threads of torch, whose libgomp is loaded by now."""
+    spec = find_spec(f"hvd_eurosat.model._norm_relu_{torch.backends.cpu.get_cpu_capability().lower()}")
+    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
+
+
+def _is_fused(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or not (images.is_cpu and norm.training and norm.affine and is_available()):
+        return False
+    if images.dtype not in NAMES or images.shape[1] % BLOCK or images.numel() <= images.shape[1]:
+        return False
+    both = [images] if residual is None else [images, residual]
+    return all(i.dtype == images.dtype and i.is_contiguous(memory_format=torch.channels_last) for i in both)
+
+
+def _call(name: str, images: Tensor, *arguments: Tensor | float | None) -> None:
+    """The library's function of this name, with what follows its arguments: rows, channels, threads."""
+    words: list[Any] = [
+        ctypes.c_float(a) if isinstance(a, float) else ctypes.c_void_p(None if a is None else a.data_ptr())
+        for a in arguments
+    ]
+    channels = images.shape[1]
+    words += [ctypes.c_long(images.numel() // channels), ctypes.c_long(channels), torch.get_num_threads()]
+    getattr(_library(), f"{name}_{NAMES[images.dtype]}")(*words)
+
+
+class _NormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, images: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
+    ) -> Tensor:
+        output = torch.empty_like(images)
+        mean, variance, inverse = torch.empty(3, len(weight))
+        _call("forward", images, images, residual, output, weight, bias, float(norm.eps), mean, variance, inverse)
+        _update(norm, mean, variance, images.numel() // len(weight))
+        ctx.save_for_backward(images, None if residual is None else output, weight, bias, mean, inverse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        images, output, weight, bias, mean, inverse = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_residual = None if output is None else torch.empty_like(images)
+        of_images = torch.empty_like(images) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = torch.empty(2, len(weight))
+        gradients = of_residual, of_images, weight, bias, mean, inverse, of_weight, of_bias
+        _call("backward", images, gradient, images, output, *gradients)
+        return of_images, of_residual, of_weight, of_bias, None
+
+
+def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """The running statistics, as nn.BatchNorm2d keeps them."""
+    buffers, momentum = dict(norm.named_buffers()), norm.momentum or 0.0
+    buffers["running_mean"].lerp_(mean, momentum)
+    buffers["running_var"].lerp_(variance * (count / (count - 1)), momentum)
+    buffers["num_batches_tracked"] += 1

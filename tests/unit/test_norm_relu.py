@@ -1,0 +1,111 @@
+"""BatchNorm, addition and ReLU in one, against torch's own in double precision."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hvd_eurosat.model import norm_relu as module
+from hvd_eurosat.model.norm_relu import is_available, norm_relu
+
+SHAPES = [(5, 64, 7, 3), (3, 192, 20, 17)]  # fewer rows than a tile; several tiles, the last not full
+ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype, mean: float = 0.5) -> Tensor:
+    """Random ones, channels last."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def a_norm(channels: int) -> nn.BatchNorm2d:
+    """With random weights and biases."""
+    norm = nn.BatchNorm2d(channels, eps=1e-3, momentum=0.3)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(channels, generator=generator))
+        norm.bias.copy_(torch.randn(channels, generator=generator))
+    return norm
+
+
+def trained(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> dict[str, Tensor]:
+    """The output, all gradients, and the norm's buffers after one pass each way."""
+    x, residual = x.requires_grad_(), None if residual is None else residual.requires_grad_()
+    output = norm_relu(norm, x, residual)
+    output.backward(images(tuple(x.shape), 3, torch.bfloat16, 0.1).to(x.dtype))
+    trains = {"x": x, "residual": residual, **dict(norm.named_parameters())}
+    grads = {name: leaf.grad for name, leaf in trains.items() if leaf is not None and leaf.grad is not None}
+    return {"output": output.detach(), **grads, **dict(norm.named_buffers())}
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_is_what_torch_computes(shape: tuple[int, ...], dtype: torch.dtype, adds: bool) -> None:
+    assert is_available()
+    x, residual = images(shape, 1, dtype), images(shape, 2, dtype) if adds else None
+    norm = a_norm(shape[1])
+    exact = trained(copy.deepcopy(norm).double(), x.double(), None if residual is None else residual.double())
+    ours = trained(norm, x.clone(), residual)
+    assert ours.keys() == exact.keys()
+    for name, value in exact.items():
+        difference = (ours[name].double() - value).norm() / value.double().norm()
+        assert difference < ERROR[dtype], name
+
+
+def test_a_mean_far_from_zero() -> None:
+    x = images(SHAPES[1], 1, torch.float32, mean=1000.0)
+    norm = a_norm(x.shape[1])
+    exact = F.relu(copy.deepcopy(norm).double()(x.double()))
+    assert (norm_relu(norm, x) - exact).abs().max() < 1e-2
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    threads, results = torch.get_num_threads(), []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        results.append(trained(a_norm(192), *(images(SHAPES[1], seed, torch.bfloat16) for seed in (1, 2))))
+    torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = images(SHAPES[0], 1, torch.bfloat16)
+    x[0, 3] = torch.nan
+    output = norm_relu(a_norm(64), x)
+    assert output[:, 3].isnan().all()
+    assert output.isfinite().sum() == output.numel() * 63 / 64
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout", "training"),
+    [
+        ((2, 60, 4, 4), torch.float32, torch.channels_last, True),
+        ((2, 64, 4, 4), torch.float32, torch.contiguous_format, True),
+        ((2, 64, 4, 4), torch.float64, torch.channels_last, True),
+        ((2, 64, 4, 4), torch.float32, torch.channels_last, False),
+    ],
+    ids=["channels", "layout", "dtype", "evaluation"],
+)
+def test_everything_else_is_torchs_own(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, training: bool
+) -> None:
+    x = images(shape, 1, dtype).contiguous(memory_format=layout)
+    norm = a_norm(shape[1]).to(dtype).train(training)
+    assert torch.equal(norm_relu(norm, x, x), F.relu(copy.deepcopy(norm)(x) + x))
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_library", lambda: None)
+    x, norm = images(SHAPES[0], 1, torch.float32), a_norm(64)
+    assert torch.equal(norm_relu(norm, x), F.relu(copy.deepcopy(norm)(x)))
+
+
+def test_one_value_for_each_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(a_norm(64), images((1, 64, 1, 1), 1, torch.float32))
