@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,10 +38,12 @@ def command(launcher: str, ranks: int, verb: str, *arguments: object) -> list[st
 
 
 def run(arguments: list[str], timeout: float = 240, **environment: str) -> Job:
-    """The finished job, one thread a rank."""
+    """The finished job, one thread a rank, without the labels that launchers put even between a line and its end."""
     allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **allow_root, **environment}
-    return subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    job = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    job.stdout, job.stderr = (re.sub(r"\[[\d,]+\]<std(out|err)>:", "", text) for text in (job.stdout, job.stderr))
+    return job
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
