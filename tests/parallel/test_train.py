@@ -46,6 +46,18 @@ def test_every_launcher(launch: Launch, data: Path, weights: Path, tmp_path: Pat
     assert kinds == ["start", "train", "valid", "checkpoint", "test", "end"]
 
 
+def test_over_mpi_training_goes_before_horovods_thread() -> None:
+    program = """if True:
+        import os
+        from hvd_eurosat import cluster
+        cluster.join()
+        print(max(os.getpriority(os.PRIO_PROCESS, int(name)) for name in os.listdir("/proc/self/task")) - os.nice(0))
+        cluster.leave_together(0)
+    """
+    job = run([*LAUNCHERS["mpirun"], "2", sys.executable, "-c", program])
+    assert job.stdout == "12\n12\n", job.stderr
+
+
 def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
     return [(e["epoch"], e["loss"], e["accuracy"]) for e in events(run_dir, kind)]
 
