@@ -6,8 +6,9 @@
 - Work, with its spread, is measured on independent jobs of one rank, side by side as the ranks will be: where ranks
   outnumber cores they share them in the one case as in the other. The slowest of P is taken from their distribution.
 - Horovod looks for work once in a cycle, of which half passes on average. Latency and host (seconds per byte to copy
-  and to add) are fitted to allreduces of several sizes on two ranks, and so is wire where links of that rate are there;
-  else it is the nominal rate, of which TCP over Ethernet leaves 95 %. An allreduce that is optimal in bandwidth sends
+  and to add) are fitted to allreduces of several sizes on two ranks. Where links of that rate are there, wire is what
+  an allreduce takes longer over them, at each size, for TCP carries large ones at another rate than small ones; else
+  it is the nominal rate, of which TCP over Ethernet leaves 95 %. An allreduce that is optimal in bandwidth sends
   2 (P - 1) / P n on each link (Thakur et al. 2005), one rank to a link.
 - Buckets go out one after the other, each as soon as its last gradient is there, which is measured on jobs of one rank
   too. On CPUs what the host does for a message takes the core from the work, and is not hidden; a core that is shared
@@ -45,7 +46,8 @@ Samples = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Allreduce:
-    """Seconds: cycle, latency (of one message), host (per byte), wires (per byte, of links measured, by Gbit/s).
+    """Seconds: cycle, latency (of one message), host (per byte), wires (per byte, of links measured, by Gbit/s and by
+    the bytes of an allreduce).
 
     buckets: bytes of each; ready: the share of a step's work after which it can go out; hides_host: as on GPUs; gloo:
     not over MPI.
@@ -58,7 +60,7 @@ class Allreduce:
     ready: list[float]
     hides_host: bool
     gloo: bool
-    wires: dict[str, float] = field(default_factory=dict)
+    wires: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @staticmethod
     def fit(jobs: Sequence[Results], alone: Sequence[Results], mode: str, gloo: bool) -> Allreduce:
@@ -74,14 +76,17 @@ class Allreduce:
         return Allreduce(first["cycle"], latency, max(0.0, host), buckets, ready.tolist(), on_gpu, gloo)
 
     def with_link(self, link: float, jobs: Sequence[Results]) -> Allreduce:
-        """Fitted to the messages of two ranks over a link, too, which is not faster than its nominal rate."""
-        wire = max(8 / (link * 1e9), fit_line(jobs)[0] - self.host)
+        """With the messages of two ranks over a link, too, which is not faster than its nominal rate."""
+        fixed, nominal = self.cycle / 2 + 2 * self.latency, 8 / (link * 1e9)
+        times = message_times(jobs).items()
+        wire = {size: max(nominal, (seconds - fixed) / int(size) - self.host) for size, seconds in times}
         return dataclasses.replace(self, wires={**self.wires, f"{link:g}": wire})
 
-    def wire(self, link: float) -> float:
-        """Seconds per byte of a link of so many Gbit/s, or without limit (0)."""
-        nominal = 8 / (link * 1e9 * GOODPUT) if link else 0.0
-        return self.wires.get(f"{link:g}", nominal)
+    def wire(self, link: float, size: float) -> float:
+        """Seconds per byte of an allreduce of so many bytes over a link of so many Gbit/s, or without limit (0)."""
+        if measured := self.wires.get(f"{link:g}"):
+            return float(np.interp(size, [int(there) for there in measured], list(measured.values())))
+        return 8 / (link * 1e9 * GOODPUT) if link else 0.0
 
     def exposed(self, ranks: int, link: float, work: float, slower: float) -> float:
         """Seconds that a step is longer for it.
@@ -95,19 +100,26 @@ class Allreduce:
             sent = 2 * (ranks - 1) / ranks * size
             adding = self.host * slower * sent
             begin = max(free, ready * work + taken + self.cycle / 2)
-            free = begin + 2 * self.latency * math.log2(ranks) + self.wire(link) * sent + adding
+            free = begin + 2 * self.latency * math.log2(ranks) + self.wire(link, size) * sent + adding
             taken += 0.0 if self.hides_host else adding
         return free - self.ready[-1] * work
 
 
+def message_times(jobs: Sequence[Results]) -> dict[str, float]:
+    """Seconds by the bytes of a message. Of the two ranks, the last to come to a message has not waited."""
+    return {
+        size: statistics.mean(
+            min(both) for run in jobs for both in zip(*(r["messages"][size] for r in run), strict=True)
+        )
+        for size in jobs[0][0]["messages"]
+    }
+
+
 def fit_line(jobs: Sequence[Results]) -> tuple[float, float]:
-    """Seconds per byte, and of no bytes. Of the two ranks, the last to come to a message has not waited."""
-    sizes = list(jobs[0][0]["messages"])
-    times = [
-        statistics.mean(min(both) for run in jobs for both in zip(*(r["messages"][size] for r in run), strict=True))
-        for size in sizes
-    ]
-    slope, fixed = np.polyfit([int(size) for size in sizes], times, 1, w=1 / np.array(times))
+    """Seconds per byte, and of no bytes."""
+    times = message_times(jobs)
+    seconds = np.array(list(times.values()))
+    slope, fixed = np.polyfit([int(size) for size in times], seconds, 1, w=1 / seconds)
     return float(slope), float(fixed)
 
 

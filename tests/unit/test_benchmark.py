@@ -20,6 +20,7 @@ FIT = Allreduce(
     cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], ready=[0.3, 0.9], hides_host=False, gloo=True
 )
 WORK = 0.1
+WIRES = {"4096": 1.1e-7, "1048576": 0.9e-7, "16777216": 1.0e-7}  # a link of 0.1 Gbit/s, seconds per byte by size
 
 
 def rank(data: float, work: float, optimiser: float, communication: float) -> dict[str, Any]:
@@ -40,14 +41,14 @@ def data(grow: Grow) -> Path:
 
 
 class Machine:
-    """Jobs that take as long as the model says, on two cores, over links that are slower than their nominal rate."""
+    """Jobs that take as long as the model says, on two cores, over links that carry large messages more slowly."""
 
     gloo = True
     slots = (1, 1, 1, 1)
 
     def __init__(self, link: float) -> None:
         self.link = link
-        self.fit = dataclasses.replace(FIT, wires={"0.1": 1.2 * FIT.wire(0.1)})
+        self.fit = dataclasses.replace(FIT, wires={"0.1": WIRES})
 
     def room(self, cores: int) -> int:
         return 4
@@ -66,8 +67,10 @@ class Machine:
         one = rank(0, work, 0, self.fit.exposed(ranks, self.link, work, slower(ranks)))
         for of in one["modes"].values():
             of["buckets"] = FIT.buckets
-        each = FIT.host + self.fit.wire(self.link)
-        times = {str(n): [FIT.cycle / 2 + 2 * FIT.latency + n * each] for n in (4096, 2**20, 2**24)}
+        times = {
+            size: [FIT.cycle / 2 + 2 * FIT.latency + int(size) * (FIT.host + self.fit.wire(self.link, int(size)))]
+            for size in WIRES
+        }
         return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
 
 
@@ -159,7 +162,8 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     (again,) = project.measure(Machine(0.1), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
-    assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(1.2 * FIT.wire(0.1))}
+    assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(WIRES)}
+    assert Allreduce(**again["all"]["fit"]).wire(0.1, 8_912_896) == pytest.approx(0.95e-7)
     assert again["all"]["projection"] == found["all"]["projection"]
     results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
