@@ -65,4 +65,4 @@ constraints: setup ## the newest versions that pyproject.toml allows, into launc
 	  --no-header --no-annotate --no-emit-index-url --quiet pyproject.toml >> launch/constraints.txt
 
 clean: ## remove all that make made, but data/ and runs/
-	rm -rf $(BIN:/bin=) $(BIN:/bin=.lock) *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(BIN:/bin=) $(BIN:/bin=.lock) build hvd_eurosat/model/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

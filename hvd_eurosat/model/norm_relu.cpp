@@ -84,14 +84,17 @@ template <class T>
 void forward(const T* x, const T* residual, T* output, const float* weight, const float* bias, float epsilon,
              float* mean, float* variance, float* inverse, long rows, long channels, int threads) {
   std::vector<float> pivot(channels), scale(channels), shift(channels);
-  for (long c = 0; c < channels; c += LANES) store(&pivot[c], load(x + c));  // or a large mean cancels all digits
+  const long first = std::min(rows, TILE);  // their mean is taken from all, or a large one cancels all digits
+  for (long row = 0; row < first; row++)
+    for (long c = 0; c < channels; c += LANES)
+      store(&pivot[c], load(&pivot[c]) + load(x + row * channels + c) * (1.0f / first));
   const auto of = sums(rows, channels, threads, [&](long at, long c) {
     const Floats value = load(x + at) - load(&pivot[c]);
     return std::pair(value, value * value);
   });
   for (long c = 0; c < channels; c++) {
     const double from_pivot = of[c].first / rows;
-    variance[c] = std::max(0.0, of[c].second / rows - from_pivot * from_pivot);
+    variance[c] = std::max(of[c].second / rows - from_pivot * from_pivot, 0.0);  // NaN stays
     mean[c] = pivot[c] + from_pivot;
     inverse[c] = 1 / std::sqrt(double(variance[c]) + epsilon);
     scale[c] = weight[c] * inverse[c];

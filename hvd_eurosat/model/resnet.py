@@ -14,23 +14,25 @@ from hvd_eurosat.model.norm_relu import norm_relu
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's, with norm_relu."""
+    """torchvision's, with norm_relu.
+
+    As there, downsample comes last: backward begins with it, in the order in which gradients fill their buckets.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]; returns [B, planes, H / stride, W / stride]."""
-        skipped = self.downsample(x) if self.downsample else x
-        return norm_relu(self.bn2, self.conv2(norm_relu(self.bn1, self.conv1(x))), skipped)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), self.downsample(x) if self.downsample else x)
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's, with norm_relu."""
+    """torchvision's, with norm_relu; downsample last, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]; returns [B, 4 * planes, H / stride, W / stride]."""
-        skipped = self.downsample(x) if self.downsample else x
         out = norm_relu(self.bn1, self.conv1(x))
         out = norm_relu(self.bn2, self.conv2(out))
-        return norm_relu(self.bn3, self.conv3(out), skipped)
+        return norm_relu(self.bn3, self.conv3(out), self.downsample(x) if self.downsample else x)
 
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import torch
+from torch import nn
 
 from hvd_eurosat.cluster import World
 from hvd_eurosat.config import Config
@@ -28,7 +29,8 @@ def header(
     train, optim = config.train, config.optim
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
-        "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world)}, {state.precision.name}"
+        "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world, step, state.model)}, "
+        + state.precision.name
         + (", compiled" if step.compiled else "")
         + (f", not compiled: {step.obstacle}" if step.obstacle else ""),
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
@@ -44,8 +46,9 @@ def header(
     }
 
 
-def _device(world: World) -> str:
+def _device(world: World, step: Step, model: nn.Module) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    fused = "" if norm_relu.is_available() else NOT_FUSED
-    return f"{world.threads} CPU threads each ({platform.machine()}{fused})"
+    could_be = not step.compiled and any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules())
+    lacking = NOT_FUSED if could_be and not norm_relu.is_available() else ""
+    return f"{world.threads} CPU threads each ({platform.machine()}{lacking})"

@@ -53,6 +53,19 @@ def test_gradients_are_those_of_torchvisions_network(trainable: str) -> None:
         assert torch.allclose(mine.grad, other.grad, rtol=1e-3, atol=1e-4 * float(other.grad.abs().max())), name
 
 
+def test_gradients_come_in_the_order_of_torchvisions() -> None:
+    ours, theirs = build("resnet50", 10, "all", seed=0), resnet50(num_classes=10)
+    orders: list[list[str]] = []
+    for model in (ours, theirs):
+        order: list[str] = []
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        images = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+        model(images).sum().backward()
+        orders.append([name for name in order if "conv" in name or "downsample.0" in name])
+    assert orders[0] == orders[1]
+
+
 def test_frozen_weights_that_are_replaced_are_used() -> None:
     model = build("resnet18", 10, "bn+head", seed=0).eval()
     images = torch.randn(2, 3, 64, 64)

@@ -16,6 +16,11 @@ SHAPES = [(5, 64, 7, 3), (3, 192, 20, 17)]  # fewer rows than a tile; several ti
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
+@pytest.fixture(autouse=True)
+def _there() -> None:
+    assert is_available()
+
+
 def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype, mean: float = 0.5) -> Tensor:
     """Random ones, channels last."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
@@ -32,25 +37,25 @@ def a_norm(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-def trained(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> dict[str, Tensor]:
-    """The output, all gradients, and the norm's buffers after one pass each way."""
-    x, residual = x.requires_grad_(), None if residual is None else residual.requires_grad_()
+def trained(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, learns: bool = True) -> dict[str, Tensor]:
+    """The output, all gradients (x's if it `learns`), and the norm's buffers after one pass each way."""
+    x, residual = x.requires_grad_(learns), None if residual is None else residual.requires_grad_()
     output = norm_relu(norm, x, residual)
-    output.backward(images(tuple(x.shape), 3, torch.bfloat16, 0.1).to(x.dtype))
+    output.backward(images(tuple(x.shape), 3, torch.bfloat16, 0.1).to(x.dtype).contiguous())
     trains = {"x": x, "residual": residual, **dict(norm.named_parameters())}
     grads = {name: leaf.grad for name, leaf in trains.items() if leaf is not None and leaf.grad is not None}
     return {"output": output.detach(), **grads, **dict(norm.named_buffers())}
 
 
-@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("learns", [True, False], ids=["learns", "first"])
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "adds"])
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_what_torch_computes(shape: tuple[int, ...], dtype: torch.dtype, adds: bool) -> None:
-    assert is_available()
+def test_it_is_what_torch_computes(shape: tuple[int, ...], dtype: torch.dtype, adds: bool, learns: bool) -> None:
     x, residual = images(shape, 1, dtype), images(shape, 2, dtype) if adds else None
     norm = a_norm(shape[1])
-    exact = trained(copy.deepcopy(norm).double(), x.double(), None if residual is None else residual.double())
-    ours = trained(norm, x.clone(), residual)
+    exact = trained(copy.deepcopy(norm).double(), x.double(), None if residual is None else residual.double(), learns)
+    ours = trained(norm, x.clone(), residual, learns)
     assert ours.keys() == exact.keys()
     for name, value in exact.items():
         difference = (ours[name].double() - value).norm() / value.double().norm()
@@ -64,6 +69,17 @@ def test_a_mean_far_from_zero() -> None:
     assert (norm_relu(norm, x) - exact).abs().max() < 1e-2
 
 
+def test_a_first_pixel_far_from_the_others() -> None:
+    x = images((16, 64, 64, 64), 1, torch.float32).mul_(0.3)
+    x[0, :, 0, 0] = 100
+    norm = a_norm(64)
+    trained(norm, x.clone(), None)
+    of_torch = a_norm(64).double()
+    of_torch(x.double())
+    ours, exact = (dict(each.named_buffers())["running_var"] for each in (norm, of_torch))
+    assert torch.allclose(ours.double(), exact, rtol=1e-4)
+
+
 def test_the_same_bits_on_any_number_of_threads() -> None:
     threads, results = torch.get_num_threads(), []
     for number in (1, 3):
@@ -74,11 +90,13 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
         assert torch.equal(value, results[1][name]), name
 
 
-def test_what_is_not_finite_stays_so() -> None:
-    x = images(SHAPES[0], 1, torch.bfloat16)
-    x[0, 3] = torch.nan
-    output = norm_relu(a_norm(64), x)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    x, norm = images(SHAPES[0], 1, torch.bfloat16), a_norm(64)
+    x[0, 3, 0, 0] = value
+    output = norm_relu(norm, x)
     assert output[:, 3].isnan().all()
+    assert dict(norm.named_buffers())["running_var"][3].isnan()
     assert output.isfinite().sum() == output.numel() * 63 / 64
 
 
