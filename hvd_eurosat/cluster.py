@@ -325,7 +325,8 @@ def _init() -> None:
         hvd.init(comm=MPI.COMM_WORLD)
         if not torch.cuda.is_available():
             for thread in _threads() - others:
-                os.setpriority(os.PRIO_PROCESS, thread, min(19, os.nice(0) + NICE))
+                with contextlib.suppress(ProcessLookupError):  # one that has ended since
+                    os.setpriority(os.PRIO_PROCESS, thread, min(19, os.nice(0) + NICE))
     else:
         hvd = _hvd()
         if os.environ.get("HOROVOD_ELASTIC") == "1":
