@@ -242,9 +242,10 @@ get_horovod() { # sets WHEEL
 }
 
 install_project() {
-  local project=$ROOT
+  local project=$ROOT suffix
   if [[ $SETUP_DEV != 0 ]]; then project+='[dev]'; fi
-  rm -f "$ROOT"/hvd_eurosat/model/_norm_relu_*.so # one that cannot be built any more would stay
+  suffix=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+  rm -f "$ROOT"/hvd_eurosat/model/_norm_relu_*"$suffix" # one that cannot be built any more would stay
   CXX=$CXX install "$VENV" --compile-bytecode --reinstall-package horovod "$WHEEL" --editable "$project" # or each rank compiles torch at each start
   # Horovod starts mpirun by its bare name, and the .venv need not be activated; and it does so from a shell, which
   # would take the signals that are meant for mpirun: SIGTERM would leave mpirun and its ranks behind.
