@@ -1,7 +1,8 @@
 // BatchNorm in training, the addition of a residual and ReLU, forward and backward; for float and bfloat16.
 //
-// Images are [rows, channels], channels last and a multiple of BLOCK. What a block of channels has in a tile of rows is
-// summed in float, and the tiles' sums in double and in their order: the result does not depend on the threads.
+// Images are [rows, channels], channels last and a multiple of LANES. Rows are read one after the other, as main memory
+// is fastest. A tile of them is summed in float, and the tiles' sums in double and in their order: the result does not
+// depend on the threads.
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +13,12 @@
 
 namespace {
 
-constexpr long LANES = 16, BLOCK = 64, VECTORS = BLOCK / LANES, TILE = 256;
+#ifdef __AVX512F__
+constexpr long LANES = 16;
+#else  // g++ would take longer vectors' conditions apart into single values
+constexpr long LANES = 8;
+#endif
+constexpr long TILE = 64;
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -45,23 +51,15 @@ template <class Pair>
 std::vector<std::pair<double, double>> sums(long rows, long channels, int threads, Pair pair) {
   const long tiles = (rows + TILE - 1) / TILE;
   std::vector<float> partial(2 * tiles * channels);
-#pragma omp parallel for collapse(2) num_threads(threads)
+#pragma omp parallel for num_threads(threads)
   for (long tile = 0; tile < tiles; tile++)
-    for (long block = 0; block < channels; block += BLOCK) {
-      Floats first[VECTORS] = {}, second[VECTORS] = {};
-      for (long row = tile * TILE; row < std::min(rows, (tile + 1) * TILE); row++)
-        for (long v = 0; v < VECTORS; v++) {
-          const long channel = block + v * LANES;
-          const auto [a, b] = pair(row * channels + channel, channel);
-          first[v] += a;
-          second[v] += b;
-        }
-      for (long v = 0; v < VECTORS; v++) {
-        float* to = &partial[2 * (tile * channels + block + v * LANES)];
-        store(to, first[v]);
-        store(to + LANES, second[v]);
+    for (long row = tile * TILE; row < std::min(rows, (tile + 1) * TILE); row++)
+      for (long channel = 0; channel < channels; channel += LANES) {
+        const auto [a, b] = pair(row * channels + channel, channel);
+        float* to = &partial[2 * (tile * channels + channel)];
+        store(to, load(to) + a);
+        store(to + LANES, load(to + LANES) + b);
       }
-    }
   std::vector<std::pair<double, double>> all(channels);
   for (long tile = 0; tile < tiles; tile++)
     for (long channel = 0; channel < channels; channel++) {

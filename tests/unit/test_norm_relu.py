@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hvd_eurosat.model import norm_relu as module
 from hvd_eurosat.model.norm_relu import is_available, norm_relu
+from hvd_eurosat.model.resnet import build
 
 SHAPES = [(5, 64, 7, 3), (3, 192, 20, 17)]  # fewer rows than a tile; several tiles, the last not full
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -18,6 +19,8 @@ ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 @pytest.fixture(autouse=True)
 def _there() -> None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("neither AVX2 nor AVX-512")
     assert is_available()
 
 
@@ -116,6 +119,17 @@ def test_everything_else_is_torchs_own(
     x = images(shape, 1, dtype).contiguous(memory_format=layout)
     norm = a_norm(shape[1]).to(dtype).train(training)
     assert torch.equal(norm_relu(norm, x, x), F.relu(copy.deepcopy(norm)(x) + x))
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+def test_the_network_computes_with_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, calls = module._call, []
+    monkeypatch.setattr(module, "_call", lambda name, *arguments: (calls.append(name), call(name, *arguments)))
+    model = build("resnet50", 10, "bn+head", seed=0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = model(images((2, 3, 64, 64), 1, torch.float32)).sum()
+    loss.backward()
+    assert (calls.count("forward"), calls.count("backward")) == (49, 49)  # every ReLU of the network
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
