@@ -4,7 +4,7 @@ It follows examples/pytorch/pytorch_imagenet_resnet50.py of Horovod 0.28.1: Imag
 beside a GPU, with none on CPUs), random resized crops and flips in PIL, float32 NCHW, SGD in a DistributedOptimizer
 with its defaults, loss and accuracy averaged over the ranks after every batch, every rank its share of the validation.
 Only the classes, the size of the images, the threads (those of the core share, not always four) and what is frozen are
-ours. `--strong` adds bf16 autocast and channels_last, and nothing else.
+ours. `--strong bf16` adds bf16 autocast and channels_last and nothing else, `--strong fp32` channels_last alone.
 
 Being a user's script it knows nothing of this package, imports Horovod itself and has Horovod's defaults; it is run
 in processes of its own. It writes, on each rank, the seconds of its steps to `--out`/<rank>.json.
@@ -53,7 +53,7 @@ class Baseline:
     """A model and its optimiser; called with a batch (float32 [B, 3, S, S], int64 [B]) it makes a step."""
 
     def __init__(self, options: argparse.Namespace, mode: str, classes: int, device: torch.device) -> None:
-        self.device, self.strong = device, options.strong
+        self.device, self.bf16 = device, options.strong == "bf16"
         self.layout = torch.channels_last if options.strong else torch.contiguous_format
         self.model: nn.Module = getattr(models, options.arch)(num_classes=classes)
         self.model.to(device)
@@ -80,7 +80,7 @@ class Baseline:
         """The loss; it and the accuracy are averaged over the ranks. Collective."""
         images = images.to(self.device, memory_format=self.layout)
         labels = labels.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.strong):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model(images)
             loss = F.cross_entropy(output, labels)
         self.accuracy.update((output.argmax(1) == labels).float().mean())
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--warm-up", type=int, default=3, help="steps that do not count")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--strong", action="store_true", help="bf16 autocast and channels_last")
+    parser.add_argument("--strong", choices=("bf16", "fp32"), help="channels_last, and autocast to this format")
     options = parser.parse_args()
     hvd.init()
     torch.manual_seed(42)

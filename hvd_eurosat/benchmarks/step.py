@@ -26,10 +26,10 @@ def measure(launcher: Launcher, settings: StepSettings, say: Callable[[str], Non
         order = CONTENDERS if number % 2 == 0 else CONTENDERS[::-1]
         for name in order:
             say(f"round {number + 1} of {rounds}: {name}")
-            flags = ("--strong",) if name == "strong" else ()
             if name == "ours":
                 found[name].append(launcher.ours(ranks, steps, threads, validation=True))
             else:
+                flags = [f"--strong={launcher.precision}"] if name == "strong" else []
                 found[name].append(launcher.baseline(ranks, steps, threads, *flags))
         of_job = {name: found["ours"][0][0][name] for name in ("device", "controller", "precision")}
         facts = {"ranks": ranks, "threads": threads, "steps": (number + 1) * steps, **of_job}
