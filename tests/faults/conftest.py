@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from hvd_eurosat.training import checkpoint
-from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small, survivors
+from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small, survivors, unlabelled
 
 STEP = "hvd_eurosat.training.step:Step.__call__"
 SAVE = "hvd_eurosat.training.checkpoint:CheckpointFolder.add"
@@ -36,7 +35,7 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         """The error lines, without the launcher's own words."""
-        lines = [re.sub(r"^\[[\d,]+\]<std(err|out)>:\s*", "", line) for line in self.output.splitlines()]
+        lines = [line.strip() for line in unlabelled(self.output).splitlines()]
         return [line for line in lines if line.startswith("error: ")]
 
 

@@ -37,12 +37,17 @@ def command(launcher: str, ranks: int, verb: str, *arguments: object) -> list[st
     return [*LAUNCHERS[launcher], *count, *program]
 
 
+def unlabelled(text: str) -> str:
+    """Without the labels of ranks, which launchers put even between a line and its end."""
+    return re.sub(r"\[[\d,]+\]<std(out|err)>:", "", text)
+
+
 def run(arguments: list[str], timeout: float = 240, **environment: str) -> Job:
-    """The finished job, one thread a rank, without the labels that launchers put even between a line and its end."""
+    """The finished job, one thread a rank, without launchers' labels."""
     allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **allow_root, **environment}
     job = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
-    job.stdout, job.stderr = (re.sub(r"\[[\d,]+\]<std(out|err)>:", "", text) for text in (job.stdout, job.stderr))
+    job.stdout, job.stderr = map(unlabelled, (job.stdout, job.stderr))
     return job
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -58,7 +59,8 @@ def test_over_mpi_training_goes_before_horovods_thread() -> None:
         cluster.leave_together(0)
     """
     job = run([*LAUNCHERS["mpirun"], "2", sys.executable, "-c", program])
-    assert job.stdout.strip() == "[12, 12]", job.stderr
+    nicer = min(12, 19 - os.nice(0))
+    assert job.stdout.strip() == f"[{nicer}, {nicer}]", job.stderr
 
 
 def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
