@@ -61,12 +61,14 @@ std::vector<std::pair<double, double>> sums(long rows, long channels, int thread
         store(to + LANES, load(to + LANES) + b);
       }
   std::vector<std::pair<double, double>> all(channels);
-  for (long tile = 0; tile < tiles; tile++)
-    for (long channel = 0; channel < channels; channel++) {
-      const float* from = &partial[2 * (tile * channels + channel / LANES * LANES) + channel % LANES];
-      all[channel].first += from[0];
-      all[channel].second += from[LANES];
-    }
+#pragma omp parallel for num_threads(threads)
+  for (long channel = 0; channel < channels; channel += LANES)
+    for (long tile = 0; tile < tiles; tile++)
+      for (long lane = 0; lane < LANES; lane++) {
+        const float* from = &partial[2 * (tile * channels + channel) + lane];
+        all[channel + lane].first += from[0];
+        all[channel + lane].second += from[LANES];
+      }
   return all;
 }
 

@@ -2,7 +2,7 @@
 
 There each of them waits for main memory. As one, in C++, they read or write the activations eight times instead of
 thirteen (with a residual eleven instead of sixteen), forward and backward together: a step of bn+head takes a fifth
-less on a Xeon with AMX. It is on wherever it could be built; on CPUs without AVX-512 it was not measured.
+less on a Xeon with AMX. It is on wherever it could be built.
 """
 
 from __future__ import annotations
