@@ -14,8 +14,9 @@ MODES = ("bn+head", "all")
 class StepSettings(Config):
     """Images per second of the training step and of a whole epoch with its validation, for bn+head and all, beside
     Horovod's example and that in our precision and channels_last. As many ranks as it is started with (mpirun,
-    horovodrun), or as hosts have slots. Weights are random. Of the keys of train, data.root, data.image_size, model.arch and
-    train.batch_size are the example's too; those of the step are ours alone; those of a whole run say nothing here.
+    horovodrun), or as hosts have slots. Weights are random. Of the keys of train, data.root, data.image_size,
+    model.arch and train.batch_size are the example's too; those of the step are ours alone; those of a whole run say
+    nothing here.
     """
 
     steps: PositiveInt = 50

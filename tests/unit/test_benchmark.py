@@ -13,7 +13,7 @@ import pytest
 from hvd_eurosat import benchmark
 from hvd_eurosat.benchmarks import project, results, scaling, step
 from hvd_eurosat.benchmarks.project import Allreduce
-from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
+from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings, StepSettings
 from tests.unit.conftest import Grow
 
 FIT = Allreduce(
@@ -98,6 +98,34 @@ def test_rates_ratio_and_shares() -> None:
     assert found["epoch"]["ours"]["median"] == pytest.approx(2560 / (5 + 3))
     assert found["epoch"]["ratio"] == pytest.approx((10 + 3) / (5 + 3))
     assert found["share"] == pytest.approx({"data": 0.04, "optimiser": 0.08, "communication": 0.08, "straggling": 0.06})
+
+
+class Bf16:
+    """A launcher whose jobs find that bf16 pays."""
+
+    ranks = launched = 2
+    slots = ()
+    precision = "auto"
+
+    def __init__(self) -> None:
+        self.baselines: list[tuple[str, ...]] = []
+
+    def threads(self, ranks: int) -> int:
+        return 1
+
+    def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> list[dict[str, Any]]:
+        self.precision = "bf16"
+        return [rank(0.01, 0.2, 0.02, 0.02) | {"precision": "bf16"}] * 2
+
+    def baseline(self, ranks: int, steps: int, threads: int, *flags: str) -> list[dict[str, Any]]:
+        self.baselines.append(flags)
+        return [rank(0.1, 0.4, 0, 0)] * 2
+
+
+def test_the_stronger_baseline_has_the_precision_that_ours_found(data: Path) -> None:
+    launcher = Bf16()
+    list(step.measure(launcher, StepSettings(data={"root": data}, steps=2), lambda _: None))
+    assert launcher.baselines == [(), ("--strong=bf16",), ("--strong=bf16",), ()]
 
 
 def test_numbers_of_ranks() -> None:
