@@ -17,7 +17,7 @@ from hvd_eurosat.training.optimiser import peak_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 
-NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at make clean setup"
+NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at set-up"
 
 
 def header(
