@@ -40,7 +40,7 @@ def train(folder: Path, what: str, seed: int) -> dict[str, float]:
     job = run(command("mpirun", 2, "train", *sys.argv[1:], *flags), timeout=3600, **variables)
     if job.returncode:
         raise RuntimeError(job.stderr)
-    assert ("not fused" in job.stdout) == (what == PLAIN)
+    assert ("not fused" in job.stdout) == (what == PLAIN), job.stdout
     return {split: 100 * summary(run_dir)[f"{split}_accuracy"] for split in SPLITS}
 
 
