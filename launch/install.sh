@@ -9,8 +9,9 @@
 #
 # SETUP_PYTHON names the interpreter and CXX the compiler; HOROVOD_BUILD_CUDA_CC_LIST names the GPUs that Horovod's own
 # kernels are built for. The SETUP_ options are remembered in the .venv: later runs need not repeat them. A finished
-# .venv is left as it is; an unfinished one is made again, as is one without its setup.finished (for another compiler). The Horovod that was built (3 minutes on 2 cores) is kept in
-# ${XDG_CACHE_HOME:-~/.cache}/hvd_eurosat/wheels for the next .venv. All versions are in launch/constraints.txt.
+# .venv is left as it is; an unfinished one is made again, as is one without its setup.finished (for another compiler).
+# The Horovod that was built (3 minutes on 2 cores) is kept in ${XDG_CACHE_HOME:-~/.cache}/hvd_eurosat/wheels for the
+# next .venv. All versions are in launch/constraints.txt.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
