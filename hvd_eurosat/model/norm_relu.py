@@ -7,9 +7,7 @@ less on a Xeon with AMX. It is on wherever it could be built.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from importlib.util import find_spec
+import math
 from typing import Any, cast
 
 import torch
@@ -17,34 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hvd_eurosat.model import native
+
+LIBRARY = "norm_relu"
 LANES = 16  # channels that the library works on at a time, at most
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def norm_relu(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None = None) -> Tensor:
+def norm_relu(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(norm(images) + residual), all [B, C, H, W]. In training updates norm's statistics; may skip its hooks."""
     if _is_fused(norm, images, residual):
-        output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, norm)
+        least = 0.0 if relu else -math.inf
+        output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, least, norm)
         return output
-    normed = norm(images)
+    normed: Tensor = norm(images)
     if residual is not None:
         normed += residual
-    return F.relu(normed, inplace=True)
+    return F.relu(normed, inplace=True) if relu else normed
 
 
 def is_available() -> bool:
     """Whether launch/install.sh could build a library for this CPU, and it loads."""
-    return _library() is not None
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    """Built for AVX-512 or AVX2. It shares the threads of torch, whose libgomp is loaded by now."""
-    spec = find_spec(f"hvd_eurosat.model._norm_relu_{torch.backends.cpu.get_cpu_capability().lower()}")
-    try:
-        return ctypes.CDLL(spec.origin) if spec and spec.origin else None
-    except OSError:  # built by a compiler with another OpenMP
-        return None
+    return native.library(LIBRARY) is not None
 
 
 def _is_fused(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None) -> bool:
@@ -58,26 +50,29 @@ def _is_fused(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None) -> 
     return all(i.dtype == images.dtype and i.is_contiguous(memory_format=torch.channels_last) for i in both)
 
 
-def _call(name: str, images: Tensor, *arguments: Tensor | float | None) -> None:
-    """The library's function of this name, with what follows its arguments: rows, channels, threads."""
-    words: list[Any] = [
-        ctypes.c_float(a) if isinstance(a, float) else ctypes.c_void_p(None if a is None else a.data_ptr())
-        for a in arguments
-    ]
+def _call(function: str, images: Tensor, *arguments: Tensor | float | None) -> None:
+    """The library's function of this name, with what follows its arguments: rows and channels."""
     channels = images.shape[1]
-    words += [ctypes.c_long(images.numel() // channels), ctypes.c_long(channels), torch.get_num_threads()]
-    getattr(_library(), f"{name}_{NAMES[images.dtype]}")(*words)
+    native.call(LIBRARY, f"{function}_{NAMES[images.dtype]}", *arguments, images.numel() // channels, channels)
 
 
 class _NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, norm: nn.BatchNorm2d
+        ctx: Any,
+        images: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        least: float,
+        norm: nn.BatchNorm2d,
     ) -> Tensor:
         output = torch.empty_like(images)
         mean, variance, inverse = torch.empty(3, len(weight))
-        _call("forward", images, images, residual, output, weight, bias, float(norm.eps), mean, variance, inverse)
+        found = mean, variance, inverse
+        _call("forward", images, images, residual, output, weight, bias, least, float(norm.eps), *found)
         _update(norm, mean, variance, images.numel() // len(weight))
+        ctx.least = least
         ctx.save_for_backward(images, None if residual is None else output, weight, bias, mean, inverse)
         return output
 
@@ -89,9 +84,9 @@ class _NormReLU(torch.autograd.Function):
         of_residual = None if output is None else torch.empty_like(images)
         of_images = torch.empty_like(images) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = torch.empty(2, len(weight))
-        gradients = of_residual, of_images, weight, bias, mean, inverse, of_weight, of_bias
+        gradients = of_residual, of_images, weight, bias, ctx.least, mean, inverse, of_weight, of_bias
         _call("backward", images, gradient, images, output, *gradients)
-        return of_images, of_residual, of_weight, of_bias, None
+        return of_images, of_residual, of_weight, of_bias, None, None
 
 
 def _update(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,13 @@ from torchvision.models import resnet
 from hvd_eurosat.config import Model
 from hvd_eurosat.model.convolution import use_matrix_products
 from hvd_eurosat.model.norm_relu import norm_relu
+
+
+def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
+    if downsample is None:
+        return x
+    convolution, norm = downsample
+    return norm_relu(cast(nn.BatchNorm2d, norm), convolution(x), relu=False)
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -22,7 +30,7 @@ class BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]; returns [B, planes, H / stride, W / stride]."""
         out = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(out), self.downsample(x) if self.downsample else x)
+        return norm_relu(self.bn2, self.conv2(out), _shortcut(self.downsample, x))
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -32,7 +40,7 @@ class Bottleneck(resnet.Bottleneck):
         """x: [B, C, H, W]; returns [B, 4 * planes, H / stride, W / stride]."""
         out = norm_relu(self.bn1, self.conv1(x))
         out = norm_relu(self.bn2, self.conv2(out))
-        return norm_relu(self.bn3, self.conv3(out), self.downsample(x) if self.downsample else x)
+        return norm_relu(self.bn3, self.conv3(out), _shortcut(self.downsample, x))
 
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {

@@ -1,7 +1,8 @@
 """Small generated images for the data tests."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from hvd_eurosat.config import Config, Model
+from hvd_eurosat.model import native
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
@@ -49,6 +51,19 @@ def grow(tmp_path: Path, encode: Encode) -> Grow:
         return root
 
     return grown
+
+
+@contextlib.contextmanager
+def libraries_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute with those built for AVX2 or AVX512, if this CPU can; which of them training takes is torch's word."""
+    find = native.library
+    with monkeypatch.context() as patch:
+        if torch.backends.cpu.get_cpu_capability() not in (instructions, "AVX512"):
+            pytest.skip(f"this CPU has no {instructions}")
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+        find.cache_clear()
+        yield
+    find.cache_clear()
 
 
 def saved_checkpoint(path: Path, model: LandCoverResNet, classes: list[str], settings: Model) -> Path:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvd_eurosat.model import native
 from hvd_eurosat.model import norm_relu as module
 from hvd_eurosat.model.norm_relu import is_available, norm_relu
 from hvd_eurosat.model.resnet import build
+from tests.unit.conftest import libraries_for
 
 SHAPES = [(2, 64, 7, 3), (3, 48, 20, 17)]  # fewer rows than a tile; several tiles, the last not full
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -20,15 +22,9 @@ ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 @pytest.fixture(autouse=True, params=["AVX2", "AVX512"])
 def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each that this CPU can run; which of them training takes is torch's word."""
-    if torch.backends.cpu.get_cpu_capability() not in (request.param, "AVX512"):
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    find = module._library
-    find.cache_clear()
-    assert is_available()
-    yield
-    find.cache_clear()
+    with libraries_for(request.param, monkeypatch):
+        assert is_available()
+        yield
 
 
 def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype, mean: float = 0.5) -> Tensor:
@@ -47,10 +43,12 @@ def a_norm(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-def trained(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, learns: bool = True) -> dict[str, Tensor]:
+def trained(
+    norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, learns: bool = True, relu: bool = True
+) -> dict[str, Tensor]:
     """The output, all gradients (x's if it `learns`), and the norm's buffers after one pass each way."""
     x, residual = x.requires_grad_(learns), None if residual is None else residual.requires_grad_()
-    output = norm_relu(norm, x, residual)
+    output = norm_relu(norm, x, residual, relu)
     output.backward(images(tuple(x.shape), 3, torch.bfloat16, 0.1).to(x.dtype).contiguous())
     trains = {"x": x, "residual": residual, **dict(norm.named_parameters())}
     grads = {name: leaf.grad for name, leaf in trains.items() if leaf is not None and leaf.grad is not None}
@@ -58,14 +56,18 @@ def trained(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, learns: bo
 
 
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "first"])
-@pytest.mark.parametrize("adds", [False, True], ids=["alone", "adds"])
+@pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, True), (False, False)], ids=["alone", "adds", "norm"])
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_what_torch_computes(shape: tuple[int, ...], dtype: torch.dtype, adds: bool, learns: bool) -> None:
+def test_it_is_what_torch_computes(
+    shape: tuple[int, ...], dtype: torch.dtype, adds: bool, relu: bool, learns: bool
+) -> None:
     x, residual = images(shape, 1, dtype), images(shape, 2, dtype) if adds else None
     norm = a_norm(shape[1])
-    exact = trained(copy.deepcopy(norm).double(), x.double(), None if residual is None else residual.double(), learns)
-    ours = trained(norm, x.clone(), residual, learns)
+    exact = trained(
+        copy.deepcopy(norm).double(), x.double(), None if residual is None else residual.double(), learns, relu
+    )
+    ours = trained(norm, x.clone(), residual, learns, relu)
     assert ours.keys() == exact.keys()
     for name, value in exact.items():
         difference = (ours[name].double() - value).norm() / value.double().norm()
@@ -136,11 +138,11 @@ def test_the_network_computes_with_it(dtype: torch.dtype, monkeypatch: pytest.Mo
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = model(images((2, 3, 64, 64), 1, torch.float32)).sum()
     loss.backward()
-    assert (calls.count("forward"), calls.count("backward")) == (49, 49)  # every ReLU of the network
+    assert (calls.count("forward"), calls.count("backward")) == (53, 53)  # every norm of the network
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda name: None)
     x, norm = images(SHAPES[0], 1, torch.float32), a_norm(64)
     assert torch.equal(norm_relu(norm, x), F.relu(copy.deepcopy(norm)(x)))
 
