@@ -250,7 +250,7 @@ install_project() {
   local project=$ROOT suffix
   if [[ $SETUP_DEV != 0 ]]; then project+='[dev]'; fi
   suffix=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-  rm -f "$ROOT"/hvd_eurosat/model/_norm_relu_*"$suffix" # one that cannot be built any more would stay
+  rm -f "$ROOT"/hvd_eurosat/model/_*"$suffix" # one that cannot be built any more would stay
   CXX=$CXX install_here --reinstall-package horovod "$WHEEL" --editable "$project"
   # Horovod starts mpirun by its bare name, and the .venv need not be activated; and it does so from a shell, which
   # would take the signals that are meant for mpirun: SIGTERM would leave mpirun and its ranks behind.

@@ -8,11 +8,15 @@ the computation once, not in every step: 8 % of a step of bn+head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hvd_eurosat.model import products
 
 TINY = 2
 
@@ -20,7 +24,7 @@ TINY = 2
 class Convolution(nn.Conv2d):
     """nn.Conv2d without bias, groups or dilation, for images in channels-last order."""
 
-    _prepared: tuple[object, Tensor] | None = None
+    _prepared: tuple[object, Any] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, C, H, W]; returns [B, out_channels, H / stride, W / stride]."""
@@ -28,31 +32,52 @@ class Convolution(nn.Conv2d):
             return super().forward(images)
         pixels, stride, frozen = images.permute(0, 2, 3, 1), self.stride[0], not self.weight.requires_grad
         if images.is_cpu and self.kernel_size == (1, 1):
-            return _product(pixels[:, ::stride, ::stride], self._ready(_as_matrix))
+            return self._product(pixels[:, ::stride, ::stride])
         if images.is_cpu and self.kernel_size == (3, 3):
             if frozen and stride == 1 and images.shape[2:] == (TINY, TINY):
-                rows = F.linear(pixels.flatten(1), self._ready(_as_dense_matrix))
+                rows = self._times(pixels.flatten(1), _as_dense_matrix)
+                return rows.view(len(rows), TINY, TINY, -1).permute(0, 3, 1, 2)
+            if frozen and stride == 2 and images.shape[2:] == (4, 4) and products.are_fast(images, self.weight):
+                corners = self._ready(_as_corners)
+                rows = torch.stack([products.multiply(pixels[:, y, x].flatten(1), m) for y, x, m in corners], dim=1)
                 return rows.view(len(rows), TINY, TINY, -1).permute(0, 3, 1, 2)
             if not frozen and -(-images.shape[-1] // stride) <= TINY:
                 windows = F.pad(pixels, (0, 0, 1, 1, 1, 1)).unfold(1, 3, stride).unfold(2, 3, stride)
-                return _product(windows.permute(0, 1, 2, 4, 5, 3).flatten(3), _as_matrix(self.weight))
+                return self._product(windows.permute(0, 1, 2, 4, 5, 3).flatten(3))
+            if stride == 1 and products.are_fast(images, self.weight):
+                return products.convolve(images, self.weight, self._ready(products.winograd_panels))
         convolved: Tensor = self._conv_forward(images, self._ready(_as_it_is), None)
         return convolved
 
-    def _ready(self, shape: Callable[[Tensor], Tensor]) -> Tensor:
+    def _product(self, pixels: Tensor) -> Tensor:
+        """[B, H, W, K]: [B, out, H, W], channels last; in two dimensions, or torch takes a slow batched product."""
+        rows = self._times(pixels.flatten(0, 2), _as_matrix)
+        return rows.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
+
+    def _times(self, rows: Tensor, as_matrix: Callable[[Tensor], Tensor]) -> Tensor:
+        """[N, K] by the weight as a matrix [M, K]: [N, M]."""
+        if not self.weight.requires_grad and products.are_fast(rows, self.weight):
+            return products.multiply(rows, self._ready(as_matrix, products.panels))
+        return F.linear(rows, self._ready(as_matrix))
+
+    def _ready(self, *shapes: Callable[[Any], Any]) -> Any:
         """The weight in the shape of the computation; a frozen one in its precision too, and only once.
 
         Whatever writes to a weight in torch, as load_state_dict, changes its _version.
         """
         if self.weight.requires_grad:
-            return shape(self.weight)
+            return _shaped(self.weight, shapes)
         device = self.weight.device
         autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype
-        key = shape, dtype, device, self.weight._version
+        key = shapes, dtype, device, self.weight._version
         if self._prepared is None or self._prepared[0] != key:
-            self._prepared = key, shape(self.weight.detach().to(dtype))
+            self._prepared = key, _shaped(self.weight.detach().to(dtype), shapes)
         return self._prepared[1]
+
+
+def _shaped(weight: Tensor, shapes: Iterable[Callable[[Any], Any]]) -> Any:
+    return reduce(lambda shaped, shape: shape(shaped), shapes, weight)
 
 
 def _as_it_is(weight: Tensor) -> Tensor:
@@ -73,10 +98,10 @@ def _as_dense_matrix(weight: Tensor) -> Tensor:
     return torch.cat([_as_matrix(tap) for tap in taps])
 
 
-def _product(pixels: Tensor, weight: Tensor) -> Tensor:
-    """[B, H, W, K] by [out, K]: [B, out, H, W], channels last; in two dimensions, or torch takes a slow batched one."""
-    rows = F.linear(pixels.flatten(0, 2), weight)
-    return rows.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
+def _as_corners(weight: Tensor) -> list[tuple[slice, slice, products.Panels]]:
+    """[out, in, 3, 3] as a map for each 2x2 result of stride 2: which of the 4x4 pixels it sees, and their panels."""
+    sides = [(slice(0, 2), slice(1, 3)), (slice(1, 4), slice(0, 3))]  # pixels, and the kernel's taps on them
+    return [(y, x, products.panels(_as_matrix(weight[:, :, v, u]))) for y, v in sides for x, u in sides]
 
 
 def use_matrix_products(model: nn.Module) -> None:
