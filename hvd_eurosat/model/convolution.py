@@ -9,7 +9,6 @@ the computation once, not in every step: 8 % of a step of bn+head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -35,12 +34,11 @@ class Convolution(nn.Conv2d):
             return self._product(pixels[:, ::stride, ::stride])
         if images.is_cpu and self.kernel_size == (3, 3):
             if frozen and stride == 1 and images.shape[2:] == (TINY, TINY):
-                rows = self._times(pixels.flatten(1), _as_dense_matrix)
-                return rows.view(len(rows), TINY, TINY, -1).permute(0, 3, 1, 2)
+                return self._as_images(self._times(pixels.flatten(1), _as_dense_matrix), TINY, TINY)
             if frozen and stride == 2 and images.shape[2:] == (4, 4) and products.are_fast(images, self.weight):
                 corners = self._ready(_as_corners)
                 rows = torch.stack([products.multiply(pixels[:, y, x].flatten(1), m) for y, x, m in corners], dim=1)
-                return rows.view(len(rows), TINY, TINY, -1).permute(0, 3, 1, 2)
+                return self._as_images(rows, TINY, TINY)
             if not frozen and -(-images.shape[-1] // stride) <= TINY:
                 windows = F.pad(pixels, (0, 0, 1, 1, 1, 1)).unfold(1, 3, stride).unfold(2, 3, stride)
                 return self._product(windows.permute(0, 1, 2, 4, 5, 3).flatten(3))
@@ -51,8 +49,10 @@ class Convolution(nn.Conv2d):
 
     def _product(self, pixels: Tensor) -> Tensor:
         """[B, H, W, K]: [B, out, H, W], channels last; in two dimensions, or torch takes a slow batched product."""
-        rows = self._times(pixels.flatten(0, 2), _as_matrix)
-        return rows.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
+        return self._as_images(self._times(pixels.flatten(0, 2), _as_matrix), *pixels.shape[1:3])
+
+    def _as_images(self, rows: Tensor, height: int, width: int) -> Tensor:
+        return rows.view(-1, height, width, self.out_channels).permute(0, 3, 1, 2)
 
     def _times(self, rows: Tensor, as_matrix: Callable[[Tensor], Tensor]) -> Tensor:
         """[N, K] by the weight as a matrix [M, K]: [N, M]."""
@@ -63,21 +63,24 @@ class Convolution(nn.Conv2d):
     def _ready(self, *shapes: Callable[[Any], Any]) -> Any:
         """The weight in the shape of the computation; a frozen one in its precision too, and only once.
 
-        Whatever writes to a weight in torch, as load_state_dict, changes its _version.
+        Whatever writes to a weight in torch, as load_state_dict, changes its _version. Horovod's broadcast does not: it
+        comes before the first step.
         """
         if self.weight.requires_grad:
             return _shaped(self.weight, shapes)
-        device = self.weight.device
-        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.weight.dtype
-        key = shapes, dtype, device, self.weight._version
+        kind = self.weight.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else self.weight.dtype
+        key = shapes, dtype, self.weight.data_ptr(), self.weight._version
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = key, _shaped(self.weight.detach().to(dtype), shapes)
         return self._prepared[1]
 
 
-def _shaped(weight: Tensor, shapes: Iterable[Callable[[Any], Any]]) -> Any:
-    return reduce(lambda shaped, shape: shape(shaped), shapes, weight)
+def _shaped(weight: Any, shapes: Iterable[Callable[[Any], Any]]) -> Any:
+    for shape in shapes:
+        weight = shape(weight)
+    return weight
 
 
 def _as_it_is(weight: Tensor) -> Tensor:

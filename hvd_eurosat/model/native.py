@@ -22,7 +22,10 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def call(name: str, function: str, *arguments: Tensor | float | None) -> None:
-    """A function of library `name`, with its last argument: the number of threads. int is long there."""
+    """A function of library `name`, with the number of threads as its last argument.
+
+    An int is passed as long, a float as float, a tensor as its address: the caller sees to its layout.
+    """
     words: list[Any] = [_word(argument) for argument in arguments]
     getattr(library(name), function)(*words, torch.get_num_threads())
 

@@ -1,5 +1,5 @@
 // BatchNorm in training, the addition of a residual and ReLU, forward and backward; for float and bfloat16.
-// `least` is 0 for ReLU, or -infinity for none.
+// `bound`, the least that a result may be, is 0 for ReLU and -infinity for none.
 //
 // Images are [rows, channels], channels last and a multiple of LANES. Rows are read one after the other, as main memory
 // is fastest. A tile of them is summed in float, and the tiles' sums in double and in their order: the result does not
@@ -80,10 +80,10 @@ void each(long rows, long channels, int threads, Store store_at) {
     for (long channel = 0; channel < channels; channel += LANES) store_at(row * channels + channel, channel);
 }
 
-// output = max((x - mean) * inverse * weight + bias + residual, least). residual may be null. mean, variance: of the
-// batch.
+// output = max((x - mean) * inverse * weight + bias + residual, bound), of the batch's mean and variance.
+// residual may be null.
 template <class T>
-void forward(const T* x, const T* residual, T* output, const float* weight, const float* bias, float least,
+void forward(const T* x, const T* residual, T* output, const float* weight, const float* bias, float bound,
              float epsilon, float* mean, float* variance, float* inverse, long rows, long channels, int threads) {
   std::vector<float> pivot(channels), scale(channels), shift(channels);
   const long first = std::min(rows, TILE);  // their mean is taken from all, or a large one cancels all digits
@@ -103,8 +103,8 @@ void forward(const T* x, const T* residual, T* output, const float* weight, cons
     shift[c] = bias[c] - mean[c] * scale[c];
   }
   const auto normed = [&](long at, long c) { return load(x + at) * load(&scale[c]) + load(&shift[c]); };
-  const Floats bound = Floats{} + least;
-  const auto relu = [&](long at, Floats value) { store(output + at, value < bound ? bound : value); };  // NaN stays
+  const Floats bounds = Floats{} + bound;
+  const auto relu = [&](long at, Floats value) { store(output + at, value < bound ? bounds : value); };  // NaN stays
   if (residual)
     each(rows, channels, threads, [&](long at, long c) { relu(at, normed(at, c) + load(residual + at)); });
   else
@@ -115,7 +115,7 @@ void forward(const T* x, const T* residual, T* output, const float* weight, cons
 // weight and bias and, unless null, x's. Without a residual x tells what ReLU let pass, and the output is not read.
 template <class T>
 void backward(const T* gradient, const T* x, const T* output, T* of_residual, T* of_x, const float* weight,
-              const float* bias, float least, const float* mean, const float* inverse, float* of_weight, float* of_bias,
+              const float* bias, float bound, const float* mean, const float* inverse, float* of_weight, float* of_bias,
               long rows, long channels, int threads) {
   std::vector<float> scale(channels), shift(channels), slope(channels), offset(channels);
   for (long c = 0; c < channels; c++) {
@@ -124,14 +124,14 @@ void backward(const T* gradient, const T* x, const T* output, T* of_residual, T*
   }
   const auto passed = [&](long at, long c) {
     const Floats before = load(x + at) * load(&scale[c]) + load(&shift[c]);
-    return before > least ? load(gradient + at) : Floats{};
+    return before > bound ? load(gradient + at) : Floats{};
   };
   const auto pair = [&](Floats value, long at, long c) {
     return std::pair(value, value * (load(x + at) - load(mean + c)));
   };
   const auto of = !output ? sums(rows, channels, threads, [&](long at, long c) { return pair(passed(at, c), at, c); })
                           : sums(rows, channels, threads, [&](long at, long c) {
-                              const Floats value = load(output + at) > 0 ? load(gradient + at) : Floats{};
+                              const Floats value = load(output + at) > bound ? load(gradient + at) : Floats{};
                               store(of_residual + at, value);
                               return pair(value, at, c);
                             });
@@ -155,15 +155,15 @@ void backward(const T* gradient, const T* x, const T* output, T* of_residual, T*
 
 #define FOR(T, name)                                                                                                   \
   extern "C" void forward_##name(const T* x, const T* residual, T* output, const float* weight, const float* bias,     \
-                                 float least, float epsilon, float* mean, float* variance, float* inverse, long rows,  \
+                                 float bound, float epsilon, float* mean, float* variance, float* inverse, long rows,  \
                                  long channels, int threads) {                                                         \
-    forward(x, residual, output, weight, bias, least, epsilon, mean, variance, inverse, rows, channels, threads);      \
+    forward(x, residual, output, weight, bias, bound, epsilon, mean, variance, inverse, rows, channels, threads);      \
   }                                                                                                                    \
   extern "C" void backward_##name(const T* gradient, const T* x, const T* output, T* of_residual, T* of_x,             \
-                                  const float* weight, const float* bias, float least, const float* mean,              \
+                                  const float* weight, const float* bias, float bound, const float* mean,              \
                                   const float* inverse, float* of_weight, float* of_bias, long rows, long channels,    \
                                   int threads) {                                                                       \
-    backward(gradient, x, output, of_residual, of_x, weight, bias, least, mean, inverse, of_weight, of_bias, rows,     \
+    backward(gradient, x, output, of_residual, of_x, weight, bias, bound, mean, inverse, of_weight, of_bias, rows,     \
              channels, threads);                                                                                       \
   }
 

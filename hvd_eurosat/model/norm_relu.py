@@ -23,10 +23,13 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def norm_relu(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
-    """relu(norm(images) + residual), all [B, C, H, W]. In training updates norm's statistics; may skip its hooks."""
+    """relu(norm(images) + residual), all [B, C, H, W]; the norm alone without `relu`.
+
+    In training updates norm's statistics; may skip its hooks.
+    """
     if _is_fused(norm, images, residual):
-        least = 0.0 if relu else -math.inf
-        output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, least, norm)
+        bound = 0.0 if relu else -math.inf
+        output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, bound, norm)
         return output
     normed: Tensor = norm(images)
     if residual is not None:
@@ -64,15 +67,15 @@ class _NormReLU(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        least: float,
+        bound: float,
         norm: nn.BatchNorm2d,
     ) -> Tensor:
         output = torch.empty_like(images)
         mean, variance, inverse = torch.empty(3, len(weight))
         found = mean, variance, inverse
-        _call("forward", images, images, residual, output, weight, bias, least, float(norm.eps), *found)
+        _call("forward", images, images, residual, output, weight, bias, bound, float(norm.eps), *found)
         _update(norm, mean, variance, images.numel() // len(weight))
-        ctx.least = least
+        ctx.bound = bound
         ctx.save_for_backward(images, None if residual is None else output, weight, bias, mean, inverse)
         return output
 
@@ -84,7 +87,7 @@ class _NormReLU(torch.autograd.Function):
         of_residual = None if output is None else torch.empty_like(images)
         of_images = torch.empty_like(images) if ctx.needs_input_grad[0] else None
         of_weight, of_bias = torch.empty(2, len(weight))
-        gradients = of_residual, of_images, weight, bias, ctx.least, mean, inverse, of_weight, of_bias
+        gradients = of_residual, of_images, weight, bias, ctx.bound, mean, inverse, of_weight, of_bias
         _call("backward", images, gradient, images, output, *gradients)
         return of_images, of_residual, of_weight, of_bias, None, None
 

@@ -12,7 +12,7 @@ constexpr long ROWS = 6, COLUMNS = 2 * LANES;        // of sums that fit into th
 constexpr long DEPTH = 256;                          // of a panel's part that stays in the first cache
 constexpr long MANY_ROWS = 128, MANY_COLUMNS = 256;  // that a thread takes: the rows' parts stay in the second cache
 constexpr long TILES = 96;                           // of Winograd's that are computed together
-constexpr long OUT = 4, IN = 6;                      // pixels along a tile's side: of its result, and that it is made from
+constexpr long OUT = 4, IN = 6;                      // pixels along a tile's side: of its result, and those around too
 constexpr long PRODUCTS = IN * IN;
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
@@ -31,8 +31,8 @@ struct Matrices {  // left [, depth], panels [columns / COLUMNS, depth, COLUMNS]
   long depth, columns;
 };
 
-// The sums for N rows and a panel, of the depths [from, to), on top of what is there unless they are the first. As a call
-// of its own it takes a tenth longer.
+// The sums for N rows and a panel, of the depths [from, to), on top of what is there unless they are the first. Not
+// inlined it takes a tenth longer.
 template <long N>
 [[gnu::always_inline]] inline void block(const Matrices& of, long row, long column, long from, long to) {
   const float* left = of.left + row * of.depth;
@@ -173,7 +173,8 @@ extern "C" void product(const float* left, const float* panels, float* result, l
 extern "C" void convolution(const float* x, const float* panels, float* result, long images, long height, long width,
                             long depth, long columns, int threads) {
   const Shape shape{images, height, width};
-  const long some = std::min(TILES, (shape.tiles() + threads - 1) / threads);
+  const long rounds = std::max(1L, (shape.tiles() + TILES * threads - 1) / (TILES * threads));  // each thread in each
+  const long some = (shape.tiles() / (rounds * threads) / ROWS + 1) * ROWS;
   const long before = some * depth + COLUMNS, after = some * columns + COLUMNS;  // powers of two share a set of lines
 #pragma omp parallel num_threads(threads)
   {

@@ -26,9 +26,10 @@ Panels = tuple[Tensor, Tensor]  # for the way there and back
 
 def are_fast(images: Tensor, weight: Tensor) -> bool:
     """Whether the library is there and takes these images and a weight [out, in, ...]."""
-    channels = weight.shape[0] % COLUMNS or weight.shape[1] % COLUMNS
-    fp32 = images.is_cpu and images.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return fp32 and not channels and native.library(LIBRARY) is not None
+    if not (images.is_cpu and weight.is_cpu and images.dtype == weight.dtype == torch.float32):
+        return False
+    fits = weight.shape[0] % COLUMNS == 0 == weight.shape[1] % COLUMNS
+    return fits and not torch.is_autocast_enabled("cpu") and native.library(LIBRARY) is not None
 
 
 def panels(matrix: Tensor) -> Panels:
@@ -62,6 +63,7 @@ def _panels(matrices: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    assert rows.shape[1] == matrix.shape[1]
     rows, columns = rows.contiguous(), len(matrix) * COLUMNS
     product = rows.new_empty(len(rows), columns)
     native.call(LIBRARY, "product", rows, matrix, product, *rows.shape, columns)
@@ -69,6 +71,7 @@ def _product(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _convolution(images: Tensor, kernel: Tensor) -> Tensor:
+    assert images.shape[1] == kernel.shape[2]
     pixels, columns = images.permute(0, 2, 3, 1).contiguous(), kernel.shape[1] * COLUMNS
     convolved = pixels.new_empty(*pixels.shape[:3], columns)
     native.call(LIBRARY, "convolution", pixels, kernel, convolved, *pixels.shape, columns)
@@ -95,26 +98,26 @@ def _gradient_of_weight(images: Tensor, gradient: Tensor) -> Tensor:
 class _Multiplied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.back = back
+        ctx.save_for_backward(back)
         return _product(rows, there)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _product(gradient, ctx.back), None, None
+        (back,) = ctx.saved_tensors
+        return _product(gradient, back), None, None
 
 
 class _Convolved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(images if weight.requires_grad else None)
-        ctx.back = back
+        ctx.save_for_backward(images if ctx.needs_input_grad[1] else None, back)
         return _convolution(images, there)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (images,) = ctx.saved_tensors
-        of_images = _convolution(gradient, ctx.back) if ctx.needs_input_grad[0] else None
+        images, back = ctx.saved_tensors
+        of_images = _convolution(gradient, back) if ctx.needs_input_grad[0] else None
         of_weight = None if images is None else _gradient_of_weight(images, gradient)
         return of_images, of_weight, None, None

@@ -1,6 +1,6 @@
 """Whether the fast arithmetic costs accuracy, in turn, five seeds, on a stratified tenth of the images.
 
-"fast" is as training is here without being told: in the precision that pays, with BatchNorm and ReLU fused; "plain" is
+"fast" is as training is here without being told: in the precision that pays, with what set-up built in C++; "plain" is
 in fp32 and with torch's own.
 
 python -m tests.parallel.accuracy --data.root data/EuroSAT_RGB --config recipes/finetune.toml --model.weights FILE
@@ -19,7 +19,7 @@ from tests.parallel.conftest import command, run, summary
 
 SEEDS, EPOCHS, EVERY = 5, 5, 10
 FAST, PLAIN = "fast", "plain"
-AS_TORCH = {"ATEN_CPU_CAPABILITY": "default"}  # for that, no library of the fused BatchNorm was built
+AS_TORCH = {"ATEN_CPU_CAPABILITY": "default"}  # for that, no library was built
 SPLITS = ("valid", "test")
 
 

@@ -56,13 +56,12 @@ def grow(tmp_path: Path, encode: Encode) -> Grow:
 @contextlib.contextmanager
 def libraries_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compute with those built for AVX2 or AVX512, if this CPU can; which of them training takes is torch's word."""
+    if torch.backends.cpu.get_cpu_capability() not in (instructions, "AVX512"):
+        pytest.skip(f"this CPU has no {instructions}")
     find = native.library
-    with monkeypatch.context() as patch:
-        if torch.backends.cpu.get_cpu_capability() not in (instructions, "AVX512"):
-            pytest.skip(f"this CPU has no {instructions}")
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-        find.cache_clear()
-        yield
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    find.cache_clear()
+    yield
     find.cache_clear()
 
 
