@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import signal
 import socket
@@ -112,15 +113,22 @@ class World:
         """Every rank's value (picklable), in the order of the ranks. Collective."""
         if self.size == 1:
             return [value]
+        mine = _pack(value)
         with self.waiting():
-            return list(_hvd().allgather_object(value, name="gather"))
+            lengths = _hvd().allgather(torch.tensor([len(mine)]), name="gather.lengths")
+            every = _hvd().allgather(mine, name="gather")
+        return [pickle.loads(one.numpy().data) for one in every.split(lengths.tolist())]
 
     def from_main(self, value: T) -> T:
         """Rank 0's value (picklable) on every rank. Collective."""
         if self.size == 1:
             return value
-        with self.waiting():
-            return cast(T, _hvd().broadcast_object(value, root_rank=0, name="from_main"))
+        packed = _pack(value if self.is_main else None)
+        length = torch.tensor(len(packed))
+        self.broadcast([length])
+        packed = packed if self.is_main else packed.new_empty(int(length))
+        self.broadcast(packed.split(BROADCAST_BYTES))
+        return value if self.is_main else cast(T, pickle.loads(packed.numpy().data))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's tensors (dense, of any memory format) to every rank, in place. Collective."""
@@ -223,6 +231,11 @@ class World:
         """`work` on one rank of each node, then on all, which find it done. Collective."""
         self.together(lambda: work() if self.local_rank == 0 else None)
         return self.together(work)
+
+
+def _pack(value: object) -> Tensor:
+    """uint8 [bytes]. Horovod's own broadcast_object and allgather_object copy them one by one: 100 MB take 10 s."""
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
 def split_by_bytes(tensors: list[Tensors], room: int) -> list[list[Tensors]]:

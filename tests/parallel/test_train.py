@@ -63,6 +63,23 @@ def test_over_mpi_training_goes_before_horovods_thread() -> None:
     assert job.stdout.strip() == f"[{nicer}, {nicer}]", job.stderr
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+def test_ranks_share_values_of_any_size(launcher: str) -> None:
+    program = """if True:
+        import torch
+        from hvd_eurosat import cluster
+        world = cluster.join()
+        large = torch.arange(2_500_000).view(2, -1)  # 20 MB: several messages
+        of_main = world.from_main({"large": large, "none": None} if world.is_main else "another")
+        of_all = world.gather(large[:, : 1000 * world.rank].T)
+        same = torch.equal(of_main["large"], large) and of_main["none"] is None
+        print("same", same and all(torch.equal(t, large[:, : 1000 * n].T) for n, t in enumerate(of_all)), len(of_all))
+        cluster.leave_together(0)
+    """
+    job = run([*LAUNCHERS[launcher], "3", sys.executable, "-c", program])
+    assert job.stdout.split() == ["same", "True", "3"] * 3, job.stdout + job.stderr
+
+
 def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
     return [(e["epoch"], e["loss"], e["accuracy"]) for e in events(run_dir, kind)]
 
