@@ -7,6 +7,7 @@ The only module that calls Horovod and MPI. It serves a single process, ranks st
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import re
@@ -235,7 +236,9 @@ class World:
 
 def _pack(value: object) -> Tensor:
     """uint8 [bytes]. Horovod's own broadcast_object and allgather_object copy them one by one: 100 MB take 10 s."""
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    pickle.dump(value, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
 def split_by_bytes(tensors: list[Tensors], room: int) -> list[list[Tensors]]:
