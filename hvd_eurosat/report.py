@@ -23,7 +23,7 @@ EXAMPLES = """
 examples:
   what is in the data?               python -m hvd_eurosat.report samples --data.root data --out samples.png
   what does the network look like?   python -m hvd_eurosat.report network --out network.png
-  how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart
+  how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart-sample
 
 `report <what> --help` tells more. Training itself draws the plots of a run when it ends.
 """
@@ -198,9 +198,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "draw a run's learning curves and confusion matrix",
         "From its metrics.jsonl and summary.json into its plots/; also while it runs.",
     )
-    of_run.add_argument(
-        "--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run, as runs/quickstart"
-    )
+    of_run.add_argument("--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run")
     return parser.parse_args(argv)
 
 

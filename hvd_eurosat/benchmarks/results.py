@@ -124,12 +124,10 @@ def _percent(share: float | None) -> str:
 
 
 def draw(everything: Mapping[str, Any], path: Path) -> None:
-    """A picture of what there is of step, scaling and project."""
+    """A picture with a panel for each section that there is, at least one."""
     from matplotlib.figure import Figure
 
     there = {name: panel for name, panel in PANELS.items() if name in everything}
-    if not there:
-        return
     figure = Figure((5 * len(there), 4), layout="constrained")
     panels = figure.subplots(1, len(there), squeeze=False)[0]
     for axes, (name, panel) in zip(panels, there.items(), strict=True):
@@ -172,4 +170,12 @@ def _draw_project(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_title(f"efficiency, % ({NOTE})", fontsize=8)
 
 
-PANELS = {"step": _draw_step, "scaling": _draw_scaling, "project": _draw_project}
+def _draw_memory(axes: Axes, found: Mapping[str, Any]) -> None:
+    axes.bar(list(found), [of["peak_pss_mb"] for of in found.values()], 0.5, label="a rank's peak")
+    images = [of["images_mb"] / int(ranks) for ranks, of in found.items()]
+    axes.bar(list(found), images, 0.5, label="its share of the packed images")
+    axes.set_xlabel("ranks")
+    axes.set_title("proportional set size, MB", fontsize=10)
+
+
+PANELS = {"step": _draw_step, "scaling": _draw_scaling, "project": _draw_project, "memory": _draw_memory}

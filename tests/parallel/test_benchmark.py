@@ -47,6 +47,7 @@ def test_a_rank_of_a_job_is_killed(data: Path, tmp_path: Path) -> None:
     assert errors.splitlines()[-1] == f"error: job, np 4: it ended with status 137; what it said is in {log}"
     assert "signal 9" in log.read_text()
     assert list(json.loads((tmp_path / "benchmark.json").read_text())["memory"]) == ["1"]
+    assert (tmp_path / "benchmark.png").exists()
 
 
 def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
