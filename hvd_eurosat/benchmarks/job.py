@@ -62,14 +62,15 @@ class Clock(Stopwatch):
         self.begin("communication")
 
     def seconds(self) -> dict[str, list[float]]:
-        """Of each thing, in each step (from one "data" to the next, or to the end). Waits for the device."""
+        """Of each thing, in each step (from one "data" to the next, or to an "end"). Waits for the device."""
         spans: dict[str, list[float]] = {"data": [], "step": [], "communication": [], "optimiser": []}
         self.begin("end")
         for (name, begin), (_, end) in itertools.pairwise(self._marks):
             if name == "data":
                 for values in spans.values():
                     values.append(0.0)
-            spans[name][-1] += self.between(begin, end)
+            if name != "end":
+                spans[name][-1] += self.between(begin, end)
         self._marks.clear()
         return spans
 
@@ -109,8 +110,32 @@ class Loop:
         self.step.check()
         return batch.total
 
+    def apart(self) -> None:
+        """A step in which this rank waits for no other."""
+        gradients = self.step.gradients
+        exchanges, gradients.exchanges = gradients.exchanges, False
+        next(self)
+        gradients.exchanges = exchanges
+
+    def in_turn(self, steps: int) -> dict[str, Any]:
+        """As `measure`, of so many steps, each after one "apart"; the ranks begin each one together. Collective."""
+        images = []
+        for _ in range(steps):
+            self._meet()
+            self.apart()
+            self._meet()
+            images.append(float(next(self)))
+        seconds = self.clock.seconds()
+        apart = {name: values[::2] for name, values in seconds.items()}
+        together = {name: values[1::2] for name, values in seconds.items()}
+        return together | {"images": images, "apart": apart, "ready": self.readiness()}
+
+    def _meet(self) -> None:
+        self.clock.begin("end")
+        self.world.sum(torch.zeros(1, device=self.world.device))
+
     def readiness(self) -> list[float]:
-        """The share of a step's time after which the last gradient of each bucket is there. Collective."""
+        """The share of a step's time, apart, after which the last gradient of each bucket is there."""
         groups, clock = self.step.gradients.groups, self.clock
         there: dict[int, Any] = {}
         hooks = [
@@ -118,9 +143,9 @@ class Loop:
             for number, group in enumerate(groups)
             for parameter in group
         ]
-        next(self)  # so that a GPU has work in its queue
+        self.apart()  # so that a GPU has work in its queue
         begin = clock.mark()
-        next(self)
+        self.apart()
         end = clock.mark()
         for hook in hooks:
             hook.remove()
@@ -195,8 +220,10 @@ def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
         next(loop)
     meet(settings, f"{mode}.begin.{number}", lambda: time.sleep(0.001))
     loop.clock.seconds()
+    if settings.apart:
+        return loop.in_turn(settings.steps)
     images = [float(next(loop)) for _ in range(settings.steps)]
-    seconds = loop.clock.seconds() | ({"ready": loop.readiness()} if settings.beside else {})
+    seconds = loop.clock.seconds()
     meet(settings, f"{mode}.end.{number}", lambda: next(loop))
     return seconds | {"images": images}
 

@@ -3,18 +3,19 @@
     T(P) = E[the slowest of P ranks' work] + what of the allreduce is exposed
     allreduce of n bytes = cycle / 2 + 2 latency log2(P) + 2 (P - 1) / P n (host + wire)
 
-- Work, with its spread, is measured on independent jobs of one rank, side by side as the ranks will be: where ranks
-  outnumber cores they share them in the one case as in the other. The slowest of P is taken from their distribution.
+- Work, with its spread, is measured in steps that wait for no other rank, side by side: where ranks outnumber cores
+  they share them in the one case as in the other. The slowest of P is taken from their distribution.
 - Horovod looks for work once in a cycle, of which half passes on average. Latency and host (seconds per byte to copy
   and to add) are fitted to allreduces of several sizes on two ranks. Where links of that rate are there, wire is what
   an allreduce takes longer over them, at each size, for TCP carries large ones at another rate than small ones; else
   it is the nominal rate, of which TCP over Ethernet leaves 95 %. An allreduce that is optimal in bandwidth sends
   2 (P - 1) / P n on each link (Thakur et al. 2005), one rank to a link.
-- Buckets go out one after the other, each as soon as its last gradient is there, which is measured on jobs of one rank
-  too. On CPUs what the host does for a message takes the core from the work, and is not hidden; a core that is shared
+- Buckets go out one after the other, each as soon as its last gradient is there, which is measured in such steps, too.
+  On CPUs what the host does for a message takes the core from the work, and is not hidden; a core that is shared
   does it as much slower as it works. MPI waits spinning, and yields to the work: there, nothing goes out meanwhile.
 
-Nothing is fitted to steps of more than one rank. They are what the model is checked against.
+Nothing is fitted to steps in which ranks exchange gradients. They are what the model is checked against, and take turns
+with those that do not, for a machine may change from one minute to the next.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from numpy.typing import NDArray
 from hvd_eurosat.benchmarks.launcher import Launcher, Results
 from hvd_eurosat.benchmarks.results import read_results
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings
-from hvd_eurosat.benchmarks.step import shares, step_seconds
+from hvd_eurosat.benchmarks.step import step_seconds
 from hvd_eurosat.errors import UserError
 
 CHECKED = (2, 3, 4)
@@ -63,13 +64,13 @@ class Allreduce:
     wires: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @staticmethod
-    def fit(jobs: Sequence[Results], alone: Sequence[Results], mode: str, gloo: bool) -> Allreduce:
-        """From jobs of two ranks that time messages, and jobs of one, which say when buckets are ready."""
+    def fit(jobs: Sequence[Results], mode: str, gloo: bool) -> Allreduce:
+        """From jobs of two ranks that time messages."""
         first = jobs[0][0]
         host, fixed = fit_line(jobs)
         latency = max(0.0, fixed - first["cycle"] / 2) / 2
         on_gpu = first["device"] == "cuda"
-        ready = np.mean([one["modes"][mode]["ready"] for run in alone for one in run], axis=0)
+        ready = np.mean([one["modes"][mode]["ready"] for run in jobs for one in run], axis=0)
         if not (on_gpu or gloo):
             ready[:] = ready[-1]
         buckets = first["modes"][mode]["buckets"]
@@ -162,20 +163,20 @@ def refuse(launcher: Launcher, settings: ProjectSettings, before: Mapping[str, A
 
 
 def project(
-    launcher: Launcher, settings: ProjectSettings, jobs: Mapping[str, Sequence[Results]], mode: str, old: Any
+    launcher: Launcher, settings: ProjectSettings, jobs: Mapping[int, Sequence[Results]], mode: str, old: Any
 ) -> dict[str, Any]:
     """One mode's. old: what an earlier call found, which a call with a link adds to."""
     points = []
     if settings.link:
-        fit = Allreduce(**old["fit"]).with_link(settings.link, jobs["messages"])
+        fit = Allreduce(**old["fit"]).with_link(settings.link, jobs[2])
         points = [point for point in old["points"] if point["link"] != settings.link]
     else:
-        fit = Allreduce.fit(jobs["messages"], jobs["alone 2"], mode, launcher.gloo)
-    samples = {ranks: work(jobs[f"alone {ranks}"], mode) for ranks in alone_counts(launcher, settings)}
+        fit = Allreduce.fit(jobs[2], mode, launcher.gloo)
+    samples = {ranks: collate(runs, mode, lambda of: step_seconds(of["apart"])) for ranks, runs in jobs.items()}
     slower = {ranks: float(times.mean(1).max() / samples[2].mean(1).max()) for ranks, times in samples.items()}
-    for ranks in checked(launcher):
+    for ranks in sorted(jobs.keys() - {1}):
         point = predict(fit, samples[ranks], ranks, settings.link, slower[ranks])
-        points.append(check(point, jobs[f"together {ranks}"], mode))
+        points.append(check(point, jobs[ranks], mode))
     node = launcher.room(settings.cores)
     return {
         "fit": dataclasses.asdict(fit),
@@ -187,42 +188,30 @@ def project(
 
 def check(point: Mapping[str, Any], jobs: Sequence[Results], mode: str) -> dict[str, Any]:
     """The point beside what was measured: the step's time, and the part of it in communication proper."""
-    measured = 1000 * statistics.mean(t for run in jobs for t in step_seconds(run[0], mode))
-    communication = measured * statistics.mean(shares([run], mode)["communication"] for run in jobs)
+    measured = 1000 * float(collate(jobs, mode, step_seconds).max(0).mean())
+    communication = 1000 * float(collate(jobs, mode, lambda of: of["communication"]).min(0).mean())
     error = point["predicted_ms"] / measured - 1
     return {**point, "measured_ms": measured, "communication_ms": communication, "error": error}
 
 
-def checked(launcher: Launcher) -> list[int]:
-    """Numbers of ranks whose steps check the model."""
-    return list(filter(launcher.allows, CHECKED))
-
-
-def alone_counts(launcher: Launcher, settings: ProjectSettings) -> list[int]:
-    """How many jobs of one rank are measured side by side: as many as are checked, and a machine full."""
-    return sorted({2, *checked(launcher), launcher.room(settings.cores)})
-
-
 def collect(
     launcher: Launcher, settings: ProjectSettings, say: Callable[[str], None]
-) -> Iterator[Mapping[str, Sequence[Results]]]:
-    """After each round, the results of each kind of job in the rounds so far."""
+) -> Iterator[Mapping[int, Sequence[Results]]]:
+    """After each round, by the number of ranks, the jobs of the rounds so far: those to check, and a machine full."""
     rounds = min(ROUNDS, settings.steps)
     steps, cores = settings.steps // rounds, settings.cores
-    jobs: dict[str, list[Results]] = defaultdict(list)
+    jobs: dict[int, list[Results]] = defaultdict(list)
     for number in range(rounds):
-        say(f"round {number + 1} of {rounds}")
-        jobs["messages"].append(launcher.ours(2, 1, cores, cores=cores, messages=True))
-        for ranks in alone_counts(launcher, settings):
-            jobs[f"alone {ranks}"].append(launcher.alone(ranks, steps, cores))
-        for ranks in checked(launcher):
-            jobs[f"together {ranks}"].append(launcher.ours(ranks, steps, cores, cores=cores))
+        for ranks in sorted({*filter(launcher.allows, CHECKED), launcher.room(cores)}):
+            say(f"round {number + 1} of {rounds}: np {ranks}")
+            jobs[ranks].append(launcher.ours(ranks, steps, cores, cores=cores, apart=True, messages=ranks == 2))
         yield jobs
 
 
-def work(jobs: Sequence[Results], mode: str) -> Samples:
-    """Seconds [ranks, steps] of every step of the jobs of one rank, over all rounds."""
-    return np.array([[t for run in jobs for t in step_seconds(run[n], mode)] for n in range(len(jobs[0]))])
+def collate(jobs: Sequence[Results], mode: str, seconds: Callable[[Mapping[str, Any]], Sequence[float]]) -> Samples:
+    """Seconds [ranks, steps], over all rounds. seconds: of each step, in what a rank measured in the mode."""
+    ranks = range(len(jobs[0]))
+    return np.array([[time for run in jobs for time in seconds(run[rank]["modes"][mode])] for rank in ranks])
 
 
 def predict(fit: Allreduce, samples: Samples, ranks: int, link: float, slower: float) -> dict[str, Any]:

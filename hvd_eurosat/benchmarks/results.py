@@ -77,6 +77,7 @@ def _scaling_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
                 "images/s": f"{of['images_per_second']:,.1f}",
                 "of as many alone": _percent(of["efficiency"]),
                 "min to max": f"{_percent(of['min'])} to {_percent(of['max'])}",
+                "these in lockstep": _percent(of["lockstep"]),
                 "of N x one rank": _percent(of["plain"]),
                 "strong: images/s": f"{of['strong']['images_per_second']:,.1f}",
                 "efficiency": _percent(of["strong"]["efficiency"]),

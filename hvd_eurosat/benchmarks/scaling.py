@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hvd_eurosat.benchmarks.launcher import Launcher
+from hvd_eurosat.benchmarks.launcher import Launcher, Results
 from hvd_eurosat.benchmarks.settings import MODES, ScalingSettings
-from hvd_eurosat.benchmarks.step import ROUNDS, rate, spread
+from hvd_eurosat.benchmarks.step import ROUNDS, rate, spread, step_seconds
 
 Rates = dict[str, dict[tuple[str, int], list[float]]]
 
@@ -32,6 +32,7 @@ def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], 
                 rates[mode]["strong", ranks].append(rate(strong, mode))
                 apart = statistics.mean(rate([one], mode) for one in alone)
                 rates[mode]["alone", ranks].append(ranks * apart)
+                rates[mode]["lockstep", ranks].append(lockstep(alone, mode))
         yield {mode: {str(ranks): compare(rates[mode], ranks) for ranks in counts} for mode in MODES}
 
 
@@ -40,8 +41,18 @@ def numbers(most: int) -> list[int]:
     return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
 
 
+def lockstep(alone: Results, mode: str) -> float:
+    """What jobs of one rank would keep of their rate if each waited for the slowest after every step."""
+    seconds = [step_seconds(one["modes"][mode]) for one in alone]
+    slowest: list[float] = [max(step) for step in zip(*seconds, strict=True)]
+    return statistics.mean(sum(one) for one in seconds) / sum(slowest)
+
+
 def compare(rates: Mapping[tuple[str, int], Sequence[float]], ranks: int) -> dict[str, Any]:
-    """One number of ranks. Efficiencies are taken within each round: a machine that drifts is in both terms."""
+    """One number of ranks. Efficiencies are taken within each round: a machine that drifts is in both terms.
+
+    An efficiency below "lockstep" is what the job costs; what that one is below 1, how unevenly the cores work.
+    """
     weak, strong, alone = (rates[kind, ranks] for kind in ("weak", "strong", "alone"))
     one = rates["alone", 1]
     shares = spread([together / apart for together, apart in zip(weak, alone, strict=True)])
@@ -50,6 +61,7 @@ def compare(rates: Mapping[tuple[str, int], Sequence[float]], ranks: int) -> dic
         "efficiency": shares["median"],
         "min": shares["min"],
         "max": shares["max"],
+        "lockstep": statistics.median(rates["lockstep", ranks]),
         "plain": statistics.median(w / (ranks * o) for w, o in zip(weak, one, strict=True)),
         "strong": {
             "images_per_second": statistics.median(strong),

@@ -38,7 +38,9 @@ class StepSettings(Config):
 
 class ScalingSettings(StepSettings):
     """Images per second of 1 to N ranks, each with its own cores or GPU. Weak scaling is measured against as many
-    independent jobs of one rank, side by side on the same cores; strong scaling shares out one batch.
+    independent jobs of one rank, side by side on the same cores, and these against what they would keep of their rate
+    had each waited for the slowest after every step (in lockstep): less than 100 % is how unevenly the cores work, not
+    what the job costs. Strong scaling shares out one batch.
     """
 
     cores: PositiveInt = 1
@@ -46,8 +48,9 @@ class ScalingSettings(StepSettings):
 
 
 class ProjectSettings(ScalingSettings):
-    """A model of the step's time from one rank's compute and the allreduce of two, checked against more ranks, and what
-    it says of up to 1,024. With link, hosts are only checked against the model that an earlier call has fitted.
+    """A model of the step's time from the ranks' work and the allreduce of two, checked against steps in which ranks
+    exchange gradients, and what it says of up to 1,024. With link, hosts are only checked against the model that an
+    earlier call has fitted.
     """
 
     link: NonNegativeFloat = 0.0
@@ -73,6 +76,8 @@ class JobSettings(Config):
     """bind each rank to so many cores of its own; 0: do not"""
     beside: int = 0
     """so many independent one-rank jobs side by side instead of one job of that many ranks"""
+    apart: bool = False
+    """steps take turns with as many in which no rank waits for another, which are measured too"""
     messages: bool = False
     """time allreduces of several sizes, too"""
     memory: bool = False

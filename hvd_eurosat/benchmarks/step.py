@@ -57,7 +57,7 @@ def ratios(rates: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def rate(ranks: Results, mode: str) -> float:
     """Images per second of a job, by its slowest rank."""
     images: list[float] = ranks[0]["modes"][mode]["images"]
-    return sum(images) / max(sum(step_seconds(rank, mode)) for rank in ranks)
+    return sum(images) / max(sum(step_seconds(rank["modes"][mode])) for rank in ranks)
 
 
 def epoch_rate(ranks: Results, mode: str, images: int) -> float:
@@ -66,10 +66,9 @@ def epoch_rate(ranks: Results, mode: str, images: int) -> float:
     return images / (images / rate(ranks, mode) + validation)
 
 
-def step_seconds(rank: Mapping[str, Any], mode: str) -> list[float]:
-    """Of each step of a rank, all in all."""
-    of = rank["modes"][mode]
-    return [sum(values) for values in zip(*(of[part] for part in PARTS if part in of), strict=True)]
+def step_seconds(parts: Mapping[str, Any]) -> list[float]:
+    """Of each step of a rank in one mode, all in all."""
+    return [sum(values) for values in zip(*(parts[part] for part in PARTS if part in parts), strict=True)]
 
 
 def shares(jobs: Sequence[Results], mode: str) -> dict[str, float]:
@@ -82,7 +81,7 @@ def shares(jobs: Sequence[Results], mode: str) -> dict[str, float]:
     whole = 0.0
     for ranks in jobs:
         parts = [rank["modes"][mode] for rank in ranks]
-        whole += statistics.mean(sum(step_seconds(rank, mode)) for rank in ranks)
+        whole += statistics.mean(sum(step_seconds(part)) for part in parts)
         for name in ("data", "optimiser"):
             total[name] += statistics.mean(sum(part[name]) for part in parts)
         for together in zip(*(part["communication"] for part in parts), strict=True):

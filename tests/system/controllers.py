@@ -30,7 +30,7 @@ def measure(host: Host, controller: str, mode: str, **environment: str) -> str:
         if done.returncode:
             raise RuntimeError(done.stderr)
         ranks = [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(2)]
-    seconds = statistics.median(step_seconds(ranks[0], mode))
+    seconds = statistics.median(step_seconds(ranks[0]["modes"][mode]))
     waits = zip(*(rank["modes"][mode]["communication"] for rank in ranks), strict=True)
     return f"step {1000 * seconds:,.1f} ms, communication {1000 * statistics.median(map(min, waits)):,.1f} ms"
 

@@ -41,8 +41,9 @@ def test_scaling_and_projection_over_hosts(launch: Launch, hosts: dict[str, Host
     for mode in MODES:
         one, two = (found["scaling"][mode][ranks] for ranks in ("1", "2"))
         assert one["efficiency"] == 1
-        assert 0 < two["images_per_second"] < 2.5 * one["images_per_second"]
+        assert 0 < two["min"] <= two["efficiency"] <= two["max"]
+        assert 0 < two["lockstep"] <= 1
         (point,) = found["project"][mode]["points"]
         assert 0 < point["communication_ms"] < point["measured_ms"]
-        assert abs(point["error"]) < 1
+        assert point["predicted_ms"] > 0
         assert all(0 < each["efficiency"] <= 1 for each in found["project"][mode]["projection"])

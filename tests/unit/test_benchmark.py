@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,16 @@ def data(grow: Grow) -> Path:
 
 
 class Machine:
-    """Jobs that take as long as the model says, on two cores, over links that carry large messages more slowly."""
+    """Jobs that take as long as the model says, on two cores, over links that carry large messages more slowly.
+
+    drift: times that jobs of so many ranks find it slower.
+    """
 
     gloo = True
     slots = (1, 1, 1, 1)
 
-    def __init__(self, link: float) -> None:
-        self.link = link
+    def __init__(self, link: float, drift: Mapping[int, float]) -> None:
+        self.link, self.drift = link, drift
         self.fit = dataclasses.replace(FIT, wires={"0.1": WIRES})
 
     def room(self, cores: int) -> int:
@@ -56,21 +60,15 @@ class Machine:
     def allows(self, ranks: int) -> bool:
         return ranks <= 4
 
-    def alone(self, ranks: int, steps: int, cores: int) -> list[dict[str, Any]]:
-        one = rank(0, WORK * slower(ranks), 0, 0)
-        for of in one["modes"].values():
-            of["ready"] = FIT.ready
-        return [one] * ranks
-
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> list[dict[str, Any]]:
-        work = WORK * slower(ranks)
-        one = rank(0, work, 0, self.fit.exposed(ranks, self.link, work, slower(ranks)))
-        for of in one["modes"].values():
-            of["buckets"] = FIT.buckets
-        times = {
-            size: [FIT.cycle / 2 + 2 * FIT.latency + int(size) * (FIT.host + self.fit.wire(self.link, int(size)))]
-            for size in WIRES
-        }
+        drift = self.drift.get(ranks, 1.0)
+        slow = slower(ranks) * drift
+        one = rank(0, WORK * slow, 0, self.fit.exposed(ranks, self.link, WORK * slow, slow))
+        for mode, of in one["modes"].items():
+            apart = rank(0, WORK * slow, 0, 0)["modes"][mode]
+            of |= {"buckets": FIT.buckets, "ready": FIT.ready, "apart": apart}
+        bytes_each = {size: FIT.host * drift + self.fit.wire(self.link, int(size)) for size in WIRES}
+        times = {size: [FIT.cycle / 2 + 2 * FIT.latency + int(size) * of] for size, of in bytes_each.items()}
         return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
 
 
@@ -80,7 +78,7 @@ def slower(ranks: int) -> float:
 
 
 def test_a_section_stands_beside_the_others(tmp_path: Path) -> None:
-    scaled = scaling.compare({(kind, 1): [1.0] for kind in ("weak", "strong", "alone")}, 1)
+    scaled = scaling.compare({(kind, 1): [1.0] for kind in ("weak", "strong", "alone", "lockstep")}, 1)
     used = {"peak_pss_mb": 3, "images_mb": 2, "images_file_mb": 1}
     results.merge(tmp_path, "scaling", {"all": {"4": scaled}})
     results.merge(tmp_path, "memory", {"1": used})
@@ -137,14 +135,24 @@ def test_efficiencies_are_taken_within_a_round() -> None:
     rates = {
         ("alone", 1): [100.0, 50.0, 100.0],
         ("alone", 2): [180.0, 90.0, 180.0],
+        ("lockstep", 2): [0.99, 0.94, 0.98],
         ("weak", 2): [171.0, 81.0, 180.0],
         ("strong", 2): [150.0, 70.0, 160.0],
     }
     found = scaling.compare(rates, 2)
     assert found["images_per_second"] == 171.0
     assert (found["min"], found["efficiency"], found["max"]) == pytest.approx((0.9, 0.95, 1.0))
+    assert found["lockstep"] == 0.98
     assert found["plain"] == pytest.approx(0.855)
     assert found["strong"] == pytest.approx({"images_per_second": 150.0, "efficiency": 0.75})
+
+
+def test_what_jobs_side_by_side_would_keep_in_lockstep() -> None:
+    """Each core is slow in another step."""
+    one, two = rank(0.1, 0.2, 0, 0), rank(0.1, 0.2, 0, 0)
+    one["modes"]["all"]["step"][0] = two["modes"]["all"]["step"][1] = 0.5
+    assert scaling.lockstep([one, two], "all") == pytest.approx(0.9 / 1.2)
+    assert scaling.lockstep([one, two], "bn+head") == 1.0
 
 
 def test_the_slowest_of_many() -> None:
@@ -169,13 +177,13 @@ def test_what_is_hidden_behind_backward() -> None:
     assert FIT.exposed(4, 1.0, WORK, 1.0) == pytest.approx(in_part)
     on_gpu = dataclasses.replace(FIT, hides_host=True)
     assert on_gpu.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + latency + small + 1.5 * 300_000 * 2e-9)
-    over_mpi = Allreduce.fit([Machine(0).ours(2, 1, 1)], [Machine(0).alone(2, 1, 1)], "all", gloo=False)
+    over_mpi = Allreduce.fit([Machine(0, {}).ours(2, 1, 1)], "all", gloo=False)
     assert over_mpi.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + 2 * latency + small + large + host)
 
 
 def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     settings = ProjectSettings(steps=1, run={"dir": tmp_path})
-    (found,) = project.measure(Machine(0.0), settings, print)
+    (found,) = project.measure(Machine(0.0, {3: 1.5}), settings, print)
     for mode in MODES:
         assert found[mode]["fit"]["host"] == pytest.approx(FIT.host)
         assert found[mode]["fit"]["latency"] == pytest.approx(FIT.latency)
@@ -187,12 +195,11 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
         assert many["predicted_ms"] == pytest.approx(1000 * (own + FIT.exposed(1024, 100, own, 2.0)))
     results.merge(tmp_path, "project", found)
     slow = settings.model_copy(update={"link": 0.1})
-    (again,) = project.measure(Machine(0.1), slow, print)
+    (again,) = project.measure(Machine(0.1, {4: 0.7}), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
     assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(WIRES)}
     assert Allreduce(**again["all"]["fit"]).wire(0.1, 8_912_896) == pytest.approx(0.95e-7)
-    assert again["all"]["projection"] == found["all"]["projection"]
     results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
