@@ -112,25 +112,23 @@ class Loop:
 
     def apart(self) -> None:
         """A step in which this rank waits for no other."""
-        gradients = self.step.gradients
-        exchanges, gradients.exchanges = gradients.exchanges, False
-        next(self)
-        gradients.exchanges = exchanges
+        with self.step.gradients.no_sync():
+            next(self)
 
     def in_turn(self, steps: int) -> dict[str, Any]:
-        """As `measure`, of so many steps, each after one "apart"; the ranks begin each one together. Collective."""
+        """As `measure`, of so many steps, each after one "apart"; all ranks begin each of both together. Collective."""
         images = []
         for _ in range(steps):
-            self._meet()
+            self._barrier()
             self.apart()
-            self._meet()
+            self._barrier()
             images.append(float(next(self)))
         seconds = self.clock.seconds()
         apart = {name: values[::2] for name, values in seconds.items()}
         together = {name: values[1::2] for name, values in seconds.items()}
         return together | {"images": images, "apart": apart, "ready": self.readiness()}
 
-    def _meet(self) -> None:
+    def _barrier(self) -> None:
         self.clock.begin("end")
         self.world.sum(torch.zeros(1, device=self.world.device))
 
@@ -214,7 +212,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
 
 
 def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
-    """Seconds of each step in each thing, and its images on all ranks. Collective."""
+    """Seconds of each step in each thing, and its images on all ranks; in turn, more. Collective."""
     mode = loop.state.model.trainable
     for _ in range(settings.warm_up):
         next(loop)

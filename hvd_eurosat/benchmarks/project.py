@@ -4,7 +4,8 @@
     allreduce of n bytes = cycle / 2 + 2 latency log2(P) + 2 (P - 1) / P n (host + wire)
 
 - Work, with its spread, is measured in steps that wait for no other rank, side by side: where ranks outnumber cores
-  they share them in the one case as in the other. The slowest of P is taken from their distribution.
+  they share them in the one case as in the other, and with Horovod's thread, which finds nothing to do there. The
+  slowest of P is taken from their distribution.
 - Horovod looks for work once in a cycle, of which half passes on average. Latency and host (seconds per byte to copy
   and to add) are fitted to allreduces of several sizes on two ranks. Where links of that rate are there, wire is what
   an allreduce takes longer over them, at each size, for TCP carries large ones at another rate than small ones; else
@@ -215,7 +216,7 @@ def collate(jobs: Sequence[Results], mode: str, seconds: Callable[[Mapping[str, 
 
 
 def predict(fit: Allreduce, samples: Samples, ranks: int, link: float, slower: float) -> dict[str, Any]:
-    """A point: the step's time in ms and its efficiency, the share of it that one rank alone would take."""
+    """A point: the step's time in ms and its efficiency, the share of it that a rank's own work takes on average."""
     own = slowest(samples, ranks)
     seconds = own + fit.exposed(ranks, link, own, slower)
     return {"ranks": ranks, "link": link, "predicted_ms": 1000 * seconds, "efficiency": float(samples.mean()) / seconds}

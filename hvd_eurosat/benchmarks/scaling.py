@@ -30,9 +30,10 @@ def measure(launcher: Launcher, settings: ScalingSettings, say: Callable[[str], 
             for mode in MODES:
                 rates[mode]["weak", ranks].append(rate(weak, mode))
                 rates[mode]["strong", ranks].append(rate(strong, mode))
-                apart = statistics.mean(rate([one], mode) for one in alone)
-                rates[mode]["alone", ranks].append(ranks * apart)
-                rates[mode]["lockstep", ranks].append(lockstep(alone, mode))
+                each = statistics.mean(rate([one], mode) for one in alone)
+                rates[mode]["alone", ranks].append(ranks * each)
+                if len(alone) == ranks:  # none stands for the others
+                    rates[mode]["lockstep", ranks].append(lockstep(alone, mode))
         yield {mode: {str(ranks): compare(rates[mode], ranks) for ranks in counts} for mode in MODES}
 
 
@@ -42,10 +43,10 @@ def numbers(most: int) -> list[int]:
 
 
 def lockstep(alone: Results, mode: str) -> float:
-    """What jobs of one rank would keep of their rate if each waited for the slowest after every step."""
+    """The share that jobs of one rank would keep of their rate if each waited for the slowest after every step."""
     seconds = [step_seconds(one["modes"][mode]) for one in alone]
     slowest: list[float] = [max(step) for step in zip(*seconds, strict=True)]
-    return statistics.mean(sum(one) for one in seconds) / sum(slowest)
+    return statistics.harmonic_mean([sum(one) for one in seconds]) / sum(slowest)
 
 
 def compare(rates: Mapping[tuple[str, int], Sequence[float]], ranks: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def compare(rates: Mapping[tuple[str, int], Sequence[float]], ranks: int) -> dic
 
     An efficiency below "lockstep" is what the job costs; what that one is below 1, how unevenly the cores work.
     """
-    weak, strong, alone = (rates[kind, ranks] for kind in ("weak", "strong", "alone"))
+    weak, strong, alone, in_step = (rates[kind, ranks] for kind in ("weak", "strong", "alone", "lockstep"))
     one = rates["alone", 1]
     shares = spread([together / apart for together, apart in zip(weak, alone, strict=True)])
     return {
@@ -61,7 +62,7 @@ def compare(rates: Mapping[tuple[str, int], Sequence[float]], ranks: int) -> dic
         "efficiency": shares["median"],
         "min": shares["min"],
         "max": shares["max"],
-        "lockstep": statistics.median(rates["lockstep", ranks]),
+        "lockstep": statistics.median(in_step) if in_step else None,
         "plain": statistics.median(w / (ranks * o) for w, o in zip(weak, one, strict=True)),
         "strong": {
             "images_per_second": statistics.median(strong),

@@ -38,9 +38,9 @@ class StepSettings(Config):
 
 class ScalingSettings(StepSettings):
     """Images per second of 1 to N ranks, each with its own cores or GPU. Weak scaling is measured against as many
-    independent jobs of one rank, side by side on the same cores, and these against what they would keep of their rate
-    had each waited for the slowest after every step (in lockstep): less than 100 % is how unevenly the cores work, not
-    what the job costs. Strong scaling shares out one batch.
+    independent jobs of one rank, side by side on the same cores. Beside it stands the share of their rate that these
+    would keep if each waited for the slowest after every step (in lockstep): what is missing there is how unevenly the
+    cores work, not what the job costs. Strong scaling shares out one batch.
     """
 
     cores: PositiveInt = 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class GradientBuckets:
     backward makes them (compiled, it hands over all of them at its end). Fixed buckets make the sums repeatable, unlike
     Horovod's own fusion. The last bucket ends with a few numbers more: what the ranks tell each other in every step,
     `notes`, costs no collective of its own (but with Adasum, which adds numbers up in another way). Buckets, notes
-    included, travel as `dtype`. While `exchanges` is False every rank keeps its own sums, as one alone does.
+    included, travel as `dtype`.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class GradientBuckets:
         if adasum and world.size > 1 and not under_mpi():
             raise SharedError("optim.reduction adasum needs MPI: start the ranks by mpirun, srun or horovodrun --mpi")
         self._world, self._adasum = world, adasum
-        self.exchanges = world.size > 1
+        self._exchanges = world.size > 1
         self._dtype, self._compresses = dtype, dtype != torch.float32
         self._missing: list[int] = []
         self.groups = split_by_bytes(list(reversed(parameters)), BUCKET_BYTES)
@@ -60,11 +61,20 @@ class GradientBuckets:
 
     def _arrived(self, number: int) -> None:
         self._missing[number] -= 1
-        if self._missing[number] == 0 and self.exchanges:
+        if self._missing[number] == 0 and self._exchanges:
             sent = self.buffers[number]
             if self._compresses:  # as large as a rank's own mean, or 16 bits would lose it
                 sent = (sent * self._world.size).to(self._dtype)
             self._handles[number] = self._world.start_sum(sent, f"gradients.{number}", self._adasum), sent
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Steps within it leave every rank its own sums, as in torch's DistributedDataParallel."""
+        exchanges, self._exchanges = self._exchanges, False
+        try:
+            yield
+        finally:
+            self._exchanges = exchanges
 
     def zero(self) -> None:
         """Start a step: all gradients and notes to zero, in place."""
@@ -78,6 +88,6 @@ class GradientBuckets:
             self._world.finish_sum(handle)
             if self._compresses:
                 self.buffers[number].copy_(sent).div_(self._world.size)
-        if self._adasum and self.exchanges:
+        if self._adasum and self._exchanges:
             self.notes.copy_(self._world.sum(self.notes))
         self._handles.clear()

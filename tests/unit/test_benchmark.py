@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hvd_eurosat import benchmark
 from hvd_eurosat.benchmarks import project, results, scaling, step
+from hvd_eurosat.benchmarks.job import Clock
 from hvd_eurosat.benchmarks.project import Allreduce
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings, StepSettings
 from tests.unit.conftest import Grow
@@ -21,17 +23,21 @@ FIT = Allreduce(
     cycle=0.004, latency=0.001, host=2e-9, buckets=[16_000_000, 300_000], ready=[0.3, 0.9], hides_host=False, gloo=True
 )
 WORK = 0.1
+FASTER = 0.8
 WIRES = {"4096": 1.1e-7, "1048576": 0.9e-7, "16777216": 1.0e-7}  # a link of 0.1 Gbit/s, seconds per byte by size
 
 
+STEPS = 2
+
+
 def rank(data: float, work: float, optimiser: float, communication: float) -> dict[str, Any]:
-    """Two equal steps of 128 images."""
+    """Equal steps of 128 images."""
     of = {"data": data, "step": work, "optimiser": optimiser, "communication": communication, "images": 128.0}
     once = {"validation": 3.0}
     return {
         "device": "cpu",
         "controller": "mpi",
-        "modes": {mode: once | {k: [value] * 2 for k, value in of.items()} for mode in MODES},
+        "modes": {mode: once | {k: [value] * STEPS for k, value in of.items()} for mode in MODES},
     }
 
 
@@ -44,7 +50,7 @@ def data(grow: Grow) -> Path:
 class Machine:
     """Jobs that take as long as the model says, on two cores, over links that carry large messages more slowly.
 
-    drift: times that jobs of so many ranks find it slower.
+    Each rank is slow in another step. drift: times that jobs of so many ranks find the machine slower.
     """
 
     gloo = True
@@ -61,15 +67,26 @@ class Machine:
         return ranks <= 4
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> list[dict[str, Any]]:
-        drift = self.drift.get(ranks, 1.0)
+        drift = self.drift[ranks]
         slow = slower(ranks) * drift
-        one = rank(0, WORK * slow, 0, self.fit.exposed(ranks, self.link, WORK * slow, slow))
-        for mode, of in one["modes"].items():
-            apart = rank(0, WORK * slow, 0, 0)["modes"][mode]
-            of |= {"buckets": FIT.buckets, "ready": FIT.ready, "apart": apart}
+        exposed = self.fit.exposed(ranks, self.link, WORK * slow, slow)
         bytes_each = {size: FIT.host * drift + self.fit.wire(self.link, int(size)) for size in WIRES}
         times = {size: [FIT.cycle / 2 + 2 * FIT.latency + int(size) * of] for size, of in bytes_each.items()}
-        return [one | {"cycle": FIT.cycle, "messages": times}] * ranks
+        results = []
+        for number in range(ranks):
+            one = rank(0, 0, 0, 0) | {"cycle": FIT.cycle, "messages": times}
+            work = [WORK * slow * (1 if step == number % STEPS else FASTER) for step in range(STEPS)]
+            waiting = [exposed + WORK * slow - seconds for seconds in work]
+            for mode, of in one["modes"].items():
+                apart = of | {"step": work}
+                one["modes"][mode] = apart | {
+                    "communication": waiting,
+                    "buckets": FIT.buckets,
+                    "ready": FIT.ready,
+                    "apart": apart,
+                }
+            results.append(one)
+        return results
 
 
 def slower(ranks: int) -> float:
@@ -78,7 +95,8 @@ def slower(ranks: int) -> float:
 
 
 def test_a_section_stands_beside_the_others(tmp_path: Path) -> None:
-    scaled = scaling.compare({(kind, 1): [1.0] for kind in ("weak", "strong", "alone", "lockstep")}, 1)
+    on_gpu = {("lockstep", 1): []}
+    scaled = scaling.compare(on_gpu | {(kind, 1): [1.0] for kind in ("weak", "strong", "alone")}, 1)
     used = {"peak_pss_mb": 3, "images_mb": 2, "images_file_mb": 1}
     results.merge(tmp_path, "scaling", {"all": {"4": scaled}})
     results.merge(tmp_path, "memory", {"1": used})
@@ -149,10 +167,19 @@ def test_efficiencies_are_taken_within_a_round() -> None:
 
 def test_what_jobs_side_by_side_would_keep_in_lockstep() -> None:
     """Each core is slow in another step."""
-    one, two = rank(0.1, 0.2, 0, 0), rank(0.1, 0.2, 0, 0)
-    one["modes"]["all"]["step"][0] = two["modes"]["all"]["step"][1] = 0.5
-    assert scaling.lockstep([one, two], "all") == pytest.approx(0.9 / 1.2)
-    assert scaling.lockstep([one, two], "bn+head") == 1.0
+    one, two = rank(0.1, 0.2, 0, 0), rank(0.1, 0.3, 0, 0)
+    one["modes"]["all"]["step"][0] = 0.9
+    alone = (2 / 1.3 + 2 / 0.8) / 2
+    assert scaling.lockstep([one, two], "all") == pytest.approx(2 / 1.4 / alone)
+
+
+def test_the_time_between_steps_is_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(torch.device("cpu"))
+    moments = iter([0.0, 3.0, 4.0, 6.0, 10.0, 15.0])
+    monkeypatch.setattr(clock, "mark", lambda: next(moments))
+    for span in ("end", "data", "step", "end", "data"):
+        clock.begin(span)
+    assert clock.seconds() == {"data": [1, 5], "step": [2, 0], "communication": [0, 0], "optimiser": [0, 0]}
 
 
 def test_the_slowest_of_many() -> None:
@@ -177,25 +204,27 @@ def test_what_is_hidden_behind_backward() -> None:
     assert FIT.exposed(4, 1.0, WORK, 1.0) == pytest.approx(in_part)
     on_gpu = dataclasses.replace(FIT, hides_host=True)
     assert on_gpu.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + latency + small + 1.5 * 300_000 * 2e-9)
-    over_mpi = Allreduce.fit([Machine(0, {}).ours(2, 1, 1)], "all", gloo=False)
+    over_mpi = Allreduce.fit([Machine(0, {2: 1}).ours(2, 1, 1)], "all", gloo=False)
     assert over_mpi.exposed(4, 1.0, 10.0, 1.0) == pytest.approx(cycle + 2 * latency + small + large + host)
 
 
 def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     settings = ProjectSettings(steps=1, run={"dir": tmp_path})
-    (found,) = project.measure(Machine(0.0, {3: 1.5}), settings, print)
+    (found,) = project.measure(Machine(0.0, {2: 1.2, 3: 1.5, 4: 1.0}), settings, print)
     for mode in MODES:
-        assert found[mode]["fit"]["host"] == pytest.approx(FIT.host)
+        assert found[mode]["fit"]["host"] == pytest.approx(1.2 * FIT.host)
         assert found[mode]["fit"]["latency"] == pytest.approx(FIT.latency)
         assert [point["ranks"] for point in found[mode]["points"]] == [2, 3, 4]
         assert found[mode]["error"] == pytest.approx(0, abs=1e-6)
+        exposed = FIT.exposed(3, 0, 2.25 * WORK, 2.25)
+        assert found[mode]["points"][1]["communication_ms"] == pytest.approx(1000 * exposed)
         many = found[mode]["projection"][-1]
         own = 2 * WORK
         assert (many["ranks"], many["link"]) == (1024, 100)
         assert many["predicted_ms"] == pytest.approx(1000 * (own + FIT.exposed(1024, 100, own, 2.0)))
     results.merge(tmp_path, "project", found)
     slow = settings.model_copy(update={"link": 0.1})
-    (again,) = project.measure(Machine(0.1, {4: 0.7}), slow, print)
+    (again,) = project.measure(Machine(0.1, {2: 1.2, 3: 1.0, 4: 0.7}), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
     assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(WIRES)}

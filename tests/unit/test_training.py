@@ -22,6 +22,7 @@ from hvd_eurosat.model.weights import read_weights
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
+from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
@@ -140,6 +141,35 @@ def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
     assert not torch.equal(model.fc.weight, first.model["fc.weight"])
     for name in ("model", "optimiser"):
         torch.testing.assert_close(getattr(saved, name), getattr(first, name), rtol=0, atol=0)
+
+
+class Twins(World):
+    """Two ranks of equal gradients, in place of Horovod's."""
+
+    def start_sum(self, tensor: torch.Tensor, name: str, adasum: bool = False) -> int:
+        tensor.mul_(2)
+        return 0
+
+    def finish_sum(self, handle: int) -> None:
+        pass
+
+
+def test_gradients_stay_with_their_rank_within_no_sync() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    world = Twins(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"), threads=1)
+    buckets = GradientBuckets(world, [parameter], notes=1)
+
+    def gradient() -> float:
+        buckets.zero()
+        parameter.sum().backward()
+        buckets.wait()
+        assert parameter.grad is not None
+        return parameter.grad.mean().item()
+
+    assert gradient() == 2
+    with buckets.no_sync():
+        assert gradient() == 1
+    assert gradient() == 2
 
 
 def never(message: str) -> None:
