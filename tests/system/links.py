@@ -1,6 +1,6 @@
-"""The projection over hosts that are namespaces of this machine, with links of several rates. As root; 45 minutes.
+"""The projection over hosts that are namespaces of this machine, with links of several rates. As root; an hour.
 
-HOROVOD_CONTROLLER=gloo python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 9]
+HOROVOD_CONTROLLER=gloo python -m tests.system.links --data.root data/EuroSAT_RGB --run.dir runs/links [--steps 24]
 
 It is fitted on four hosts without a limit, and checked on two, three and four of them at each rate.
 """
