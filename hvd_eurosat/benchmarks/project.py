@@ -11,9 +11,10 @@
   an allreduce takes longer over them, at each size, for TCP carries large ones at another rate than small ones; else
   it is the nominal rate, of which TCP over Ethernet leaves 95 %. An allreduce that is optimal in bandwidth sends
   2 (P - 1) / P n on each link (Thakur et al. 2005), one rank to a link.
-- Buckets go out one after the other, each as soon as its last gradient is there, which is measured in such steps, too.
-  On CPUs what the host does for a message takes the core from the work, and is not hidden; a core that is shared
-  does it as much slower as it works. MPI waits spinning, and yields to the work: there, nothing goes out meanwhile.
+- Buckets go out one after the other, each as soon as its last gradient is there, which is measured in the steps that
+  wait for no other rank, too. On CPUs what the host does for a message takes the core from the work, and is not hidden;
+  a core that is shared does it as much slower as it works. MPI waits spinning, and yields to the work: there, nothing
+  goes out meanwhile.
 
 Nothing is fitted to steps in which ranks exchange gradients. They are what the model is checked against, and take turns
 with those that do not, for a machine may change from one minute to the next.

@@ -52,7 +52,8 @@ def lockstep(alone: Results, mode: str) -> float:
 def compare(rates: Mapping[tuple[str, int], Sequence[float]], ranks: int) -> dict[str, Any]:
     """One number of ranks. Efficiencies are taken within each round: a machine that drifts is in both terms.
 
-    An efficiency below "lockstep" is what the job costs; what that one is below 1, how unevenly the cores work.
+    What an efficiency is below "lockstep" is the job's cost, or the machine changed between the two; what that one is
+    below 1 is how unevenly the cores work.
     """
     weak, strong, alone, in_step = (rates[kind, ranks] for kind in ("weak", "strong", "alone", "lockstep"))
     one = rates["alone", 1]

@@ -20,7 +20,8 @@ class StepSettings(Config):
     """
 
     steps: PositiveInt = 50
-    """measured steps of each contender and mode, in up to five rounds of equal length; they bound the time it takes"""
+    """measured steps of each contender and mode, in up to five rounds of equal length (project: in three, and as many
+    steps without the exchange of gradients); they bound the time it takes"""
     hosts: str = ""
     """hosts to run on, as name:slots,name:slots; default: this machine"""
     interface: str = ""

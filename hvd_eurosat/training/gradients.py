@@ -69,7 +69,7 @@ class GradientBuckets:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Steps within it leave every rank its own sums, as in torch's DistributedDataParallel."""
+        """Steps within it exchange nothing, then or later: after them the ranks' weights differ."""
         exchanges, self._exchanges = self._exchanges, False
         try:
             yield

@@ -14,7 +14,7 @@ import torch
 
 from hvd_eurosat import benchmark
 from hvd_eurosat.benchmarks import project, results, scaling, step
-from hvd_eurosat.benchmarks.job import Clock
+from hvd_eurosat.benchmarks.job import Clock, Loop
 from hvd_eurosat.benchmarks.project import Allreduce
 from hvd_eurosat.benchmarks.settings import MODES, ProjectSettings, StepSettings
 from tests.unit.conftest import Grow
@@ -24,10 +24,8 @@ FIT = Allreduce(
 )
 WORK = 0.1
 FASTER = 0.8
-WIRES = {"4096": 1.1e-7, "1048576": 0.9e-7, "16777216": 1.0e-7}  # a link of 0.1 Gbit/s, seconds per byte by size
-
-
 STEPS = 2
+WIRES = {"4096": 1.1e-7, "1048576": 0.9e-7, "16777216": 1.0e-7}  # a link of 0.1 Gbit/s, seconds per byte by size
 
 
 def rank(data: float, work: float, optimiser: float, communication: float) -> dict[str, Any]:
@@ -180,6 +178,38 @@ def test_the_time_between_steps_is_of_none(monkeypatch: pytest.MonkeyPatch) -> N
     for span in ("end", "data", "step", "end", "data"):
         clock.begin(span)
     assert clock.seconds() == {"data": [1, 5], "step": [2, 0], "communication": [0, 0], "optimiser": [0, 0]}
+
+
+class Turns(Loop):
+    """Steps apart take a second, together two; what is between them five."""
+
+    def __init__(self) -> None:
+        self.now, self.clock = 0.0, Clock(torch.device("cpu"))
+        self.clock.mark = lambda: self.now  # type: ignore[method-assign]
+
+    def spend(self, span: str, seconds: float) -> None:
+        self.clock.begin(span)
+        self.now += seconds
+
+    def apart(self) -> None:
+        self.spend("data", 1)
+
+    def _barrier(self) -> None:
+        self.spend("end", 5)
+
+    def readiness(self) -> list[float]:
+        return []
+
+    def __next__(self) -> int:
+        self.spend("data", 2)
+        return 128
+
+
+def test_steps_apart_and_together_take_turns() -> None:
+    found = Turns().in_turn(3)
+    assert found["apart"]["data"] == [1, 1, 1]
+    assert found["data"] == [2, 2, 2]
+    assert found["images"] == [128, 128, 128]
 
 
 def test_the_slowest_of_many() -> None:
