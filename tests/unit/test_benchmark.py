@@ -254,11 +254,12 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
         assert many["predicted_ms"] == pytest.approx(1000 * (own + FIT.exposed(1024, 100, own, 2.0)))
     results.merge(tmp_path, "project", found)
     slow = settings.model_copy(update={"link": 0.1})
-    (again,) = project.measure(Machine(0.1, {2: 1.2, 3: 1.0, 4: 0.7}), slow, print)
+    (again,) = project.measure(Machine(0.1, {2: 1.2, 3: 0.7, 4: 1.0}), slow, print)
     assert [point["link"] for point in again["all"]["points"]] == [0, 0, 0, 0.1, 0.1, 0.1]
     assert again["all"]["error"] == pytest.approx(0, abs=1e-6)
     assert again["all"]["fit"]["wires"] == {"0.1": pytest.approx(WIRES)}
     assert Allreduce(**again["all"]["fit"]).wire(0.1, 8_912_896) == pytest.approx(0.95e-7)
+    assert again["all"]["projection"] == found["all"]["projection"]
     results.draw(results.merge(tmp_path, "project", again), tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").stat().st_size > 10_000
 
