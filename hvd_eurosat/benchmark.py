@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hvd_eurosat import environment
 from hvd_eurosat.benchmarks import memory, project, results, scaling, step
 from hvd_eurosat.benchmarks.launcher import Launcher
 from hvd_eurosat.benchmarks.settings import MemorySettings, ProjectSettings, ScalingSettings, StepSettings
-from hvd_eurosat.config import read
+from hvd_eurosat.cluster import environment
+from hvd_eurosat.config.reading import read
 from hvd_eurosat.errors import RunError, UserError
 
 Measure = Callable[[Launcher, Any, Callable[[str], None]], Iterator[dict[str, Any]]]

@@ -16,18 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hvd_eurosat import cluster, environment
-from hvd_eurosat.cluster import World
-from hvd_eurosat.diagnosis.checks import Finding, installation, job, machine
+from hvd_eurosat.cluster import environment
+from hvd_eurosat.diagnosis.checks import Finding, across_ranks, installation, machine
 from hvd_eurosat.diagnosis.facts import Facts, collect
-from hvd_eurosat.diagnosis.probes import probe
+
+if TYPE_CHECKING:
+    from hvd_eurosat.cluster.world import World
 
 JOIN_SECONDS = 30
 REPORT_SECONDS = 10
@@ -54,14 +54,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             print(f"error: rank {rank}: {obstacles[0].what}: {obstacles[0].cure}", file=sys.stderr, flush=True)
             time.sleep(REPORT_SECONDS)  # the launcher ends all ranks when the first leaves: rank 0 reports before
         sys.exit(1)
+    from hvd_eurosat.cluster import backend, job
+    from hvd_eurosat.diagnosis.probes import probe
+
     world = join(facts, rank, launched)
     ranks = world.gather(dataclasses.replace(facts, gpu=_gpu(world)))
     findings = [finding for host in {f.host: f for f in ranks}.values() for finding in machine(host)]
-    findings += job(ranks, launched)
+    findings += across_ranks(ranks, launched)
     times = probe(world)
     if world.is_main and rank == 0:
-        report(ranks, findings, times, cluster.thread_level(), as_json)
-    cluster.leave_together(int(any(finding.level == "mend" for finding in findings)))
+        report(ranks, findings, times, backend.thread_level(), as_json)
+    job.leave_together(int(any(finding.level == "mend" for finding in findings)))
 
 
 def join(facts: Facts, rank: int, launched: int) -> World:
@@ -78,13 +81,17 @@ def join(facts: Facts, rank: int, launched: int) -> World:
     timer = threading.Timer(JOIN_SECONDS, give_up)
     timer.daemon = True
     timer.start()
-    world = cluster.join()
+    from hvd_eurosat.cluster import job
+
+    world = job.join()
     world.gather(rank)  # joining is lazy: only now must they reach each other
     timer.cancel()
     return world
 
 
 def _gpu(world: World) -> str | None:
+    import torch
+
     return str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
 
 

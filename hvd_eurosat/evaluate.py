@@ -5,50 +5,37 @@ python -m hvd_eurosat.evaluate --checkpoint runs/finetune/checkpoints/best.json 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from hvd_eurosat.cluster.command_line import answer
+from hvd_eurosat.config import verbs
+
+if __name__ == "__main__":
+    answer(verbs.evaluate)  # before the imports below, which take seconds
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt
-from pydantic_settings import CliSuppress
 
-from hvd_eurosat import cluster
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data, Model, Place, Settings, UserPath, read
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import SharedError, World
+from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.verbs import EvaluateSettings
 from hvd_eurosat.data.batches import Batch, open_images, ordered_batches
 from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.keras_json import read_layers
 from hvd_eurosat.model.resnet import Details
+from hvd_eurosat.run.display import Display
+from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities, write_predictions
+from hvd_eurosat.training.inference import log_probabilities
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import Precision
-
-
-class EvaluateSettings(Settings):
-    """How good a checkpoint is on a split; images are prepared and computed with as in the run that saved it."""
-
-    checkpoint: UserPath
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
-    split: Literal["train", "valid", "test"] = "test"
-    """which images"""
-    input: UserPath | None = None
-    """a folder of class folders to take instead of a split of data.root; without those there is no accuracy"""
-    out: UserPath | None = None
-    """folder for output_1.h5 (log-probabilities) and predictions.csv, if they are wanted"""
-    batch_size: NonNegativeInt = 0
-    """images per step; 0: as in the run that saved the checkpoint"""
-    data: Place = Place()
-    expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
-    """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
+from hvd_eurosat.weights.keras_json import read_layers
 
 
 @dataclass(frozen=True)
@@ -59,11 +46,6 @@ class Work:
     files: list[Path]
     labels: NDArray[np.int64] | None
     batches: Iterable[Batch]
-
-
-def load(argv: Sequence[str]) -> EvaluateSettings:
-    """The settings that a command line asks for."""
-    return read(EvaluateSettings, argv, "evaluate")
 
 
 def main(world: World, settings: EvaluateSettings) -> None:
@@ -105,7 +87,7 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
     tree = world.together(lambda: open_tree(settings.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
     if list(tree.classes) != saved.classes:
-        raise cluster.SharedError(
+        raise SharedError(
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "
             f"{settings.data.root} has {', '.join(tree.classes)}"
         )
@@ -125,7 +107,7 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     names, paths = list(files), list(files.values())
     labels = world.together(lambda: folder_labels(names, saved.classes, str(folder)))
     if labels is None and not settings.out:
-        raise cluster.SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
+        raise SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
     data = Data(**saved.config["data"])
     batches = file_batches(paths, data, batch_size(settings, saved), world.device, world.rank, world.size)
     return Work(names, paths, labels, batches)
@@ -137,4 +119,4 @@ def batch_size(settings: EvaluateSettings, saved: Checkpoint) -> int:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(verbs.evaluate, main)

@@ -6,24 +6,29 @@ python -m hvd_eurosat.export --model.weights imagenet --format keras --out prepa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from hvd_eurosat.cluster.command_line import answer
+from hvd_eurosat.config import verbs
+
+if __name__ == "__main__":
+    answer(verbs.export)  # before the imports below, which take seconds
+
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import PositiveInt
 
-from hvd_eurosat import cluster
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data, Model, Settings, UserPath, read
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model import exporters
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
-from hvd_eurosat.model.settle import settle
-from hvd_eurosat.model.weights import load_weights
+from hvd_eurosat.run.display import Display
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.files import make_folder, replacing
+from hvd_eurosat.weights import exporters
+from hvd_eurosat.weights.loading import load_weights
+from hvd_eurosat.weights.settle import settle
 
 WRITERS = {
     "keras": {"model.h5": exporters.keras_weights, "layers.json": exporters.keras_layers},
@@ -31,26 +36,6 @@ WRITERS = {
     "onnx": {"model.onnx": exporters.onnx_file},
     "torch": {"model.pt": exporters.torch_file},
 }
-
-
-class ExportSettings(Settings):
-    """A trained network, or one prepared for training, in the formats of other tools."""
-
-    checkpoint: UserPath | None = None
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt; without one, the network that model.* describes"""
-    format: Literal["keras", "safetensors", "onnx", "torch"]
-    """keras: layers.json and model.h5; safetensors: model.safetensors; onnx: model.onnx; torch: model.pt"""
-    out: UserPath
-    """folder for the files"""
-    classes: PositiveInt = 10
-    """units of the head, where there is no checkpoint"""
-    data: Data = Data()
-    model: Model = Model()
-
-
-def load(argv: Sequence[str]) -> ExportSettings:
-    """The settings that a command line asks for."""
-    return read(ExportSettings, argv, "export")
 
 
 def main(world: World, settings: ExportSettings) -> None:
@@ -100,4 +85,4 @@ def images(data: Data) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(verbs.export, main)

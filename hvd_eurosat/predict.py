@@ -5,45 +5,25 @@ python -m hvd_eurosat.predict --checkpoint runs/finetune/checkpoints/best.json -
 
 from __future__ import annotations
 
-import json
+from hvd_eurosat.cluster.command_line import answer
+from hvd_eurosat.config import verbs
+
+if __name__ == "__main__":
+    answer(verbs.predict)  # before the imports below, which take seconds
+
 import time
-from collections.abc import Sequence
 
-from hvd_eurosat import cluster
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data, Settings, UserPath, read
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Data
+from hvd_eurosat.config.verbs import PredictSettings
 from hvd_eurosat.data.folder import file_batches, find_images
+from hvd_eurosat.run.display import Display
+from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities, write_predictions
+from hvd_eurosat.training.inference import log_probabilities
 from hvd_eurosat.training.precision import Precision
-
-
-class PredictSettings(Settings):
-    """The class of each image in files and folders; images of another size than the network's are resized."""
-
-    checkpoint: UserPath
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
-    input: tuple[UserPath, ...]
-    """images, and folders of images, searched with their subfolders"""
-    out: UserPath
-    """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
-
-
-def load(argv: Sequence[str]) -> PredictSettings:
-    """The settings that a command line asks for."""
-    return read(PredictSettings, spread(argv), "predict")
-
-
-def spread(argv: Sequence[str]) -> list[str]:
-    """`--input a b` as a list in JSON, which takes any file name as it is."""
-    words = list(argv)
-    if "--input" in words:
-        first = words.index("--input") + 1
-        end = next((n for n in range(first, len(words)) if words[n].startswith("--")), len(words))
-        words[first:end] = [json.dumps(words[first:end])] if end > first else []
-    return words
 
 
 def main(world: World, settings: PredictSettings) -> None:
@@ -64,4 +44,4 @@ def main(world: World, settings: PredictSettings) -> None:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(verbs.predict, main)

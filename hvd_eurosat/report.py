@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hvd_eurosat.data.images import BadImageError, decode, to_array
 from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
-from hvd_eurosat.training import plots
+from hvd_eurosat.run import plots
 
 EXAMPLES_PER_CLASS = 8
 

@@ -5,28 +5,35 @@ horovodrun -np 8 python -m hvd_eurosat.train --config recipes/finetune.toml --da
 
 from __future__ import annotations
 
+from hvd_eurosat.cluster.command_line import answer
+from hvd_eurosat.config.reading import load
+
+if __name__ == "__main__":
+    answer(load)  # before the imports below, which take seconds
+
 import math
 
-from hvd_eurosat import cluster
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config, load
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.signals import StopRequest
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
 from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
-from hvd_eurosat.model.settle import settle
-from hvd_eurosat.model.weights import load_weights
+from hvd_eurosat.run.header import header
+from hvd_eurosat.run.journal import Journal
+from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.header import header
-from hvd_eurosat.training.inference import log_probabilities, write_predictions
-from hvd_eurosat.training.journal import Journal
+from hvd_eurosat.training.inference import log_probabilities
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
-from hvd_eurosat.training.signals import StopRequest
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
 from hvd_eurosat.training.stragglers import stragglers
+from hvd_eurosat.weights.loading import load_weights
+from hvd_eurosat.weights.settle import settle
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
 COMPILER_PATIENCE = 5  # times run.watchdog_seconds
@@ -152,4 +159,4 @@ def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> 
 
 
 if __name__ == "__main__":
-    cluster.run(load, train)
+    job.run(load, train)

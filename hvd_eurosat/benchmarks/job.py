@@ -19,10 +19,10 @@ from typing import Any
 import psutil
 import torch
 
-from hvd_eurosat import cluster, environment
 from hvd_eurosat.benchmarks.settings import JobSettings
-from hvd_eurosat.cluster import SharedError, World
-from hvd_eurosat.config import read
+from hvd_eurosat.cluster import environment, job
+from hvd_eurosat.cluster.world import SharedError, World
+from hvd_eurosat.config.reading import read
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
@@ -270,4 +270,4 @@ if __name__ == "__main__":
         environment.forget_launcher()
     if settings.cores and not torch.cuda.is_available():
         bind(rank, settings.cores)
-    cluster.run(load, lambda world, settings: main(world, settings, rank))
+    job.run(load, lambda world, settings: main(world, settings, rank))

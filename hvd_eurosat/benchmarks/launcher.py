@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hvd_eurosat import environment
 from hvd_eurosat.benchmarks.settings import StepSettings
-from hvd_eurosat.config import ENV_PREFIX
+from hvd_eurosat.cluster import environment
+from hvd_eurosat.config.schema import ENV_PREFIX
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training.files import make_folder, write_text
@@ -73,7 +71,7 @@ class Launcher:
     @property
     def places(self) -> int:
         """Slots of the hosts, or GPUs: no two ranks share one. 0 where there are only cores, which they can share."""
-        return sum(self.slots) or torch.cuda.device_count()
+        return sum(self.slots) or _gpus()
 
     def room(self, cores: int) -> int:
         """How many ranks there is room for when each has so many cores, or a place. Raises UserError."""
@@ -94,7 +92,7 @@ class Launcher:
 
     def alone(self, ranks: int, steps: int, cores: int) -> Results:
         """What independent jobs of one rank measured, side by side; of GPUs, which share nothing, one does for all."""
-        beside = 1 if torch.cuda.is_available() else ranks
+        beside = 1 if _gpus() else ranks
         return self.ours(beside, steps, cores, cores=cores, beside=beside)
 
     def baseline(self, ranks: int, steps: int, threads: int, *flags: str) -> Results:
@@ -125,6 +123,12 @@ class Launcher:
                 message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
                 raise UserError(message) if status == 2 else RunError(message)
             return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def _gpus() -> int:
+    import torch  # seconds, which --help does not take
+
+    return torch.cuda.device_count()
 
 
 def _finish(words: list[str], variables: dict[str, str]) -> tuple[int, str]:

@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hvd_eurosat.config.jsonfile import read_json
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.jsonfile import read_json
 from hvd_eurosat.training.files import replacing, write_text
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import NonNegativeFloat, PositiveInt
 
-from hvd_eurosat.config import Config, UserPath
+from hvd_eurosat.config.schema import Config, UserPath
 
 MODES = ("bn+head", "all")
 

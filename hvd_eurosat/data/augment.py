@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_eurosat.config import Data
+from hvd_eurosat.config.schema import Data
 
 VIEWS = 8
 FLIP, TURN, CROP, ZOOM = 10, 20, 30, 40  # keys of `mix`, so that each draws numbers of its own

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data, Place
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Data, Place
 from hvd_eurosat.data.images import Crop
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvd_eurosat.config import Data
+from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.data.images import BadImageError, Crop, decode, in_threads, to_array
 from hvd_eurosat.data.tree import ignored

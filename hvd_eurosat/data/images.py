@@ -14,7 +14,7 @@ from PIL import Image, TiffImagePlugin
 from rich.console import Console
 from rich.progress import track
 
-from hvd_eurosat.config import Data
+from hvd_eurosat.config.schema import Data
 
 FORMATS = ("JPEG", "PNG", "TIFF")
 MAX_SIDE = 4096  # pixels; a decoded image then takes 48 MiB at most

@@ -1,1 +1,1 @@
-"""What a machine and a job are made of, and what is wrong with them."""
+"""What a machine and a job are made of, and what is wrong with them, for `doctor`."""

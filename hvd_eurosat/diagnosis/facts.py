@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 PACKAGES = ("hvd_eurosat", "torch", "torchvision", "horovod", "mpi4py", "numpy")
 SETTINGS = re.compile(r"HOROVOD_|HVD_EUROSAT_|OMPI_MCA_|OMPI_ALLOW|NCCL_|UCX_|OMP_|CUDA_VISIBLE|MPI4PY_")
@@ -43,7 +42,7 @@ class Mpirun:
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank's view. Sizes are in bytes; `libraries` is what cluster.libraries says, or {"error": …}."""
+    """One rank's view. Sizes are in bytes; `libraries` is what backend.libraries says, or {"error": …}."""
 
     host: str
     system: str
@@ -72,6 +71,8 @@ class Facts:
 
 def collect() -> Facts:
     """This rank's facts, in some seconds."""
+    import torch  # seconds, which doctor --help does not take
+
     memory = psutil.virtual_memory()
     temporary = os.environ.get("TMPDIR", "/tmp")
     return Facts(
@@ -102,6 +103,8 @@ def collect() -> Facts:
 
 
 def _versions() -> dict[str, str]:
+    import torch
+
     versions = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -117,7 +120,7 @@ def _versions() -> dict[str, str]:
 
 def _libraries() -> dict[str, Any]:
     """In a process of its own: libraries that do not fit together crash the one that loads them."""
-    script = "import json; from hvd_eurosat import cluster; print(json.dumps(cluster.libraries()))"
+    script = "import json; from hvd_eurosat.cluster import backend; print(json.dumps(backend.libraries()))"
     try:
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=LIBRARIES_SECONDS, check=False

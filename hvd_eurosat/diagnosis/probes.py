@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from hvd_eurosat.cluster import World
+from hvd_eurosat.cluster.world import World
 
 MEGABYTES = 16
 REPEATS = 5

@@ -1,1 +1,1 @@
-"""The modified ResNet-50, its weights, and which of them train."""
+"""The modified ResNet-50, which of its parts train, and its fast arithmetic. No file is read or written here."""

@@ -1,4 +1,8 @@
-"""The modified ResNet-50: torchvision's (v1.5), with a log-softmax head of one unit per class."""
+"""The modified ResNet: ResNet-18 and -50 with a log-softmax head of one unit per class.
+
+Layers, their names, and how random weights are drawn are torchvision's (ResNet v1.5), so that state dicts fit both
+ways. The layers are written out here, for importing torchvision's would cost every rank two seconds.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +11,82 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet
 
-from hvd_eurosat.config import Model
+from hvd_eurosat.config.schema import Model
 from hvd_eurosat.model.convolution import use_matrix_products
 from hvd_eurosat.model.norm_relu import norm_relu
 
 
-def _shortcut(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
-    if downsample is None:
-        return x
-    convolution, norm = downsample
-    return norm_relu(cast(nn.BatchNorm2d, norm), convolution(x), relu=False)
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
-class BasicBlock(resnet.BasicBlock):
-    """torchvision's, with norm_relu.
+class Block(nn.Module):
+    """What both kinds of residual block share: a shortcut, with a convolution and a BatchNorm where shapes change."""
 
-    As there, downsample comes last: backward begins with it, in the order in which gradients fill their buckets.
+    expansion: int
+    downsample: nn.Sequential | None
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W], in the shape of the block's output."""
+        if self.downsample is None:
+            return x
+        convolution, norm = self.downsample
+        return norm_relu(cast(nn.BatchNorm2d, norm), convolution(x), relu=False)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions (He et al. 2015).
+
+    The shortcut comes last: backward begins with it, in the order in which gradients fill their buckets.
     """
+
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int, downsample: nn.Sequential | None) -> None:
+        super().__init__()
+        self.conv1 = _convolution(inputs, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _convolution(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]; returns [B, planes, H / stride, W / stride]."""
         out = norm_relu(self.bn1, self.conv1(x))
-        return norm_relu(self.bn2, self.conv2(out), _shortcut(self.downsample, x))
+        return norm_relu(self.bn2, self.conv2(out), self.shortcut(x))
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """Of the residual branch."""
+        return self.bn2
 
 
-class Bottleneck(resnet.Bottleneck):
-    """torchvision's, with norm_relu; downsample last, too."""
+class Bottleneck(Block):
+    """A 1x1, a 3x3 and a 1x1 convolution; the stride is in the 3x3 (v1.5). The shortcut comes last, too."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int, downsample: nn.Sequential | None) -> None:
+        super().__init__()
+        self.conv1 = _convolution(inputs, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _convolution(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = _convolution(planes, planes * self.expansion, 1)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W]; returns [B, 4 * planes, H / stride, W / stride]."""
         out = norm_relu(self.bn1, self.conv1(x))
         out = norm_relu(self.bn2, self.conv2(out))
-        return norm_relu(self.bn3, self.conv3(out), _shortcut(self.downsample, x))
+        return norm_relu(self.bn3, self.conv3(out), self.shortcut(x))
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """Of the residual branch."""
+        return self.bn3
 
 
 BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -71,7 +117,7 @@ class Details:
 DEFAULT = Details()
 
 
-class LandCoverResNet(resnet.ResNet):
+class LandCoverResNet(nn.Module):
     """ResNet (He et al. 2015) whose head is a dense layer without bias and a log-softmax.
 
     `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
@@ -80,11 +126,22 @@ class LandCoverResNet(resnet.ResNet):
     """
 
     def __init__(self, arch: str, classes: int, trainable: str, details: Details = DEFAULT) -> None:
-        block, layers = BLOCKS[arch]
+        super().__init__()
+        block, depths = BLOCKS[arch]
+        self.conv1 = _convolution(3, 64, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        wider = block.expansion
+        self.layer1 = _stage(block, 64, 64, depths[0], stride=1)
+        self.layer2 = _stage(block, 64 * wider, 128, depths[1], stride=2)
+        self.layer3 = _stage(block, 128 * wider, 256, depths[2], stride=2)
+        self.layer4 = _stage(block, 256 * wider, 512, depths[3], stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        nn.Linear(512 * wider, classes)  # torchvision draws a head first: a seed gives the same convolutions
         # Blocks that begin as the identity suit training from scratch (Goyal et al. 2017); weights override it.
-        super().__init__(block, layers, num_classes=classes, zero_init_residual=trainable == "all")
+        self._draw_weights(identity_blocks=trainable == "all")
         use_matrix_products(self)
-        self.fc: nn.Linear = nn.Linear(512 * block.expansion, classes, bias=False)
+        self.fc = nn.Linear(512 * wider, classes, bias=False)
         self.trainable = trainable
         self.details = details
         self._frozen_norms: list[nn.BatchNorm2d] = []
@@ -97,6 +154,14 @@ class LandCoverResNet(resnet.ResNet):
         if details.variant == "v1":
             self._stride_first()
         self.train()
+
+    def _draw_weights(self, identity_blocks: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self.modules() if identity_blocks else ():
+            if isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_(module.last_norm.weight)
 
     def _set_up(self, norm: nn.BatchNorm2d, trains: bool) -> None:
         norm.eps, norm.momentum, norm.affine = self.details.epsilon, self.details.momentum, self.details.affine
@@ -120,9 +185,22 @@ class LandCoverResNet(resnet.ResNet):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, 3, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
+        return torch.log_softmax(self.fc(self.features(images)).float(), dim=1)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images: float [B, 3, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
         x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return torch.log_softmax(self.fc(self.avgpool(x).flatten(1)).float(), dim=1)
+        return cast(Tensor, self.avgpool(x).flatten(1))
+
+
+def _stage(block: type[BasicBlock | Bottleneck], inputs: int, planes: int, depth: int, stride: int) -> nn.Sequential:
+    outputs = planes * block.expansion
+    downsample = None
+    if stride != 1 or inputs != outputs:
+        downsample = nn.Sequential(_convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    first = block(inputs, planes, stride, downsample)
+    return nn.Sequential(first, *(block(outputs, planes, 1, None) for _ in range(1, depth)))
 
 
 def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:

@@ -1,1 +1,1 @@
-"""Optimiser, step, checkpoint, metrics and the files of a run."""
+"""The algorithm: step, gradients, optimiser, metrics, state and checkpoints. What people see of it is in run/."""

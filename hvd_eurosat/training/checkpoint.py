@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config import Config, Model, flatten
+from hvd_eurosat.config.schema import Config, Model, flatten
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
-from hvd_eurosat.model.stored import Blob, Record, named, read_content, read_record
 from hvd_eurosat.training.files import replacing, write_text
+from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
 FORMAT = 2
 MAY_DIFFER = ("train.epochs", "valid.", "run.", "data.cache_dir")

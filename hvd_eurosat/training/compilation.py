@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from hvd_eurosat.cluster import World
+from hvd_eurosat.cluster.world import World
 
 
 def obstacle(world: World) -> str | None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hvd_eurosat.cluster import SharedError, World, split_by_bytes
-from hvd_eurosat.environment import under_mpi
+from hvd_eurosat.cluster.environment import under_mpi
+from hvd_eurosat.cluster.world import SharedError, World, split_by_bytes
 
 BUCKET_BYTES = 16 * 2**20
 

@@ -1,27 +1,21 @@
-"""Log-probabilities of images, over all ranks, and the files that hold them."""
+"""Log-probabilities of images, over all ranks."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Data
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.precision import Precision
 
 Values = NDArray[np.float32]
-HDF5, CSV = "output_1.h5", "predictions.csv"
 
 
 def log_probabilities(
@@ -51,24 +45,3 @@ def _infer(
         world.tick()
     model.train(was_training)
     return results
-
-
-def write_predictions(
-    out: Path, names: Sequence[str], files: Sequence[Path], values: Values, classes: Sequence[str]
-) -> None:
-    """output_1.h5 and predictions.csv in the folder out, in the order given.
-
-    The HDF5 file holds a dataset, float32 [classes], for each name, whose folders are its groups (as rmldnn's does);
-    its attribute `classes` names what the numbers stand for.
-    """
-    with replacing(out / HDF5) as file, h5py.File(file, "w") as archive:
-        archive.attrs["classes"] = list(classes)
-        for name, row in zip(names, values, strict=True):
-            archive[name] = row
-    best = values.argmax(1)
-    rows = [
-        (path, classes[n], round(float(np.exp(row[n])), 6)) for path, n, row in zip(files, best, values, strict=True)
-    ]
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([("file", "class", "probability"), *rows])
-    write_text(out / CSV, table.getvalue())

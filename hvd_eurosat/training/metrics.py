@@ -11,17 +11,14 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config, Data
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Config, Data
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.batches import Batch, Images, ordered_batches
 from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.precision import Precision
-
-IGNORED = -1
 
 
 class Sums:
@@ -81,7 +78,9 @@ class Evaluation:
         """From log-probabilities [N, C] and the true classes [N]."""
         log_probabilities, target = torch.from_numpy(values).double(), torch.from_numpy(labels)
         loss = F.nll_loss(log_probabilities, target)
-        return Evaluation(float(loss), multiclass_confusion_matrix(log_probabilities, target, values.shape[1]))
+        confusion = torch.zeros(values.shape[1], values.shape[1], dtype=torch.int64)
+        count(confusion, log_probabilities, target, torch.ones_like(target))
+        return Evaluation(float(loss), confusion)
 
     @property
     def count(self) -> int:
@@ -105,6 +104,15 @@ class Evaluation:
     def line(self, split: str) -> str:
         """The line that ends the output of train and evaluate."""
         return f"{split} accuracy: {100 * self.accuracy:.2f}% ({self.correct}/{self.count})"
+
+
+def count(confusion: Tensor, log_probabilities: Tensor, labels: Tensor, weights: Tensor) -> None:
+    """Add a batch to a confusion matrix, int64 [C, C], in place and without waiting for the device.
+
+    log_probabilities: [B, C]; labels: int64 [B]; weights: [B], 1 for a sample that counts, 0 for padding.
+    """
+    cells = labels * len(confusion) + log_probabilities.argmax(1)
+    confusion.view(-1).index_add_(0, cells, weights.long())
 
 
 def evaluate(
@@ -146,9 +154,6 @@ def _evaluate(
             log_probabilities = model(normalise(batch.images, data))
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
-        labels = torch.where(batch.weights > 0, batch.labels, IGNORED)
-        confusion += multiclass_confusion_matrix(
-            log_probabilities, labels, classes, ignore_index=IGNORED, validate_args=False
-        )
+        count(confusion, log_probabilities, batch.labels, batch.weights)
         world.tick()
     return loss, confusion, torch.zeros(())

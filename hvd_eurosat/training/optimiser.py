@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
-from hvd_eurosat.config import Optim
+from hvd_eurosat.config.schema import Optim
 from hvd_eurosat.training.large_batch import Lamb, Lars
+
+Kind = TypeVar("Kind", bound=type[torch.optim.Optimizer])
 
 ONE_CYCLE_RISE = 0.3
 ONE_CYCLE_START = 1 / 25
+FENCED = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
 
 
 def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -24,20 +29,29 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     betas, nesterov = (optim.beta1, optim.beta2), optim.nesterov and optim.momentum > 0
     if optim.name == "sgd":
-        sgd = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
+        sgd = uncompiled(torch.optim.SGD)(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
         for parameter in parameters if optim.momentum else []:  # torch leaves it as it finds it in a skipped first step
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     if optim.name == "lars":
-        return Lars(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, trust=optim.trust)
+        return uncompiled(Lars)(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, trust=optim.trust)
     if optim.name == "lamb":
-        return Lamb(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+        return uncompiled(Lamb)(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     if optim.name == "adagrad":
-        return torch.optim.Adagrad(groups, lr=optim.lr, eps=optim.eps)
+        return uncompiled(torch.optim.Adagrad)(groups, lr=optim.lr, eps=optim.eps)
     if optim.name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=optim.lr, momentum=optim.momentum, eps=optim.eps)
+        return uncompiled(torch.optim.RMSprop)(groups, lr=optim.lr, momentum=optim.momentum, eps=optim.eps)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=optim.lr, betas=betas, eps=optim.eps, amsgrad=optim.amsgrad, fused=True)
+    return uncompiled(kind)(groups, lr=optim.lr, betas=betas, eps=optim.eps, amsgrad=optim.amsgrad, fused=True)
+
+
+def uncompiled(kind: Kind) -> Kind:
+    """The class of optimisers without the fences by which torch keeps their methods out of compiled code.
+
+    A fence imports torch's compiler, which takes every rank two seconds. The network alone is compiled here.
+    """
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in FENCED}
+    return cast(Kind, type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])}))
 
 
 def peak_rate(optim: Optim, global_batch: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_eurosat.cluster import World
+from hvd_eurosat.cluster.world import World
 
 PROBE_SIZE, PROBES = 512, 15
 WORTH_IT = 0.9  # of fp32's time, for there is casting to do

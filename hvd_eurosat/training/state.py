@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_eurosat.cluster import SharedError, World
-from hvd_eurosat.config import Config
+from hvd_eurosat.cluster.world import SharedError, World
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.model.resnet import LandCoverResNet

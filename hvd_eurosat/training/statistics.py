@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hvd_eurosat.cluster import World
+from hvd_eurosat.cluster.world import World
 from hvd_eurosat.model.resnet import batch_norm_buffers
 
 

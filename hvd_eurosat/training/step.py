@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_eurosat.cluster import SharedError, World
-from hvd_eurosat.config import Config, Train
+from hvd_eurosat.cluster.world import SharedError, World
+from hvd_eurosat.config.schema import Config, Train
 from hvd_eurosat.data.augment import network_input
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hvd_eurosat.cluster import World
+from hvd_eurosat.cluster.world import World
 
 SLOWER = 0.2  # than the median of the other ranks,
 LOSS = 1.0  # and what it costs them, in seconds of an epoch; below these it is noise

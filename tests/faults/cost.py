@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from hvd_eurosat import cluster
-from hvd_eurosat.config import Config, load
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch, TrainBatches, open_images
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
+from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training.checkpoint import CheckpointFolder
 from hvd_eurosat.training.precision import choose_precision
-from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 
@@ -42,7 +44,7 @@ def bare(step: Step, batch: Batch) -> None:
     state.sums.add(log_probabilities.detach(), batch, torch.tensor(False))
 
 
-def durable(world: cluster.World, step: Step, batch: Batch) -> None:
+def durable(world: World, step: Step, batch: Batch) -> None:
     """The step as train makes it."""
     world.tick("measuring")
     step(batch, 1e-5, stop=False)
@@ -56,7 +58,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main(world: cluster.World, config: Config) -> None:
+def main(world: World, config: Config) -> None:
     """Prints, on rank 0, medians and the 95 % interval of the difference."""
     tree = open_tree(config.data.root)
     images = open_images(world, tree, ["train"], config.data, config.data)["train"]
@@ -99,4 +101,4 @@ def main(world: cluster.World, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(load, main)

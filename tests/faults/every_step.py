@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 
-from hvd_eurosat import cluster, train
-from hvd_eurosat.config import Config, load
+from hvd_eurosat import train
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.errors import STOPPED
 from tests.faults.conftest import fingerprint
 
@@ -24,7 +27,7 @@ class StopAt:
         return self.left == 0
 
 
-def run(world: cluster.World, config: Config, name: str, stop_at: int) -> int:
+def run(world: World, config: Config, name: str, stop_at: int) -> int:
     """One run in its own directory; returns its exit status."""
     run_dir = config.run.path / name
     train.StopRequest = lambda: StopAt(stop_at)  # type: ignore[attr-defined]
@@ -32,7 +35,7 @@ def run(world: cluster.World, config: Config, name: str, stop_at: int) -> int:
     return train.train(world, there)
 
 
-def main(world: cluster.World, config: Config) -> None:
+def main(world: World, config: Config) -> None:
     """Once undisturbed; then stopped after each step, and resumed."""
     steps = math.ceil(80 / (config.train.batch_size * world.size))
     names = ["undisturbed", *(f"stopped-{step}" for step in range(1, steps + 1))]
@@ -45,4 +48,4 @@ def main(world: cluster.World, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(load, main)

@@ -23,14 +23,16 @@ from typing import Any
 import psutil
 import torch
 
-from hvd_eurosat import cluster
-from hvd_eurosat.config import Config, load
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.watchdog import ENDING_GRACE
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.train import train
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.step import Step
-from hvd_eurosat.watchdog import ENDING_GRACE
 
 HOURS = 10_000
 SLOW = "tc qdisc add dev eth0 root tbf rate 1mbit burst 32kbit latency 400ms"
@@ -174,7 +176,7 @@ def tell_samples() -> None:
     Step.__call__ = told  # type: ignore[method-assign]
 
 
-def main(world: cluster.World, config: Config) -> int:
+def main(world: World, config: Config) -> int:
     """train, on the chosen rank with the fault."""
     rank, number, function, action = os.environ["FAULT"].split()
     tell_samples()
@@ -184,4 +186,4 @@ def main(world: cluster.World, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(load, main)

@@ -103,7 +103,7 @@ def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
         ("mpirun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75),
         ("mpirun", f"1 {STEPS + 3} {STEP} term", 75),
         ("mpirun", f"1 {STEPS + 3} {STEP} work-slowly-and-term-all", 75),
-        ("mpirun", "1 1 hvd_eurosat.training.journal:Journal.find_start usr1", 75),
+        ("mpirun", "1 1 hvd_eurosat.run.journal:Journal.find_start usr1", 75),
         pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
         pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
         pytest.param("gloo", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
@@ -198,7 +198,7 @@ def test_the_launcher_dies(inject: Inject, tmp_path: Path) -> None:
 
 WATCHED = """
 import os, time
-from hvd_eurosat.watchdog import Watchdog
+from hvd_eurosat.cluster.watchdog import Watchdog
 Watchdog(patient=False).start(600, "rank", launched=True)
 print(os.getpid(), flush=True)
 time.sleep(600)

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_eurosat.config import Config, Optim
+from hvd_eurosat.config.schema import Config, Optim
 from hvd_eurosat.data.packed import open_packed, verify_packed
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
+from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.optimiser import build_optimiser
-from hvd_eurosat.training.saver import Saver
 from tests.faults.conftest import SAVE, STEP, STEPS, Inject, environment, fingerprint, flags, launched
 from tests.parallel.conftest import checkpoint_file
 from tests.unit.conftest import Canary

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hvd_eurosat.config import load
+from hvd_eurosat.config.reading import load
 from hvd_eurosat.data.tree import open_tree
 from tests.parallel.conftest import command, run, summary
 

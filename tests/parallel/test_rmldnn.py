@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd_eurosat.config import Model
-from hvd_eurosat.export import ExportSettings, export
+from hvd_eurosat.config.schema import Model
+from hvd_eurosat.config.verbs import ExportSettings
+from hvd_eurosat.export import export
 from tests.parallel.conftest import Launch, summary
 
 # What somebody with nothing but h5py and numpy does with the predictions.

@@ -50,13 +50,13 @@ def test_every_launcher(launch: Launch, data: Path, weights: Path, tmp_path: Pat
 def test_over_mpi_training_goes_before_horovods_thread() -> None:
     program = """if True:
         import os
-        from hvd_eurosat import cluster
-        world = cluster.join()
+        from hvd_eurosat.cluster import job
+        world = job.join()
         nicest = max(os.getpriority(os.PRIO_PROCESS, int(name)) for name in os.listdir("/proc/self/task"))
         of_ranks = world.gather(nicest - os.nice(0))
         if world.is_main:
             print(of_ranks)
-        cluster.leave_together(0)
+        job.leave_together(0)
     """
     job = run([*LAUNCHERS["mpirun"], "2", sys.executable, "-c", program])
     nicer = min(12, 19 - os.nice(0))
@@ -67,14 +67,14 @@ def test_over_mpi_training_goes_before_horovods_thread() -> None:
 def test_ranks_share_values_of_any_size(launcher: str) -> None:
     program = """if True:
         import torch
-        from hvd_eurosat import cluster
-        world = cluster.join()
+        from hvd_eurosat.cluster import job
+        world = job.join()
         large = torch.arange(2_500_000).view(2, -1)  # 20 MB: several messages
         of_main = world.from_main({"large": large, "none": None} if world.is_main else "another")
         of_all = world.gather(large[:, : 1000 * world.rank].T.clone())  # nothing of rank 0
         same = torch.equal(of_main["large"], large) and of_main["none"] is None
         print("same", same and all(torch.equal(t, large[:, : 1000 * n].T) for n, t in enumerate(of_all)), len(of_all))
-        cluster.leave_together(0)
+        job.leave_together(0)
     """
     job = run([*LAUNCHERS[launcher], "3", sys.executable, "-c", program])
     assert job.stdout.split() == ["same", "True", "3"] * 3, job.stdout + job.stderr

@@ -5,17 +5,19 @@ Prints, on rank 0, the loss and the number of correct images of each.
 
 from __future__ import annotations
 
-from hvd_eurosat import cluster
-from hvd_eurosat.config import Config, load
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
-from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_precision
+from hvd_eurosat.weights.loading import load_weights
 
 
-def main(world: cluster.World, config: Config) -> None:
+def main(world: World, config: Config) -> None:
     """Both ways."""
     tree = open_tree(config.data.root)
     images = open_images(world, tree, ["valid"], config.data, config.data)["valid"]
@@ -30,4 +32,4 @@ def main(world: cluster.World, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(load, main)

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hvd_eurosat import cluster
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config, load
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.train import train
 from hvd_eurosat.training.step import Step
 
@@ -32,4 +33,4 @@ def main(world: World, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    cluster.run(load, main)
+    job.run(load, main)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hvd_eurosat.config import Config, Model
+from hvd_eurosat.config.schema import Config, Model
 from hvd_eurosat.model import native
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training import checkpoint

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_eurosat.config import Data
+from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.augment import augment, mix, network_input, normalise, shift, shrink, turn_and_flip
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
 from hvd_eurosat.data.packed import Packed

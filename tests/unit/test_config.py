@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hvd_eurosat import evaluate
-from hvd_eurosat.config import Config, load
-from hvd_eurosat.environment import omp_threads
+from hvd_eurosat.cluster.environment import omp_threads
+from hvd_eurosat.config import verbs
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.errors import UserError
 
 
@@ -103,9 +104,9 @@ def test_bad_environment(monkeypatch: pytest.MonkeyPatch, variable: str, message
 def test_another_verb_passes_over_a_key_of_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVD_EUROSAT_DATA__AUGMENT", "false")
     monkeypatch.setenv("HVD_EUROSAT_DATA__ROOT", "there")
-    assert evaluate.load(["--checkpoint", "c.pt"]).data.root == Path("there")
+    assert verbs.evaluate(["--checkpoint", "c.pt"]).data.root == Path("there")
     with pytest.raises(UserError, match=r"unrecognized arguments: --data\.augment"):
-        evaluate.load(["--checkpoint", "c.pt", "--data.augment", "false"])
+        verbs.evaluate(["--checkpoint", "c.pt", "--data.augment", "false"])
 
 
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda p: p.stem)

@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
-from hvd_eurosat.config import Data, Model, Optim
+from hvd_eurosat.config import verbs
+from hvd_eurosat.config.schema import Data, Model, Optim
+from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import augment, resample
 from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
 from hvd_eurosat.data.images import Crop, decode, to_array
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.export import ExportSettings, export
+from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import LandCoverResNet, build
-from hvd_eurosat.model.weights import load_weights
-from hvd_eurosat.predict import spread
-from hvd_eurosat.training.inference import write_predictions
+from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.weights.loading import load_weights
 from tests.unit.conftest import Grow, saved_checkpoint
 
 CLASSES = ["a", "b", "c"]
@@ -149,8 +150,10 @@ def test_prediction_files(tmp_path: Path) -> None:
 
 
 def test_several_inputs_after_one_flag() -> None:
-    assert spread(["--input", "a,b.jpg", "c", "--out", "o"]) == ["--input", '["a,b.jpg", "c"]', "--out", "o"]
-    assert spread(["--out", "o", "--input"]) == ["--out", "o", "--input"]
+    settings = verbs.predict(["--checkpoint", "c.pt", "--input", "a,b.jpg", "c", "--out", "o"])
+    assert (settings.input, settings.out) == ((Path("a,b.jpg"), Path("c")), Path("o"))
+    with pytest.raises(UserError, match="expected one argument"):
+        verbs.predict(["--checkpoint", "c.pt", "--out", "o", "--input"])
 
 
 def test_crops() -> None:

@@ -21,21 +21,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
 
-from hvd_eurosat.config import Data, Model
+from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.images import decode, to_array
 from hvd_eurosat.data.sample import generate
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.export import ExportSettings, export
-from hvd_eurosat.model import hdf5
-from hvd_eurosat.model.exporters import keras_weights
-from hvd_eurosat.model.keras_graph import HEAD, module_name, resnet50, weight_layers
-from hvd_eurosat.model.keras_json import Architecture, parse_layers, read_layers, write_layers
+from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
-from hvd_eurosat.model.settle import settle
-from hvd_eurosat.model.weights import load_weights, read_weights
+from hvd_eurosat.weights import hdf5
+from hvd_eurosat.weights.exporters import keras_weights
+from hvd_eurosat.weights.keras_graph import HEAD, module_name, resnet50, weight_layers
+from hvd_eurosat.weights.keras_json import Architecture, parse_layers, read_layers, write_layers
+from hvd_eurosat.weights.loading import load_weights, read_weights
+from hvd_eurosat.weights.settle import settle
 from tests.unit.conftest import EUROSAT, needs_eurosat, saved_checkpoint
 
 os.environ["KERAS_BACKEND"] = "torch"
@@ -220,13 +220,12 @@ def test_keras_own_resnet50_computes_the_same_here(applications: Any, kind: str,
     head = ours.fc.weight.clone()
     load_weights(ours, settled)
     assert torch.equal(ours.fc.weight, head)
-    ours.fc = nn.Identity()
     last = network.get_layer("conv5_block3_out").output
     theirs = keras.Model(network.inputs, keras.layers.GlobalAveragePooling2D()(last))
     batch = images(4)
     features = theirs.predict(batch.permute(0, 2, 3, 1).numpy(), verbose=0)
     with torch.no_grad():
-        mine = ResNet.forward(ours.eval(), batch).numpy()
+        mine = ours.eval().features(batch).numpy()
     assert np.abs(features - mine).max() < 1e-4
     assert features.std() > 0.01
 
@@ -281,12 +280,12 @@ def test_single_layers_can_be_frozen(layers: Object) -> None:
     model = build("resnet50", 10, trainable, seed=0)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names == ["layer4.2.conv3.weight", "layer4.2.bn3.weight", "layer4.2.bn3.bias", "fc.weight"]
-    assert model.layer4[2].bn3.training
+    assert model.get_submodule("layer4.2.bn3").training
     assert not model.bn1.training
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("layer9", "resnet50 has no module layer9"), ("relu", "relu of resnet50")]
+    ("name", "reason"), [("layer9", "resnet50 has no module layer9"), ("maxpool", "maxpool of resnet50")]
 )
 def test_a_module_that_cannot_learn_is_refused(name: str, reason: str) -> None:
     with pytest.raises(UserError, match=rf"model\.trainable: {reason}"):
@@ -512,7 +511,7 @@ def test_an_hdf5_library_gone_astray_ends_in_an_error(
 
 FUZZ = """
 import os, random, sys
-from hvd_eurosat.model import hdf5
+from hvd_eurosat.weights import hdf5
 
 hdf5.SECONDS = 1
 path, seeds, *files = sys.argv[1:]

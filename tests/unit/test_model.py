@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet50
 
-from hvd_eurosat.config import Model
+from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import build, count_parameters
-from hvd_eurosat.model.weights import load_weights
 from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.weights.loading import load_weights
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_frozen_weights_that_are_replaced_are_used() -> None:
 
 def test_a_frozen_backbone_stays_in_evaluation_mode() -> None:
     model = build("resnet18", 10, "head", seed=0)
-    before = model.bn1.running_mean.clone()
+    before = model.state_dict()["bn1.running_mean"].clone()
     model(torch.randn(4, 3, 64, 64))
     assert torch.equal(model.bn1.running_mean, before)
 
@@ -96,7 +96,8 @@ def test_weights_with_another_head(tmp_path: Path, suffix: str) -> None:
     model = build("resnet18", 10, "bn+head", seed=5)
     head = model.fc.weight.clone()
     load_weights(model, Model(weights=str(path), arch="resnet18"))
-    assert torch.equal(model.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+    name = "layer4.1.conv2.weight"
+    assert torch.equal(model.get_parameter(name), source.get_parameter(name))
     assert torch.equal(model.fc.weight, head)
 
 

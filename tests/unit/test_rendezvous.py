@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from hvd_eurosat import rendezvous
+from hvd_eurosat.cluster import rendezvous
 from hvd_eurosat.errors import RunError
 
 

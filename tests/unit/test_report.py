@@ -10,7 +10,7 @@ from PIL import Image
 from hvd_eurosat import report
 from hvd_eurosat.data import sample
 from hvd_eurosat.errors import RunError
-from hvd_eurosat.training import plots
+from hvd_eurosat.run import plots
 
 EVENTS = [
     {"event": "start", "epoch": 0},

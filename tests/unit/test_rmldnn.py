@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hvd_eurosat import evaluate, predict
-from hvd_eurosat.config import load
+from hvd_eurosat.config import verbs
+from hvd_eurosat.config.reading import load
 from hvd_eurosat.errors import UserError
 
 Object = dict[str, Any]
@@ -178,14 +178,14 @@ def test_evaluation(tmp_path: Path) -> None:
     network = {"layers": "./l.json", "checkpoints": {"load": "m/model_checkpoint_50.pt"}, "data": data}
     data["transforms"] = [{"resize": [64, 64]}]
     arguments = write(tmp_path, network)
-    settings = evaluate.load(arguments)
+    settings = verbs.evaluate(arguments)
     assert (settings.checkpoint, settings.input) == (Path("m/model_checkpoint_50.pt"), Path("data/test"))
     assert (settings.out, settings.batch_size) == (Path("predictions"), 64)
     assert settings.expected == {"image_size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "layers": "./l.json"}
     with pytest.raises(UserError, match="an rmldnn configuration is for train and evaluate"):
-        predict.load(arguments)
+        verbs.predict(arguments)
     with pytest.raises(UserError, match=r"checkpoints\.load is missing, and evaluation needs it"):
-        evaluate.load(write(tmp_path, {**network, "checkpoints": {}}))
+        verbs.evaluate(write(tmp_path, {**network, "checkpoints": {}}))
 
 
 def test_hostile_json(tmp_path: Path) -> None:

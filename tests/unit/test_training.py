@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config, Optim, Train, load
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config, Optim, Train
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
-from hvd_eurosat.model.stored import Blob, read_record
-from hvd_eurosat.model.weights import read_weights
+from hvd_eurosat.run.directory import RunDirectory
+from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
@@ -26,10 +27,10 @@ from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
-from hvd_eurosat.training.run_directory import RunDirectory
-from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import TrainingState, digest
 from hvd_eurosat.training.step import image_size
+from hvd_eurosat.weights.loading import read_weights
+from hvd_eurosat.weights.stored import Blob, read_record
 from tests.unit.conftest import Canary
 
 

@@ -11,19 +11,16 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor
-from torchvision.models import ResNet18_Weights, ResNet50_Weights
 
-from hvd_eurosat.config import Model
+from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model import keras_weights
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.model.stored import read_content
-from hvd_eurosat.model.weight_file import Weights
+from hvd_eurosat.weights.stored import read_content
+from hvd_eurosat.weights.weight_file import Weights
 
 KERAS_SUFFIXES = (".h5", ".hdf5")
 KERAS_EPSILON = 1.001e-5  # of keras.applications, which writes no epsilon beside its weights
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
-IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V2, "resnet18": ResNet18_Weights.IMAGENET1K_V1}
 
 
 def load_weights(model: LandCoverResNet, settings: Model) -> None:
@@ -74,6 +71,8 @@ def _plain_norms(own: dict[str, Tensor]) -> dict[str, Tensor]:
 def read_weights(path: Path) -> Weights:
     """What a file of weights holds, by its suffix; nothing in the file is executed. Raises UserError."""
     if path.suffix in KERAS_SUFFIXES:
+        from hvd_eurosat.weights import keras_weights  # and h5py with it
+
         return keras_weights.read_weights(path)
     if path.suffix == ".json" or (path.suffix == ".pt" and path.with_suffix(".json").exists()):
         content = read_content(path)
@@ -110,7 +109,9 @@ def _stated(state: dict[str, Tensor], facts: Mapping[str, Any]) -> Weights:
 
 
 def _imagenet(arch: str) -> dict[str, Tensor]:
-    weights = IMAGENET[arch]
+    from torchvision.models import ResNet18_Weights, ResNet50_Weights
+
+    weights = {"resnet50": ResNet50_Weights.IMAGENET1K_V2, "resnet18": ResNet18_Weights.IMAGENET1K_V1}[arch]
     place = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:

@@ -11,19 +11,22 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from hvd_eurosat.config import Config
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
-from hvd_eurosat.model.stored import named
-from hvd_eurosat.training import checkpoint, plots
+from hvd_eurosat.run import plots
+from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import make_folder, write_text
 from hvd_eurosat.training.metrics import Evaluation
+from hvd_eurosat.weights.stored import named
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Event = dict[str, Any]
 
@@ -152,6 +155,8 @@ class RunDirectory:
         if start:
             self.checkpoints.cut(start.step)
             self.checkpoints.add(start)
+        from torch.utils.tensorboard import SummaryWriter
+
         epoch = self._history[-1]["epoch"] if self._history else -1
         self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=epoch + 1)
 

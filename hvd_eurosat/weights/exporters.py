@@ -13,10 +13,10 @@ from torch import nn
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.convolution import Convolution
-from hvd_eurosat.model.keras_graph import module_name, weight_layers
-from hvd_eurosat.model.keras_json import write_layers
-from hvd_eurosat.model.keras_weights import write_weights
 from hvd_eurosat.model.resnet import LandCoverResNet, is_trainable
+from hvd_eurosat.weights.keras_graph import module_name, weight_layers
+from hvd_eurosat.weights.keras_json import write_layers
+from hvd_eurosat.weights.keras_weights import write_weights
 
 Facts = Mapping[str, Any]
 
@@ -47,7 +47,9 @@ def torch_file(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
     """A state dict with torchvision's keys. What torch calls its metadata says the variant and epsilon too."""
     state = model.state_dict()
     state["fc.weight"] = state["fc.weight"].contiguous()
-    state._metadata[""] |= {key: facts[key] for key in ("variant", "bn_epsilon")}
+    state._metadata[""] |= {  # type: ignore[attr-defined]
+        key: facts[key] for key in ("variant", "bn_epsilon")
+    }
     torch.save(state, file)
 
 

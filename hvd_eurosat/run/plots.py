@@ -21,7 +21,8 @@ from hvd_eurosat.training.files import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torchvision.models.resnet import ResNet
+
+    from hvd_eurosat.model.resnet import LandCoverResNet
 
 BLUE, ORANGE, GREY, INK = "#1f6fb4", "#d9730d", "#8a939b", "#20262c"
 ICE, SAND, LEAF, PAPER = "#cfdbe6", "#f5b754", "#58b07c", "#f3f5f7"
@@ -157,12 +158,12 @@ def network(path: Path) -> None:
     _save(figure, path)
 
 
-def _stages(model: ResNet) -> list[_Stage]:
+def _stages(model: LandCoverResNet) -> list[_Stage]:
     import torch
     from torch import nn
 
     x = torch.empty(1, *IMAGE, device="meta")
-    parts = [("stem", nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool))]
+    parts = [("stem", nn.Sequential(model.conv1, model.bn1, model.maxpool))]
     parts += [(f"stage {n}", getattr(model, f"layer{n}")) for n in (1, 2, 3, 4)]
     stages = []
     for title, part in parts:

@@ -7,8 +7,8 @@ import platform
 import torch
 from torch import nn
 
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import TrainBatches
 from hvd_eurosat.data.tree import SPLITS, Tree
 from hvd_eurosat.model import norm_relu

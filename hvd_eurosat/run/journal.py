@@ -10,15 +10,15 @@ from typing import Any, cast
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.cluster import World
-from hvd_eurosat.config import Config
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.tree import Tree
+from hvd_eurosat.run.directory import RunDirectory
+from hvd_eurosat.run.display import Display
+from hvd_eurosat.run.outfile import Outfile
+from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.display import Display
 from hvd_eurosat.training.metrics import Evaluation, Sums
-from hvd_eurosat.training.outfile import Outfile
-from hvd_eurosat.training.run_directory import RunDirectory
-from hvd_eurosat.training.saver import Saver
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_eurosat.environment import is_parallel, omp_threads, under_mpi
+from hvd_eurosat.cluster.environment import is_parallel, omp_threads, under_mpi
 from hvd_eurosat.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -29,6 +29,11 @@ class Place:
         """This process's, with its device."""
         gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
         return Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), gpu)
+
+
+def ranks_here() -> int:
+    """How many ranks this machine is for: one per GPU that torch can use, or two that share its cores."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 2
 
 
 def check(places: list[Place], ranks: int) -> None:

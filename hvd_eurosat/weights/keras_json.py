@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hvd_eurosat.config.jsonfile import read_json
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.jsonfile import read_json
-from hvd_eurosat.model.keras_graph import HEAD, INPUT, Layer, module_name, resnet50, weight_layers
 from hvd_eurosat.model.resnet import Details
+from hvd_eurosat.weights.keras_graph import HEAD, INPUT, Layer, module_name, resnet50, weight_layers
 
 Object = dict[str, Any]
 COMMON: dict[str, Object] = {

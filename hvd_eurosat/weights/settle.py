@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hvd_eurosat.config import Model
+from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.keras_json import read_layers
 from hvd_eurosat.model.resnet import build
-from hvd_eurosat.model.weights import KERAS_SUFFIXES, read_weights
+from hvd_eurosat.weights.keras_json import read_layers
+from hvd_eurosat.weights.loading import KERAS_SUFFIXES, read_weights
 
 DEFAULTS = Model()
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model import hdf5
-from hvd_eurosat.model.keras_graph import HEAD, module_name, resnet50, weight_layers
-from hvd_eurosat.model.keras_json import parse_backbone
 from hvd_eurosat.model.resnet import Details, LandCoverResNet
-from hvd_eurosat.model.weight_file import Weights
+from hvd_eurosat.weights import hdf5
+from hvd_eurosat.weights.keras_graph import HEAD, module_name, resnet50, weight_layers
+from hvd_eurosat.weights.keras_json import parse_backbone
+from hvd_eurosat.weights.weight_file import Weights
 
 Layer = dict[str, Tensor]
 FEATURES = 2048

@@ -1,13 +1,9 @@
-"""One typed configuration: defaults < recipe file (TOML or JSON) < environment < command line."""
+"""Every key of a run with its type, default and help."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -19,21 +15,9 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-
-from hvd_eurosat import rmldnn
-from hvd_eurosat.errors import UserError
-from hvd_eurosat.jsonfile import read_json
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-S = TypeVar("S", bound="Settings")
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "HVD_EUROSAT_"
 TRAINABLE = r"^(bn\+head|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
@@ -228,15 +212,8 @@ class Run(Section):
     def path(self) -> Path:
         """The folder of the run, once `load` has filled in its default."""
         if self.dir is None:
-            raise ValueError("run.dir is resolved by config.load")
+            raise ValueError("run.dir is resolved by config.reading.load")
         return self.dir
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not after two screens of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists every key)")
 
 
 class Settings(BaseSettings):
@@ -303,77 +280,3 @@ def flatten(sections: dict[str, Any]) -> dict[str, Any]:
     for name, value in sections.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
     return flat
-
-
-def load(argv: Sequence[str]) -> Config:
-    """The configuration of a training run; `--help` prints every key and ends the program."""
-    config = read(Config, argv, "train")
-    if config.run.dir is not None:
-        return config
-    name = config.config.stem if config.config else "default"
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path("runs") / name})})
-
-
-def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
-    """The settings that a command line asks for; `--help` prints every key and ends the program.
-
-    Raises UserError, naming the key, on anything unknown or of a wrong type.
-    """
-    parser = _Parser(prog=f"python -m hvd_eurosat.{verb}", description=schema.__doc__, allow_abbrev=False)
-    cli = CliSettingsSource[argparse.ArgumentParser](schema, root_parser=parser)
-    _refuse_unknown_environment()
-    flags = vars(parser.parse_args(list(argv)))
-    values = _read_recipe(Path(flags["config"]), verb) if flags.get("config") else {}
-    try:
-        return schema(_cli_settings_source=cli(parsed_args=flags), **values)
-    except ValidationError as error:
-        raise UserError(_first_problem(error)) from None
-
-
-def _read_recipe(path: Path, verb: str) -> dict[str, Any]:
-    values = _read_file(path.expanduser())
-    try:
-        if rmldnn.is_rmldnn(values):
-            return rmldnn.translate(values, verb)
-    except ValueError as error:
-        raise UserError(f"--config {path}: {error}") from None
-    if not isinstance(values, dict) or "config" in values:
-        raise UserError(f"--config {path}: expected sections {', '.join(_sections())}")
-    return values
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix == ".json":
-        return read_json(path, "--config")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".toml":
-            raise UserError(f"--config {path}: a recipe is a .toml or a .json file")
-        return tomllib.loads(text)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except ValueError as error:  # the parser's error, and undecodable text
-        raise UserError(f"--config {path}: {error}") from None
-
-
-def _sections() -> list[str]:
-    return [name for name in Config.model_fields if name != "config"]
-
-
-def _refuse_unknown_environment() -> None:
-    """pydantic reads the variables that it knows; a misspelt section would pass in silence."""
-    for variable in sorted(os.environ):
-        section = variable.removeprefix(ENV_PREFIX).lower().split("__")[0]
-        if variable.startswith(ENV_PREFIX) and section not in _sections():
-            raise UserError(f"environment variable {variable}: no such section; there are {', '.join(_sections())}")
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return f"--{key} is required"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown configuration key {key} (--help lists every key)"
-    return f"{key}: {message}, got {problem['input']!r}" if key else message

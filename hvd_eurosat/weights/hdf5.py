@@ -1,4 +1,4 @@
-"""Reads Keras' HDF5 files in a process of its own: python -m hvd_eurosat.model.hdf5 FILE
+"""Reads Keras' HDF5 files in a process of its own: python -m hvd_eurosat.weights.hdf5 FILE
 
 Damaged bytes can send the HDF5 library round in circles or crash it; here that costs a process with limits, not the
 ranks. Standard output is the weights as safetensors, each named layer/weight, with `facts` as metadata; standard error

@@ -1,0 +1,96 @@
+"""Horovod and MPI themselves: how they are set and started, and what they are built with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_eurosat.cluster import rendezvous
+from hvd_eurosat.cluster.environment import under_mpi
+
+DEFAULTS = {
+    # The ranks wait minutes for rank 0's validation or for a node's packing: not a stall to warn of after 60 s.
+    "HOROVOD_STALL_CHECK_TIME_SECONDS": "1800",
+    # Fusion depends on timing, and so would the order of a sum: the buckets are ours (training/gradients.py).
+    "HOROVOD_FUSION_THRESHOLD": "0",
+    # Horovod's thread asks the other ranks every so many ms, and MPI waits for their answer spinning.
+    "HOROVOD_CYCLE_TIME": "1",
+    "OMPI_MCA_mpi_yield_when_idle": "1",
+}
+GLOO_DEFAULTS = {
+    "HOROVOD_CONTROLLER": "gloo",
+    "HOROVOD_CPU_OPERATIONS": "gloo",
+    "HOROVOD_CYCLE_TIME": "1" if torch.cuda.is_available() else "5",  # 1 takes 3 % more of a training core
+}
+NICE = 12  # of Horovod's thread over MPI on CPUs: what trains on its core goes first, 15 to 1
+
+
+def horovod() -> Any:
+    """Horovod for torch, imported when it is first used."""
+    import horovod.torch as hvd
+
+    return hvd
+
+
+def start() -> None:
+    """Join Horovod and, under an MPI launcher, MPI. Collective."""
+    for variable, value in (DEFAULTS if under_mpi() else DEFAULTS | GLOO_DEFAULTS).items():
+        os.environ.setdefault(variable, value)
+    if under_mpi():
+        from mpi4py import MPI  # before Horovod, which would otherwise finalise MPI when the first rank leaves
+
+        hvd, others = horovod(), _threads()
+        hvd.init(comm=MPI.COMM_WORLD)
+        if not torch.cuda.is_available():
+            for thread in _threads() - others:
+                with contextlib.suppress(ProcessLookupError):  # one that has ended since
+                    os.setpriority(os.PRIO_PROCESS, thread, min(19, os.nice(0) + NICE))
+    else:
+        hvd = horovod()
+        if os.environ.get("HOROVOD_ELASTIC") == "1":
+            del os.environ["HOROVOD_CYCLE_TIME"]  # with this and the threshold given, a second init would crash
+            rendezvous.meet(again=False)
+        hvd.init()
+
+
+def _threads() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def libraries() -> dict[str, Any]:
+    """What Horovod and mpi4py are built with and load, without joining a job."""
+    import mpi4py
+
+    mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    of_mpi4py = _loaded_mpi()
+    hvd = horovod()
+    built = {"MPI": hvd.mpi_built(), "Gloo": hvd.gloo_built(), "NCCL": hvd.nccl_built(), "CUDA": hvd.cuda_built()}
+    return {
+        "horovod_built": {name: int(value) for name, value in built.items()},
+        "horovod_mpi": sorted(_loaded_mpi() - of_mpi4py or of_mpi4py),
+        "mpi4py_mpi": sorted(of_mpi4py),
+        "mpi": MPI.Get_library_version().split(", package")[0].splitlines()[0].strip("\0 "),
+    }
+
+
+def thread_level() -> str:
+    """Which calls from several threads MPI allows in this job."""
+    if not under_mpi():
+        return "no MPI in this job"
+    from mpi4py import MPI
+
+    names = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+    return next(name.lower() for name in names if getattr(MPI, f"THREAD_{name}") == MPI.Query_thread())
+
+
+def _loaded_mpi() -> set[str]:
+    """Paths of the MPI libraries in this process."""
+    paths = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+    return {path for path in paths if re.search(r"/libmpi(ch)?\.so", path)}

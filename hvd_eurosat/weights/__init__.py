@@ -1,0 +1,1 @@
+"""Weights in and out: Keras, HDF5, safetensors, ONNX, state dicts. Nothing here trains."""
