@@ -1,8 +1,8 @@
 # Each target sets itself up first (launch/install.sh: minutes the first time, then nothing).
-#   make train                                         the sample data, 2 ranks
+#   make train                                         the sample data; a rank per GPU, or 2 ranks on cores
 #   make train DATA=EuroSAT_RGB.zip RECIPE=recipes/scratch.toml NP=4 ARGS="--train.epochs 10"
 
-NP     ?= 2
+NP     ?= $(shell $(BIN)/python -c 'from hvd_eurosat.cluster.node import ranks_here; print(ranks_here())')
 RECIPE ?= recipes/quickstart.toml
 DATA   ?= sample
 ARGS   ?=
@@ -30,7 +30,7 @@ setup: ## .venv with everything in it, Horovod included
 data/$(NAME): | setup
 	$(BIN)/python -m hvd_eurosat.prepare --source $(DATA) --out $@ $(if $(filter sample,$(DATA)),--ratios $(SAMPLE_RATIOS))
 
-train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (and ARGS), into runs/
+train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (default: one per GPU, or 2 on cores) and ARGS, into runs/
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.train \
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -81,15 +82,16 @@ def machine(facts: Facts) -> Iterator[Finding]:
 
 
 def _graphics(facts: Facts) -> Iterator[Finding]:
-    hidden = facts.nvidia_devices - len(facts.gpus)
+    wanted, source = facts.nvidia_devices, "NVIDIA devices here"
+    chosen = facts.settings.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:  # by a person, or by Slurm: what it hides is hidden on purpose
+        named = list(itertools.takewhile(lambda one: one not in ("", "-1"), map(str.strip, chosen.split(","))))
+        wanted, source = min(wanted, len(named)), f"NVIDIA devices in CUDA_VISIBLE_DEVICES={chosen}"
+    hidden = wanted - len(facts.gpus)
     if hidden <= 0:
         return
-    seen = f"{facts.nvidia_devices} NVIDIA devices here, of which torch sees {len(facts.gpus)}"
-    if "CUDA_VISIBLE_DEVICES" in facts.settings:
-        value = facts.settings["CUDA_VISIBLE_DEVICES"]
-        cure = "unset it, unless it is meant; ranks choose their GPUs themselves"
-        yield Finding("mend", facts.host, f"{seen}: CUDA_VISIBLE_DEVICES={value!r} hides {hidden}", cure)
-    elif facts.versions["CUDA of torch"] == "None":
+    seen = f"{wanted} {source}, of which torch sees {len(facts.gpus)}"
+    if facts.versions["CUDA of torch"] == "None":
         yield Finding(
             "mend", facts.host, f"{seen}: this torch is a CPU build", "launch/install.sh brings the CUDA build"
         )
@@ -158,7 +160,7 @@ def _is_there(wanted: str, interfaces: dict[str, list[str]]) -> bool:
     return any(name == wanted.lstrip("=") or name.startswith(wanted) for name in interfaces)
 
 
-def job(ranks: Sequence[Facts], launched: int) -> Iterator[Finding]:
+def across_ranks(ranks: Sequence[Facts], launched: int) -> Iterator[Finding]:
     """What is wrong between the ranks, in their order; `launched` is their number by the launcher's word."""
     if launched > len(ranks):
         cure = "use .venv/bin/mpirun or launch/mpirun.sh; srun needs --mpi=pmix"

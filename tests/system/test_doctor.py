@@ -17,7 +17,7 @@ DOCTOR = (sys.executable, "-m", "hvd_eurosat.doctor", "--json")
 
 
 def findings_after(plant: str, words: Sequence[str] = DOCTOR, **environment: str) -> list[dict[str, str]]:
-    """What the doctor finds when `plant` was done in mounts of its own; /mnt is to plant in."""
+    """What the doctor finds when `plant` was done by a shell in mounts of its own; /mnt is to plant in."""
     need("nsenter")
     job = run(["unshare", "--mount", "sh", "-ec", f'{plant}\nexec "$@"', "-", *words], **environment)
     assert job.returncode == 1, job.stdout + job.stderr
@@ -41,9 +41,12 @@ mkdir /mnt/shm && cp -a /dev/null /dev/zero /dev/random /dev/urandom /mnt
 mknod /mnt/nvidia0 c 195 0 && mknod /mnt/nvidia1 c 195 1
 mount --move /mnt /dev
 """
-    findings = findings_after(plant)
+    findings = findings_after(f"{plant}unset CUDA_VISIBLE_DEVICES")
     assert cure_of(findings, "/dev/shm has only 64 MiB").startswith("docker run --shm-size=1g")
-    assert cure_of(findings, "2 NVIDIA devices here, of which torch sees 0").startswith("unset it")
+    assert cure_of(findings, "2 NVIDIA devices here, of which torch sees 0").startswith("look at nvidia-smi")
+    findings = findings_after(f"{plant}export CUDA_VISIBLE_DEVICES=1")
+    assert cure_of(findings, "1 NVIDIA devices in CUDA_VISIBLE_DEVICES=1, of which torch sees 0").startswith("look")
+    assert "NVIDIA" not in str(findings_after(plant)), "the tests hide GPUs on purpose"
 
 
 def test_ranks_bound_to_the_same_core() -> None:
