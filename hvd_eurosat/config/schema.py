@@ -142,9 +142,6 @@ class Optim(Section):
     """the global batch size for which lr was chosen"""
     compression: Literal["none", "fp16"] = "none"
     """how gradients travel between the ranks: in 16 bits at half the traffic, which tells when all weights train"""
-    reduction: Literal["sum", "adasum"] = "sum"
-    """adasum: add gradients up the less the more they agree, for large global batches, on 2, 4, 8, ... ranks; over NCCL
-    between nodes alone, and the mean within each"""
 
 
 class Train(Section):
@@ -272,6 +269,14 @@ class Config(Settings):
     def to_toml(self) -> str:
         """Every key with its value: a recipe that repeats the run."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def current(sections: dict[str, Any]) -> dict[str, Any]:
+    """Sections that an earlier version wrote, without what goes without saying now: that gradients are summed."""
+    optim = sections.get("optim")
+    if not isinstance(optim, dict) or optim.get("reduction") != "sum":
+        return sections
+    return {**sections, "optim": {key: value for key, value in optim.items() if key != "reduction"}}
 
 
 def flatten(sections: dict[str, Any]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Step:
     Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
-    number, and Horovod adds (Adasum, Maleki et al. 2020, takes each rank's own mean instead). With the gradients the
-    ranks add their losses and their requests to stop: all come to the same decision after the same step.
+    number, and Horovod adds. With the gradients the ranks add their losses and their requests to stop: all come to the
+    same decision after the same step.
     """
 
     def __init__(self, state: TrainingState, world: World, config: Config, class_weights: Tensor | None) -> None:
@@ -65,13 +65,7 @@ class Step:
         self._class_weights = class_weights
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self.gradients = GradientBuckets(
-            world,
-            self._trainable,
-            notes=2,
-            adasum=config.optim.reduction == "adasum",
-            dtype=WIRE[config.optim.compression],
-        )
+        self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=WIRE[config.optim.compression])
         self._input = network_input
         self._network: Callable[[Tensor], Tensor] = state.model
         self.obstacle = obstacle(world) if config.train.compile else None
@@ -103,8 +97,7 @@ class Step:
         loss = losses @ batch.weights
         gradients.notes[0].copy_(loss.detach() / batch.total)
         gradients.notes[1].fill_(stop / self._ranks)
-        adds = self._config.optim.reduction == "sum"
-        (loss / (batch.total if adds else batch.weights.sum().clamp(min=1))).backward()
+        (loss / batch.total).backward()
         self.stopwatch.wait()
         gradients.wait()
         self.stopwatch.work()

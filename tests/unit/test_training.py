@@ -147,7 +147,7 @@ def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
 class Twins(World):
     """Two ranks of equal gradients, in place of Horovod's."""
 
-    def start_sum(self, tensor: torch.Tensor, name: str, adasum: bool = False) -> int:
+    def start_sum(self, tensor: torch.Tensor, name: str) -> int:
         tensor.mul_(2)
         return 0
 
@@ -247,6 +247,15 @@ def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
         state.check_resumable(load([]), ["a", "c"], "d")
     with pytest.raises(UserError, match="are not those that the run began with"):
         state.check_resumable(load([]), ["a", "b"], "e")
+
+
+def test_a_checkpoint_of_before_is_resumed(state: Checkpoint) -> None:
+    """Unless its gradients were added up in a way that is gone."""
+    state.config["optim"]["reduction"] = "sum"
+    state.check_resumable(load([]), ["a", "b"], "d")
+    state.config["optim"]["reduction"] = "adasum"
+    with pytest.raises(UserError, match=r"cannot resume: optim\.reduction was 'adasum'"):
+        state.check_resumable(load([]), ["a", "b"], "d")
 
 
 def test_folder_keeps_the_newest_and_the_best(tmp_path: Path, state: Checkpoint) -> None:
