@@ -157,7 +157,8 @@ class Train(Section):
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
-    """weights of the classes in the loss, in the order of their names; only their ratios count"""
+    """weights of the classes in the loss, in the order of their names; only their ratios count: they are scaled to a
+    mean of 1 over the training images, where libtorch and rmldnn divide each batch by the sum of its own weights"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto takes bf16 where the hardware is fast at it: GPUs since Ampere, and CPUs that multiply matrices faster in it
     (AMX, AMD's AVX512-BF16), which is measured; else fp32"""

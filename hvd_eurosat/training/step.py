@@ -38,6 +38,17 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
     return weights / weights[images.labels.to(images.device)].mean()
 
 
+def sample_losses(log_probabilities: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """The loss of each sample, float32 [B], times the weight of its own class (float32 [C]).
+
+    log_probabilities: [B, C]; labels: int64 [B]. torch's cross entropy, told `weight`, multiplies the smoothed target
+    of each other class by that class's weight too: what it holds best is then wrong, a rare class draws all to it.
+    """
+    # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
+    losses = F.cross_entropy(log_probabilities, labels, reduction="none", label_smoothing=smoothing)
+    return losses if weights is None else losses * weights[labels]
+
+
 def image_sizes(full: int, train: Train) -> list[int]:
     """The sides of the training images, in turn: progressive learning (Tan & Le 2021, "EfficientNetV2")."""
     return [*range(train.start_size or full, full, SIZE_STEP), full]
@@ -86,15 +97,8 @@ class Step:
         images = self._prepare(batch)
         with state.precision.autocast(self._device):
             log_probabilities = self._network(images)
-        # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
-        losses = F.cross_entropy(
-            log_probabilities,
-            batch.labels,
-            weight=self._class_weights,
-            reduction="none",
-            label_smoothing=self._config.train.label_smoothing,
-        )
-        loss = losses @ batch.weights
+        smoothing = self._config.train.label_smoothing
+        loss = sample_losses(log_probabilities, batch.labels, self._class_weights, smoothing) @ batch.weights
         gradients.notes[0].copy_(loss.detach() / batch.total)
         gradients.notes[1].fill_(stop / self._ranks)
         (loss / batch.total).backward()

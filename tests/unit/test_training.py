@@ -28,7 +28,7 @@ from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.state import TrainingState, digest
-from hvd_eurosat.training.step import image_size
+from hvd_eurosat.training.step import image_size, sample_losses
 from hvd_eurosat.weights.loading import read_weights
 from hvd_eurosat.weights.stored import Blob, read_record
 from tests.unit.conftest import Canary
@@ -82,6 +82,19 @@ def test_training_images_grow(start: int, full: int, sizes: list[int]) -> None:
 def test_learning_rate_scaling(scaling: str, factor: float) -> None:
     optim = Optim(lr=0.1, schedule="constant", lr_scaling=scaling, reference_batch=64)
     assert learning_rate(optim, 10, 256, 3) == pytest.approx(0.1 * factor)
+
+
+def test_class_weights_leave_the_smoothed_target_the_best_answer() -> None:
+    """Which is 0.9 on the sample's own class here, whatever a rare class weighs: there the gradient is 0."""
+    labels, weights = torch.tensor([0, 1, 2, 2]), torch.tensor([0.5, 1.0, 100.0])
+    target = 0.85 * torch.eye(3)[labels] + 0.05
+    logits = target.log().requires_grad_()
+    losses = sample_losses(logits.log_softmax(1), labels, weights, smoothing=0.15)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, weights[labels] * -(target * target.log()).sum(1))
+    torch.testing.assert_close(logits.grad, torch.zeros(4, 3), atol=1e-5, rtol=0)
+    unweighted = sample_losses(logits.log_softmax(1), labels, None, smoothing=0.15)
+    torch.testing.assert_close(losses, weights[labels] * unweighted)
 
 
 def test_optimiser_has_the_trainable_parameters_and_spares_batch_norm_from_decay() -> None:
