@@ -121,7 +121,7 @@ def test_evaluation_by_configuration(launch: Launch, data: Path, run: tuple[Path
     path.write_text(json.dumps({"neural_network": network}))
     job = launch("python", 1, "evaluate", "--config", path)
     assert job.returncode == 0, job.stderr
-    assert job.stdout.splitlines()[-1] == f"2 predictions in {folder / 'evaluated'}"
+    assert job.stdout.splitlines()[-2:] == ["2 images, fp32", f"2 predictions in {folder / 'evaluated'}"]
 
 
 def test_bad_files_of_weights_are_said_once(launch: Launch, data: Path, run: tuple[Path, str], tmp_path: Path) -> None:

@@ -623,7 +623,7 @@ def test_bad_usage(arguments: Sequence[str]) -> None:
 def test_a_tree_that_the_user_unzipped(grow: Grow) -> None:
     root = grow("data", {f"{split}/{label}": n for split, n in zip(SPLITS, (4, 2, 1), strict=True) for label in "BA"})
     tree = open_tree(root)
-    assert (tree.classes, tree.image_size, tree.synthetic) == (("A", "B"), None, False)
+    assert (tree.classes, tree.image_size, tree.synthetic) == (("A", "B"), 64, False)
     assert tree.files("valid") == ["valid/A/A_1.jpg", "valid/A/A_2.jpg", "valid/B/B_1.jpg", "valid/B/B_2.jpg"]
     assert tree.labels("valid").tolist() == [0, 0, 1, 1]
     assert open_tree(root).digest == tree.digest

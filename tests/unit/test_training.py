@@ -137,7 +137,7 @@ def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Chec
 
 def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
     config = load(["--run.dir", str(tmp_path), "--model.arch", "resnet18"])
-    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=48, checksums={})
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
     model = build("resnet18", 2, "head", seed=0)
     state = TrainingState(world, config, tree, model, Precision("fp32"))
@@ -149,6 +149,7 @@ def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
     update()
     saved = state.snapshot()
     assert saved is not None
+    assert saved.image_side == 48
     first = copy.deepcopy(saved)
     state.restore(saved)
     update()
