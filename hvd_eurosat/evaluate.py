@@ -34,7 +34,7 @@ from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
 from hvd_eurosat.training.inference import log_probabilities
 from hvd_eurosat.training.metrics import Evaluation
-from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.training.precision import precision_of
 from hvd_eurosat.weights.keras_json import read_layers
 
 
@@ -55,11 +55,12 @@ def main(world: World, settings: EvaluateSettings) -> None:
     work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
     if settings.out:
         world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
-    model, data = saved.build_model(world.device), Data(**saved.config["data"])
-    values = log_probabilities(world, model, work.batches, data, Precision(saved.precision))
+    model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
+    values = log_probabilities(world, model, work.batches, saved.data, precision)
     if not world.is_main:
         return
     display = Display(speaks=True)
+    display.say(f"{len(work.names):,} images, {precision.name}")
     if settings.out:
         write_predictions(settings.out, work.names, work.files, values, saved.classes)
         display.say(f"{len(work.names):,} predictions in {settings.out}")
@@ -91,8 +92,8 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "
             f"{settings.data.root} has {', '.join(tree.classes)}"
         )
-    data, split = Data(**saved.config["data"]), settings.split
-    images = open_images(world, tree, [split], data, settings.data)[split]
+    split = settings.split
+    images = open_images(world, tree, [split], saved.data, settings.data)[split]
     batches = ordered_batches(images, batch_size(settings, saved), world.rank, world.size)
     files = tree.files(split)
     names = [name.removeprefix(f"{split}/") for name in files]
@@ -108,8 +109,7 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     labels = world.together(lambda: folder_labels(names, saved.classes, str(folder)))
     if labels is None and not settings.out:
         raise SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
-    data = Data(**saved.config["data"])
-    batches = file_batches(paths, data, batch_size(settings, saved), world.device, world.rank, world.size)
+    batches = file_batches(paths, saved.data, batch_size(settings, saved), world.device, world.rank, world.size)
     return Work(names, paths, labels, batches)
 
 

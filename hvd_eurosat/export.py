@@ -63,7 +63,7 @@ def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
     saved = checkpoint.load(path)
     model = saved.build_model(torch.device("cpu"))
     facts = {"classes": saved.classes, "epoch": saved.epoch, "config": saved.config}
-    return model, describe(model, saved.config["model"]["arch"], Data(**saved.config["data"])) | facts
+    return model, describe(model, saved.config["model"]["arch"], saved.data) | facts
 
 
 def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]:
@@ -75,13 +75,17 @@ def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]
 
 
 def describe(model: LandCoverResNet, arch: str, data: Data) -> dict[str, Any]:
-    """What an export says of itself: arch, variant, bn_epsilon, image_size, and how to normalise pixels of 0..1."""
+    """What an export says of itself: arch, variant, bn_epsilon, and how images become its input."""
     return {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon, **images(data)}
 
 
 def images(data: Data) -> dict[str, Any]:
-    """What the network was shown: image_size, mean, std."""
-    return {"image_size": data.image_size, "mean": list(data.mean), "std": list(data.std)}
+    """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`;
+
+    of their pixels of 0..1 mean and std.
+    """
+    sides = {"resize": data.resize, "center_crop": data.center_crop, "image_size": data.image_size}
+    return {**sides, "mean": list(data.mean), "std": list(data.std)}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import time
 
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Data
 from hvd_eurosat.config.verbs import PredictSettings
 from hvd_eurosat.data.folder import file_batches, find_images
 from hvd_eurosat.run.display import Display
@@ -23,7 +22,7 @@ from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.files import make_folder
 from hvd_eurosat.training.inference import log_probabilities
-from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.training.precision import precision_of
 
 
 def main(world: World, settings: PredictSettings) -> None:
@@ -33,14 +32,16 @@ def main(world: World, settings: PredictSettings) -> None:
     world.agree("input", {"files": list(files)})
     world.on_main(lambda: make_folder(settings.out, "--out"))
     began = time.perf_counter()
-    data, paths = Data(**saved.config["data"]), list(files.values())
-    batches = file_batches(paths, data, saved.config["valid"]["batch_size"], world.device, world.rank, world.size)
+    paths, precision = list(files.values()), precision_of(settings.precision, saved.precision)
+    batches = file_batches(paths, saved.data, saved.config["valid"]["batch_size"], world.device, world.rank, world.size)
     model = saved.build_model(world.device)
-    values = log_probabilities(world, model, batches, data, Precision(saved.precision))
+    values = log_probabilities(world, model, batches, saved.data, precision)
     if world.is_main:
         rate = len(files) / (time.perf_counter() - began)
         write_predictions(settings.out, list(files), paths, values, saved.classes)
-        Display(speaks=True).say(f"{len(files):,} predictions in {settings.out}, {rate:,.0f} images/s")
+        Display(speaks=True).say(
+            f"{len(files):,} predictions in {settings.out}, {precision.name}, {rate:,.0f} images/s"
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ examples:
   is it all still there, intact?    python -m hvd_eurosat.prepare --verify data
 
 The source holds <Class>/<image> or, already split, train/ valid/ test/<Class>/<image>, with or without one more
-folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. The result is train/ valid/ test/<Class>/<image>, with
+folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. Copies of an image go into its split; an image in folders of
+two classes is refused. The result is train/ valid/ test/<Class>/<image>, with
 manifest.json (what it is and how it was made) and files.sha256 (for sha256sum -c). It appears whole or not at all.
 """
 
@@ -58,7 +60,8 @@ class Options:
     """How to prepare.
 
     seed and ratios (train, valid, test) make the split. image_size: pixels a side; images of other sizes are
-    refused or, with resize, resized. skip_bad: unusable files are left out, with a warning, instead of refused.
+    refused or, with resize, resized. skip_bad: unusable files, and images that are in two classes, are left out, with a
+    warning, instead of refused.
     """
 
     seed: int = 0
@@ -75,6 +78,11 @@ class Written:
     item: Item
     name: str
     checksum: str
+
+    @property
+    def path(self) -> str:
+        """Where it was written, below the folder."""
+        return f"{self.item.split or UNSPLIT}/{self.item.label}/{self.name}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,9 +111,12 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
     """
     with _appearing(out.resolve()) as folder, open_source(spec, options.seed) as source:
         written, skipped = _copy(source, folder, options)
+        written, contradictory = _without_contradictions(written, folder)
+        skipped += contradictory
         if skipped:
             _tell(skipped, len(source.layout.items), spec, options)
         presplit = source.layout.split
+        _tell_of_copies(written, spec, presplit)
         files = _placed(written) if presplit else _split(source, written, folder, options)
         counts = {split: dict.fromkeys(source.layout.classes, 0) for split in SPLITS}
         for path in files:
@@ -197,6 +208,47 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
     return [r for r in results if isinstance(r, Written)], skipped
 
 
+def _by_content(written: list[Written]) -> list[list[Written]]:
+    """The images that have the same bytes together, each group by path."""
+    groups: dict[str, list[Written]] = {}
+    for image in sorted(written, key=lambda image: image.item.path):
+        groups.setdefault(image.checksum, []).append(image)
+    return list(groups.values())
+
+
+def _without_contradictions(written: list[Written], folder: Path) -> tuple[list[Written], list[Skipped]]:
+    """Removes images that are in two classes, of which nobody can tell the right one. Returns the others, and these."""
+    kept: list[Written] = []
+    skipped = []
+    for images in _by_content(written):
+        first = images[0]
+        other = next((image for image in images if image.item.label != first.item.label), None)
+        if other is None:
+            kept += images
+            continue
+        for image in images:
+            twin = first if image.item.label != first.item.label else other
+            skipped.append(Skipped(file=image.item.path, reason=f"the same image as {twin.item.path} of another class"))
+            (folder / image.path).unlink()
+    return kept, skipped
+
+
+def _tell_of_copies(written: list[Written], spec: str, presplit: bool) -> None:
+    """A warning where images are there several times: in several splits, where the source makes them."""
+    groups = [images for images in _by_content(written) if len(images) > 1]
+    if not presplit and groups:
+        copies = sum(len(images) - 1 for images in groups)
+        print(
+            f"warning: {copies:,} of {len(written):,} images of {spec} are copies of others, and go into their splits",
+            file=sys.stderr,
+        )
+    places = [[split for split in SPLITS if any(i.item.split == split for i in images)] for images in groups]
+    torn = Counter(" and ".join(splits) for splits in places if len(splits) > 1)
+    if torn:
+        counts = ", ".join(f"{count:,} in {splits}" for splits, count in sorted(torn.items()))
+        print(f"warning: {torn.total():,} images of {spec} are in several splits: {counts}", file=sys.stderr)
+
+
 def _tell(skipped: list[Skipped], total: int, spec: str, options: Options) -> None:
     flaws = [f"{bad.file}: {bad.reason}" for bad in skipped]
     summary = f"{len(flaws):,} of {total:,} files of {spec} cannot be used"
@@ -207,22 +259,22 @@ def _tell(skipped: list[Skipped], total: int, spec: str, options: Options) -> No
 
 def _placed(written: list[Written]) -> dict[str, str]:
     """The checksum by path of images that were written to their splits at once."""
-    return {f"{image.item.split}/{image.item.label}/{image.name}": image.checksum for image in written}
+    return {image.path: image.checksum for image in written}
 
 
 def _split(source: Source, written: list[Written], folder: Path, options: Options) -> dict[str, str]:
-    """Moves the images from the unsplit folder to their splits: their checksum by path."""
+    """Moves the images from the unsplit folder to their splits, copies together: their checksum by path."""
     files = {}
-    by_label: dict[str, dict[str, Written]] = {label: {} for label in source.layout.classes}
-    for image in written:
-        by_label[image.item.label][image.item.name] = image
+    by_label: dict[str, dict[str, list[Written]]] = {label: {} for label in source.layout.classes}
+    for copies in _by_content(written):
+        by_label[copies[0].item.label][copies[0].item.name] = copies
     for label, images in by_label.items():
         for split, names in split_class(label, images, options.ratios, options.seed).items():
             (folder / split / label).mkdir(parents=True)
-            for name in names:
-                path = f"{split}/{label}/{images[name].name}"
-                (folder / UNSPLIT / label / images[name].name).rename(folder / path)
-                files[path] = images[name].checksum
+            for image in (copy for name in names for copy in images[name]):
+                path = f"{split}/{label}/{image.name}"
+                (folder / image.path).rename(folder / path)
+                files[path] = image.checksum
     shutil.rmtree(folder / UNSPLIT)
     return files
 
@@ -346,7 +398,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ratios", metavar="A,B,C", type=_ratios, default="94,5,1", help="train,valid,test (default 94,5,1)")
     add("--image-size", metavar="N", type=_whole(1, MAX_SIDE), default=64, help="pixels a side (default 64)")
     add("--resize", action="store_true", help="resize images of other sizes (to PNG), do not refuse them")
-    add("--skip-bad", action="store_true", help="leave unusable files out, do not stop at them")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave unusable files out, and images that are in two classes; do not stop at them",
+    )
     options = parser.parse_args(argv)
     if options.source is not None and options.out is None:
         parser.error("--source needs --out DIR")

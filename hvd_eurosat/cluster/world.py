@@ -121,13 +121,9 @@ class World:
         with self.waiting():
             return cast(Tensor, horovod().allreduce(tensor, op=horovod().Sum))
 
-    def start_sum(self, tensor: Tensor, name: str, adasum: bool = False) -> int:
-        """Begin to add up a tensor over all ranks, in place, while this one works on. Collective, known by `name`.
-
-        adasum: by Adasum (Maleki et al. 2020), which needs MPI between the ranks.
-        """
-        operation = horovod().Adasum if adasum else horovod().Sum
-        return cast(int, horovod().allreduce_async_(tensor, name=name, op=operation))
+    def start_sum(self, tensor: Tensor, name: str) -> int:
+        """Begin to add up a tensor over all ranks, in place, while this one works on. Collective, known by `name`."""
+        return cast(int, horovod().allreduce_async_(tensor, name=name, op=horovod().Sum))
 
     def finish_sum(self, handle: int) -> None:
         """Wait for what `start_sum` began."""

@@ -14,7 +14,7 @@ from pydantic_settings import CliSettingsSource
 
 from hvd_eurosat.config import rmldnn
 from hvd_eurosat.config.jsonfile import read_json
-from hvd_eurosat.config.schema import ENV_PREFIX, Config, Settings
+from hvd_eurosat.config.schema import ENV_PREFIX, Config, Settings, current
 from hvd_eurosat.errors import UserError
 
 if sys.version_info >= (3, 11):
@@ -66,7 +66,7 @@ def _read_recipe(path: Path, verb: str) -> dict[str, Any]:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict) or "config" in values:
         raise UserError(f"--config {path}: expected sections {', '.join(_sections())}")
-    return values
+    return current(values)
 
 
 def _read_file(path: Path) -> Any:

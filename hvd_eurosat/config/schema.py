@@ -142,9 +142,6 @@ class Optim(Section):
     """the global batch size for which lr was chosen"""
     compression: Literal["none", "fp16"] = "none"
     """how gradients travel between the ranks: in 16 bits at half the traffic, which tells when all weights train"""
-    reduction: Literal["sum", "adasum"] = "sum"
-    """adasum: add gradients up the less the more they agree, for large global batches, on 2, 4, 8, ... ranks; over NCCL
-    between nodes alone, and the mean within each"""
 
 
 class Train(Section):
@@ -160,7 +157,8 @@ class Train(Section):
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
-    """weights of the classes in the loss, in the order of their names; only their ratios count"""
+    """weights of the classes in the loss, in the order of their names; only their ratios count: they are scaled to a
+    mean of 1 over the training images, where libtorch and rmldnn divide each batch by the sum of its own weights"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto takes bf16 where the hardware is fast at it: GPUs since Ampere, and CPUs that multiply matrices faster in it
     (AMX, AMD's AVX512-BF16), which is measured; else fp32"""
@@ -272,6 +270,14 @@ class Config(Settings):
     def to_toml(self) -> str:
         """Every key with its value: a recipe that repeats the run."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def current(sections: dict[str, Any]) -> dict[str, Any]:
+    """Sections that an earlier version wrote, without what goes without saying now: that gradients are summed."""
+    optim = sections.get("optim")
+    if not isinstance(optim, dict) or optim.get("reduction") != "sum":
+        return sections
+    return {**sections, "optim": {key: value for key, value in optim.items() if key != "reduction"}}
 
 
 def flatten(sections: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,9 @@ class EvaluateSettings(Settings):
     """folder for output_1.h5 (log-probabilities) and predictions.csv, if they are wanted"""
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
+    in log-probabilities"""
     data: Place = Place()
     expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
     """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
@@ -40,6 +43,9 @@ class PredictSettings(Settings):
     """images, and folders of images, searched with their subfolders"""
     out: UserPath
     """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
+    in log-probabilities"""
 
 
 class ExportSettings(Settings):

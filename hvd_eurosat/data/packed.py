@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_eurosat.data.images import WHOLE, BadImageError, Crop, decode, in_threads, to_array
-from hvd_eurosat.data.tree import SPLITS, Tree, sha256_of
+from hvd_eurosat.data.tree import Tree, sha256_of
 from hvd_eurosat.errors import RunError, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,6 +46,7 @@ def pack(
     Raises UserError for a bad or changed image and a folder that cannot be written, RunError for a full disk.
     """
     folder = cache_dir or tree.root / ".packed"
+    crop = Crop(side=crop.side) if crop.resize == tree.image_size else crop  # the same pixels have one name
     cropped = "" if crop == WHOLE else f"-{crop.resize}-{crop.side}"
     path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}.npy"
     if path.exists() and path.with_suffix(".json").exists():
@@ -109,7 +110,7 @@ def verify_packed(path: Path) -> None:
 def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Crop, tick: Callable[[], None]) -> str:
     """Writes the .npy file and returns its sha256."""
     size = shape[1]
-    native = _native_size(tree, size)
+    native = tree.image_size or size  # of no size, the first one is refused
 
     def read(name: str) -> bytes:
         return _pixels(tree, name, native, size, crop)
@@ -145,18 +146,6 @@ def _read(tree: Tree, name: str) -> bytes:
         return (tree.root / name).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {tree.root / name}: {error.strerror}") from None
-
-
-def _native_size(tree: Tree, wanted: int) -> int:
-    """The side in pixels that every image of the tree must have."""
-    if tree.image_size is not None:
-        return tree.image_size
-    first = tree.files(SPLITS[0])[0]
-    try:
-        width, height = decode(_read(tree, first)).size
-    except BadImageError as error:
-        raise UserError(f"{tree.root / first}: {error}") from None
-    return width if width == height else wanted
 
 
 def _map(path: Path) -> NDArray[np.uint8]:

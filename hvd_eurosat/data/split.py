@@ -22,10 +22,12 @@ def sizes(count: int, ratios: Ratios) -> tuple[int, int, int]:
 def split_class(label: str, names: Collection[str], ratios: Ratios, seed: int) -> dict[str, list[str]]:
     """The names of one class's images by split. Depends on names, ratios and seed, not on the names' order.
 
-    Raises UserError, which names the class, when a split would stay empty.
+    Copies of an image are named once. Raises UserError, which names the class, when a split would stay empty.
     """
     if len(names) < 3:
-        raise UserError(f"class {label} has {len(names)} usable images; train, valid and test need 1 each")
+        raise UserError(
+            f"class {label} has {len(names)} usable images, copies counted once; train, valid and test need 1 each"
+        )
     train, valid, _ = sizes(len(names), ratios)
     if train < 1:
         raise UserError(f"class {label} has {len(names)} images, and these ratios leave none of them to train")

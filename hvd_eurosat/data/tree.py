@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hvd_eurosat.data.images import BadImageError, decode
 from hvd_eurosat.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -46,7 +47,8 @@ class Manifest(BaseModel):
 class Tree:
     """The images under root, by split and class.
 
-    digest: names this data, 64 hexadecimal digits. image_size: side in pixels, None where nobody vouches for it.
+    digest: names this data, 64 hexadecimal digits. image_size: side in pixels that every image must have, without a
+    manifest that of the first training image; None where that one is not square or no image.
     checksums: each file's sha256 (empty where unknown) by its path, in the order of (split, class, name).
     """
 
@@ -68,7 +70,7 @@ class Tree:
 
 
 def open_tree(root: Path) -> Tree:
-    """The tree at root, from its manifest or, without one, from its folders. Decodes nothing.
+    """The tree at root, from its manifest or, without one, from its folders and their first image.
 
     Raises UserError where the folder is missing, not split, empty, of one class, or its splits' classes differ.
     """
@@ -158,7 +160,17 @@ def _unzipped(root: Path) -> Tree:
                 listing.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"))
                 checksums[path] = ""
     classes = check_classes(counts, str(root))
-    return Tree(root, classes, listing.hexdigest(), False, None, _ordered(checksums))
+    ordered = _ordered(checksums)
+    first = next(path for path in ordered if path.startswith(f"{SPLITS[0]}/"))
+    return Tree(root, classes, listing.hexdigest(), False, _side(root / first), ordered)
+
+
+def _side(path: Path) -> int | None:
+    try:
+        width, height = decode(path.read_bytes()).size
+    except BadImageError:  # whoever needs its pixels says so
+        return None
+    return width if width == height else None
 
 
 def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config.schema import Config, Model, flatten
+from hvd_eurosat.config.schema import Config, Data, Model, current, flatten
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
@@ -36,7 +36,7 @@ class Checkpoint:
     name; rank_buffers: float32 [world size, n],
     each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
-    took; history: the events of metrics.jsonl.
+    took; history: the events of metrics.jsonl; image_side: of the training images' files in pixels, None where unknown.
     """
 
     model: dict[str, Tensor]
@@ -52,6 +52,15 @@ class Checkpoint:
     digest: str
     precision: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    image_side: int | None = None
+
+    @property
+    def data(self) -> Data:
+        """How any image is prepared: where a part is cut out of it, at the size of the training images' files."""
+        data = Data(**self.config["data"])
+        if not data.center_crop or data.resize or not self.image_side:
+            return data
+        return data.model_copy(update={"resize": self.image_side})
 
     @property
     def metric(self) -> float | None:
@@ -80,7 +89,7 @@ class Checkpoint:
 
     def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:
         """Raise UserError, by name, if the run would not go on as the same run."""
-        was, now = flatten(self.config), config.flat()
+        was, now = flatten(current(self.config)), config.flat()
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
                 raise UserError(

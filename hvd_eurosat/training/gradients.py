@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hvd_eurosat.cluster.environment import under_mpi
-from hvd_eurosat.cluster.world import SharedError, World, split_by_bytes
+from hvd_eurosat.cluster.world import World, split_by_bytes
 
 BUCKET_BYTES = 16 * 2**20
 
@@ -21,8 +20,7 @@ class GradientBuckets:
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
     backward makes them (compiled, it hands over all of them at its end). Fixed buckets make the sums repeatable, unlike
     Horovod's own fusion. The last bucket ends with a few numbers more: what the ranks tell each other in every step,
-    `notes`, costs no collective of its own (but with Adasum, which adds numbers up in another way). Buckets, notes
-    included, travel as `dtype`.
+    `notes`, costs no collective of its own. Buckets, notes included, travel as `dtype`.
     """
 
     def __init__(
@@ -30,24 +28,18 @@ class GradientBuckets:
         world: World,
         parameters: Sequence[torch.nn.Parameter],
         notes: int,
-        adasum: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if adasum and world.size & (world.size - 1):
-            raise SharedError(f"optim.reduction adasum works on 2, 4, 8, ... ranks, not on {world.size}")
-        if adasum and world.size > 1 and not under_mpi():
-            raise SharedError("optim.reduction adasum needs MPI: start the ranks by mpirun, srun or horovodrun --mpi")
-        self._world, self._adasum = world, adasum
+        self._world = world
         self._exchanges = world.size > 1
         self._dtype, self._compresses = dtype, dtype != torch.float32
         self._missing: list[int] = []
         self.groups = split_by_bytes(list(reversed(parameters)), BUCKET_BYTES)
         self._handles: dict[int, tuple[int, Tensor]] = {}
         rooms = [sum(p.numel() for p in group) for group in self.groups]
-        if not adasum:
-            rooms[-1] += notes
+        rooms[-1] += notes
         self.buffers = [torch.zeros(room, device=world.device) for room in rooms]
-        self.notes = torch.zeros(notes, device=world.device) if adasum else self.buffers[-1][-notes:]
+        self.notes = self.buffers[-1][-notes:]
         for number, group in enumerate(self.groups):
             self._hold(number, group)
 
@@ -65,7 +57,7 @@ class GradientBuckets:
             sent = self.buffers[number]
             if self._compresses:  # as large as a rank's own mean, or 16 bits would lose it
                 sent = (sent * self._world.size).to(self._dtype)
-            self._handles[number] = self._world.start_sum(sent, f"gradients.{number}", self._adasum), sent
+            self._handles[number] = self._world.start_sum(sent, f"gradients.{number}"), sent
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -88,6 +80,4 @@ class GradientBuckets:
             self._world.finish_sum(handle)
             if self._compresses:
                 self.buffers[number].copy_(sent).div_(self._world.size)
-        if self._adasum and self._exchanges:
-            self.notes.copy_(self._world.sum(self.notes))
         self._handles.clear()

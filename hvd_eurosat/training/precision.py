@@ -32,6 +32,11 @@ def choose_precision(world: World, requested: str) -> Precision:
     return world.on_main(lambda: Precision("bf16" if _is_fast_at_bf16(world.device) else "fp32"))
 
 
+def precision_of(requested: str, saved: str) -> Precision:
+    """For `precision` of evaluate and predict: auto is the one of the run that saved the checkpoint."""
+    return Precision(saved if requested == "auto" else requested)
+
+
 def _is_fast_at_bf16(device: torch.device) -> bool:
     """Of CPUs this is measured, for some have bf16 and multiply matrices slower in it: a Xeon without AMX by 40 %.
 

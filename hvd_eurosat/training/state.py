@@ -85,6 +85,7 @@ class TrainingState:
                 classes=list(self._tree.classes),
                 digest=self._tree.digest,
                 precision=self.precision.name,
+                image_side=self._tree.image_size,
             )
 
     def verify(self) -> None:

@@ -38,6 +38,17 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
     return weights / weights[images.labels.to(images.device)].mean()
 
 
+def sample_losses(log_probabilities: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """The loss of each sample, float32 [B], times the weight of its own class (float32 [C]).
+
+    log_probabilities: [B, C]; labels: int64 [B]. torch's cross entropy, told `weight`, multiplies the smoothed target
+    of each other class by that class's weight too: what it holds best is then wrong, a rare class draws all to it.
+    """
+    # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
+    losses = F.cross_entropy(log_probabilities, labels, reduction="none", label_smoothing=smoothing)
+    return losses if weights is None else losses * weights[labels]
+
+
 def image_sizes(full: int, train: Train) -> list[int]:
     """The sides of the training images, in turn: progressive learning (Tan & Le 2021, "EfficientNetV2")."""
     return [*range(train.start_size or full, full, SIZE_STEP), full]
@@ -55,8 +66,8 @@ class Step:
     Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
-    number, and Horovod adds (Adasum, Maleki et al. 2020, takes each rank's own mean instead). With the gradients the
-    ranks add their losses and their requests to stop: all come to the same decision after the same step.
+    number, and Horovod adds. With the gradients the ranks add their losses and their requests to stop: all come to the
+    same decision after the same step.
     """
 
     def __init__(self, state: TrainingState, world: World, config: Config, class_weights: Tensor | None) -> None:
@@ -65,13 +76,7 @@ class Step:
         self._class_weights = class_weights
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self.gradients = GradientBuckets(
-            world,
-            self._trainable,
-            notes=2,
-            adasum=config.optim.reduction == "adasum",
-            dtype=WIRE[config.optim.compression],
-        )
+        self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=WIRE[config.optim.compression])
         self._input = network_input
         self._network: Callable[[Tensor], Tensor] = state.model
         self.obstacle = obstacle(world) if config.train.compile else None
@@ -92,19 +97,11 @@ class Step:
         images = self._prepare(batch)
         with state.precision.autocast(self._device):
             log_probabilities = self._network(images)
-        # On log-probabilities cross entropy is the negative log-likelihood; it knows label smoothing.
-        losses = F.cross_entropy(
-            log_probabilities,
-            batch.labels,
-            weight=self._class_weights,
-            reduction="none",
-            label_smoothing=self._config.train.label_smoothing,
-        )
-        loss = losses @ batch.weights
+        smoothing = self._config.train.label_smoothing
+        loss = sample_losses(log_probabilities, batch.labels, self._class_weights, smoothing) @ batch.weights
         gradients.notes[0].copy_(loss.detach() / batch.total)
         gradients.notes[1].fill_(stop / self._ranks)
-        adds = self._config.optim.reduction == "sum"
-        (loss / (batch.total if adds else batch.weights.sum().clamp(min=1))).backward()
+        (loss / batch.total).backward()
         self.stopwatch.wait()
         gradients.wait()
         self.stopwatch.work()

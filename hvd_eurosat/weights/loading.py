@@ -19,6 +19,7 @@ from hvd_eurosat.weights.stored import read_content
 from hvd_eurosat.weights.weight_file import Weights
 
 KERAS_SUFFIXES = (".h5", ".hdf5")
+TORCH_EPSILON = 1e-5  # of torchvision, and of any state dict that states none
 KERAS_EPSILON = 1.001e-5  # of keras.applications, which writes no epsilon beside its weights
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
 
@@ -34,7 +35,9 @@ def load_weights(model: LandCoverResNet, settings: Model) -> None:
         return
     path = Path(source).expanduser()
     weights = Weights(_imagenet(arch)) if source == "imagenet" else read_weights(path)
-    assumed = KERAS_EPSILON if path.suffix in KERAS_SUFFIXES and not settings.layers else model.details.epsilon
+    assumed = TORCH_EPSILON
+    if path.suffix in KERAS_SUFFIXES:  # to which a layers.json belongs
+        assumed = model.details.epsilon if settings.layers else KERAS_EPSILON
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.state.items()}
     own = model.state_dict()
     head = state.get("fc.weight")

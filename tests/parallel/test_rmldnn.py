@@ -119,9 +119,9 @@ def test_evaluation_by_configuration(launch: Launch, data: Path, run: tuple[Path
     assert job.stderr.count("error: neural_network.data.transforms mean image_size 64; the checkpoint has 32") == 1
     network["data"] |= {"test_input_path": f"{data}/test/Forest", "transforms": []}  # type: ignore[operator]
     path.write_text(json.dumps({"neural_network": network}))
-    job = launch("python", 1, "evaluate", "--config", path)
+    job = launch("python", 1, "evaluate", "--config", path, "--precision", "fp32")
     assert job.returncode == 0, job.stderr
-    assert job.stdout.splitlines()[-1] == f"2 predictions in {folder / 'evaluated'}"
+    assert job.stdout.splitlines()[-2:] == ["2 images, fp32", f"2 predictions in {folder / 'evaluated'}"]
 
 
 def test_bad_files_of_weights_are_said_once(launch: Launch, data: Path, run: tuple[Path, str], tmp_path: Path) -> None:

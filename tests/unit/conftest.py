@@ -1,23 +1,26 @@
 """Small generated images for the data tests."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hvd_eurosat.config.schema import Config, Model
+from hvd_eurosat.config.schema import Config, Data, Model
 from hvd_eurosat.model import native
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 
 EUROSAT = Path(__file__).parents[3] / "shared" / "data" / "EuroSAT_RGB.zip"
+DATA = Data()
 needs_eurosat = pytest.mark.skipif(not EUROSAT.exists(), reason=f"the real data set is not at {EUROSAT}")
 
 Encode = Callable[..., bytes]
@@ -65,7 +68,9 @@ def libraries_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> Iterato
     find.cache_clear()
 
 
-def saved_checkpoint(path: Path, model: LandCoverResNet, classes: list[str], settings: Model) -> Path:
+def saved_checkpoint(
+    path: Path, model: LandCoverResNet, classes: list[str], settings: Model, data: Data = DATA, **facts: Any
+) -> Path:
     """A checkpoint of the model after 3 epochs."""
     state = Checkpoint(
         model=model.state_dict(),
@@ -76,11 +81,12 @@ def saved_checkpoint(path: Path, model: LandCoverResNet, classes: list[str], set
         epoch=3,
         samples=0,
         step=30,
-        config=Config(model=settings).model_dump(mode="json"),
+        config=Config(model=settings, data=data).model_dump(mode="json"),
         classes=classes,
         digest="d",
         precision="fp32",
     )
+    state = dataclasses.replace(state, **facts)
     checkpoint.write(state, path, frozen=None)
     return path
 

@@ -38,6 +38,16 @@ def test_resolved_configuration_is_a_recipe_that_repeats_it(tmp_path: Path) -> N
     assert again.flat() == config.flat()
 
 
+def test_a_configuration_of_before(tmp_path: Path) -> None:
+    """It said how gradients add up, as they still do; the other way is gone."""
+    path = tmp_path / "config.toml"
+    path.write_text(load([]).to_toml().replace("[optim]", '[optim]\nreduction = "sum"'))
+    assert load(["--config", str(path), "--run.dir", "runs/default"]).flat() == load([]).flat()
+    path.write_text('[optim]\nreduction = "adasum"\n')
+    with pytest.raises(UserError, match=r"unknown configuration key optim\.reduction"):
+        load(["--config", str(path)])
+
+
 def test_json_recipe(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"optim": {"lr": 0.5}}))
     assert load(["--config", str(tmp_path / "r.json")]).optim.lr == 0.5

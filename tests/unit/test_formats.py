@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LandCoverResN
     """A checkpoint of a small network, and the network."""
     path = tmp_path_factory.mktemp("saved") / "epoch-0003.pt"
     model = build("resnet18", 3, "all", seed=0)
-    saved_checkpoint(path, model, CLASSES, Model(arch="resnet18", trainable="all"))
+    saved_checkpoint(path, model, CLASSES, Model(arch="resnet18", trainable="all"), Data(resize=72, center_crop=64))
     return path, model.eval()
 
 
@@ -54,6 +54,7 @@ def test_onnx(saved: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == CLASSES
     assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    assert [json.loads(facts[key]) for key in ("resize", "center_crop", "image_size")] == [72, 64, 64]
 
 
 @pytest.mark.parametrize(("format_", "name"), [("safetensors", "model.safetensors"), ("torch", "model.pt")])

@@ -13,7 +13,7 @@ from torchvision.models import resnet50
 
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.resnet import build, count_parameters
+from hvd_eurosat.model.resnet import Details, build, count_parameters
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.weights.loading import load_weights
 
@@ -99,6 +99,23 @@ def test_weights_with_another_head(tmp_path: Path, suffix: str) -> None:
     name = "layer4.1.conv2.weight"
     assert torch.equal(model.get_parameter(name), source.get_parameter(name))
     assert torch.equal(model.fc.weight, head)
+
+
+@pytest.mark.parametrize("source", ["imagenet", "weights.pt", "weights.safetensors"])
+def test_another_epsilon_is_the_same_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    """torchvision's 1e-5 is what a bare state dict means, whatever this network adds to its variances."""
+    theirs = build("resnet18", 10, "all", seed=3)
+    nn.init.uniform_(theirs.bn1.running_var, 1e-3, 1e-2)
+    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    monkeypatch.setattr("hvd_eurosat.weights.loading._imagenet", lambda arch: state)
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    place = source if source == "imagenet" else str(tmp_path / source)
+    ours = build("resnet18", 10, "all", seed=4, details=Details(epsilon=1e-3))
+    load_weights(ours, Model(weights=place, arch="resnet18", bn_epsilon=1e-3))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), atol=1e-4, rtol=1e-4)
 
 
 class Exploit:

@@ -190,11 +190,71 @@ def test_the_real_zip(tmp_path: Path, run: Run) -> None:
     status, stdout, _ = run(EUROSAT)
     assert status == 0
     assert stdout.splitlines()[-1] == "27,000 images: 25,380 train / 1,350 valid / 270 test"
+    digest = "4918da0d044b54d54157e4a5bfecf4403d5507db32e07088e31d4eff6043b244"  # which all figures are of
+    assert manifest(tmp_path / "out")["digest"] == digest
     counts = manifest(tmp_path / "out")["counts"]
     assert isinstance(counts, dict)
     assert [counts[split]["Forest"] for split in SPLITS] == [2820, 150, 30]
     assert [counts[split]["River"] for split in SPLITS] == [2350, 125, 25]
     assert [counts[split]["Pasture"] for split in SPLITS] == [1880, 100, 20]
+    assert main(["--verify", str(tmp_path / "out")]) == 0
+
+
+# --- copies
+
+
+def splits_of(out: Path) -> dict[str, set[str]]:
+    """The splits that each distinct image is in, by its checksum."""
+    found: dict[str, set[str]] = {}
+    for path, checksum in open_tree(out).checksums.items():
+        found.setdefault(checksum, set()).add(path.split("/")[0])
+    return found
+
+
+@pytest.mark.parametrize("options", [(), ("--resize", "--image-size", 32)])
+def test_copies_stay_together(tmp_path: Path, grow: Grow, run: Run, options: Sequence[object]) -> None:
+    """Whichever of the names comes first; the counts are those of the originals, doubled."""
+    source = grow("photos", CLASSES)
+    assert run(source, *options, out="out-before")[2] == ""
+    originals = sorted(source.rglob("*.jpg"))
+    for number, path in enumerate(originals):
+        shutil.copy(path, path.with_name(f"{'Az'[number % 2]}_{path.name}"))
+    status, stdout, stderr = run(source, *options)
+    assert (status, stdout.splitlines()[-1][:10]) == (0, "108 images")
+    assert stderr == f"warning: 54 of 108 images of {source} are copies of others, and go into their splits\n"
+    assert all(len(splits) == 1 for splits in splits_of(tmp_path / "out").values())
+    counts = manifest(tmp_path / "out")["counts"]
+    before = manifest(tmp_path / "out-before")["counts"]
+    assert counts == {split: {label: 2 * n for label, n in of.items()} for split, of in before.items()}  # type: ignore[attr-defined]
+
+
+def test_copies_across_a_split_that_is_kept(tmp_path: Path, grow: Grow, run: Run) -> None:
+    source = grow("photos", {f"{split}/{label}": 3 for split in SPLITS for label in "AB"})
+    shutil.copy(source / "train" / "A" / "A_1.jpg", source / "test" / "A" / "new.jpg")
+    shutil.copy(source / "train" / "B" / "B_1.jpg", source / "test" / "B" / "new.jpg")
+    shutil.copy(source / "valid" / "B" / "B_1.jpg", source / "test" / "B" / "newer.jpg")
+    shutil.copy(source / "valid" / "B" / "B_2.jpg", source / "valid" / "B" / "new.jpg")
+    status, _, stderr = run(source)
+    warning = f"warning: 3 images of {source} are in several splits: 2 in train and test, 1 in valid and test\n"
+    assert (status, stderr) == (0, f"{warning}note: {source} is split already and keeps its split\n")
+    assert manifest(tmp_path / "out")["counts"]["test"] == {"A": 4, "B": 5}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("presplit", [False, True])
+def test_an_image_of_two_classes_is_refused_or_left_out(tmp_path: Path, grow: Grow, run: Run, presplit: bool) -> None:
+    counts = {f"{split}/{label}": 3 for split in SPLITS for label in "AB"} if presplit else {"A": 9, "B": 9}
+    source = grow("photos", counts)
+    first, second = ("train/A/A_1.jpg", "test/B/new.jpg") if presplit else ("A/A_1.jpg", "B/new.jpg")
+    shutil.copy(source / first, source / second)
+    status, _, stderr = run(source)
+    assert (status, left(tmp_path)) == (2, [])
+    assert stderr.startswith(f"error: 2 of 19 files of {source} cannot be used (--skip-bad leaves them out):")
+    reasons = [f"{a}: the same image as {b} of another class" for a, b in ((first, second), (second, first))]
+    assert all(reason in stderr for reason in reasons)
+    status, stdout, stderr = run(source, "--skip-bad")
+    assert (status, stdout.splitlines()[-1][:9]) == (0, "17 images")
+    assert all(reason in stderr for reason in reasons)
+    assert {entry["file"] for entry in manifest(tmp_path / "out")["skipped"]} == {first, second}  # type: ignore[attr-defined]
     assert main(["--verify", str(tmp_path / "out")]) == 0
 
 
@@ -623,7 +683,7 @@ def test_bad_usage(arguments: Sequence[str]) -> None:
 def test_a_tree_that_the_user_unzipped(grow: Grow) -> None:
     root = grow("data", {f"{split}/{label}": n for split, n in zip(SPLITS, (4, 2, 1), strict=True) for label in "BA"})
     tree = open_tree(root)
-    assert (tree.classes, tree.image_size, tree.synthetic) == (("A", "B"), None, False)
+    assert (tree.classes, tree.image_size, tree.synthetic) == (("A", "B"), 64, False)
     assert tree.files("valid") == ["valid/A/A_1.jpg", "valid/A/A_2.jpg", "valid/B/B_1.jpg", "valid/B/B_2.jpg"]
     assert tree.labels("valid").tolist() == [0, 0, 1, 1]
     assert open_tree(root).digest == tree.digest

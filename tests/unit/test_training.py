@@ -28,7 +28,7 @@ from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.state import TrainingState, digest
-from hvd_eurosat.training.step import image_size
+from hvd_eurosat.training.step import image_size, sample_losses
 from hvd_eurosat.weights.loading import read_weights
 from hvd_eurosat.weights.stored import Blob, read_record
 from tests.unit.conftest import Canary
@@ -84,6 +84,19 @@ def test_learning_rate_scaling(scaling: str, factor: float) -> None:
     assert learning_rate(optim, 10, 256, 3) == pytest.approx(0.1 * factor)
 
 
+def test_class_weights_leave_the_smoothed_target_the_best_answer() -> None:
+    """Which is 0.9 on the sample's own class here, whatever a rare class weighs: there the gradient is 0."""
+    labels, weights = torch.tensor([0, 1, 2, 2]), torch.tensor([0.5, 1.0, 100.0])
+    target = 0.85 * torch.eye(3)[labels] + 0.05
+    logits = target.log().requires_grad_()
+    losses = sample_losses(logits.log_softmax(1), labels, weights, smoothing=0.15)
+    losses.sum().backward()
+    torch.testing.assert_close(losses, weights[labels] * -(target * target.log()).sum(1))
+    torch.testing.assert_close(logits.grad, torch.zeros(4, 3), atol=1e-5, rtol=0)
+    unweighted = sample_losses(logits.log_softmax(1), labels, None, smoothing=0.15)
+    torch.testing.assert_close(losses, weights[labels] * unweighted)
+
+
 def test_optimiser_has_the_trainable_parameters_and_spares_batch_norm_from_decay() -> None:
     optimiser = build_optimiser(build("resnet50", 10, "bn+head", seed=0), Optim(weight_decay=0.1))
     sizes = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimiser.param_groups}
@@ -124,7 +137,7 @@ def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Chec
 
 def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
     config = load(["--run.dir", str(tmp_path), "--model.arch", "resnet18"])
-    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=48, checksums={})
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
     model = build("resnet18", 2, "head", seed=0)
     state = TrainingState(world, config, tree, model, Precision("fp32"))
@@ -136,6 +149,7 @@ def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
     update()
     saved = state.snapshot()
     assert saved is not None
+    assert saved.image_side == 48
     first = copy.deepcopy(saved)
     state.restore(saved)
     update()
@@ -147,7 +161,7 @@ def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
 class Twins(World):
     """Two ranks of equal gradients, in place of Horovod's."""
 
-    def start_sum(self, tensor: torch.Tensor, name: str, adasum: bool = False) -> int:
+    def start_sum(self, tensor: torch.Tensor, name: str) -> int:
         tensor.mul_(2)
         return 0
 
@@ -247,6 +261,15 @@ def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
         state.check_resumable(load([]), ["a", "c"], "d")
     with pytest.raises(UserError, match="are not those that the run began with"):
         state.check_resumable(load([]), ["a", "b"], "e")
+
+
+def test_a_checkpoint_of_before_is_resumed(state: Checkpoint) -> None:
+    """Unless its gradients were added up in a way that is gone."""
+    state.config["optim"]["reduction"] = "sum"
+    state.check_resumable(load([]), ["a", "b"], "d")
+    state.config["optim"]["reduction"] = "adasum"
+    with pytest.raises(UserError, match=r"cannot resume: optim\.reduction was 'adasum'"):
+        state.check_resumable(load([]), ["a", "b"], "d")
 
 
 def test_folder_keeps_the_newest_and_the_best(tmp_path: Path, state: Checkpoint) -> None:

@@ -1,0 +1,107 @@
+"""predict and evaluate in this process: what the network is shown, and in which precision it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+from hvd_eurosat import evaluate, predict
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config import verbs
+from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.verbs import ExportSettings
+from hvd_eurosat.data.augment import normalise
+from hvd_eurosat.data.images import resize
+from hvd_eurosat.data.tree import SPLITS
+from hvd_eurosat.export import export
+from hvd_eurosat.model.resnet import build
+from tests.unit.conftest import saved_checkpoint
+
+CLASSES = ["Forest", "River"]
+Answer = Callable[..., "np.ndarray"]
+
+
+def scene(seed: int) -> Image.Image:
+    """Noise at 128x128, so that each part of it looks another way."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+
+
+def tree(root: Path, side: int) -> Path:
+    """Two scenes of each class in each split, as files of this side."""
+    for number, (split, label) in enumerate((split, label) for split in SPLITS for label in CLASSES):
+        (root / split / label).mkdir(parents=True)
+        for n in range(2):
+            resize(scene(2 * number + n), side).save(root / split / label / f"{n}.png")
+    return root
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Answer:
+    """answers(verb, *arguments): the log-probabilities [N, 2] that predict or evaluate writes."""
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+
+    def asked(verb: str, *arguments: object) -> np.ndarray:
+        words = [*map(str, arguments), "--out", str(tmp_path / "out")]
+        if verb == "predict":
+            predict.main(world, verbs.predict(words))
+        else:
+            evaluate.main(world, verbs.evaluate(words))
+        values: list[np.ndarray] = []
+        with h5py.File(tmp_path / "out" / "output_1.h5") as file:
+            file.visititems(lambda _, item: values.append(item[()]) if isinstance(item, h5py.Dataset) else None)
+        return np.stack(values)
+
+    return asked
+
+
+def test_files_of_any_size_show_the_same_part_of_a_scene(tmp_path: Path, answers: Answer) -> None:
+    """A network that was shown the middle of 64x64 files sees as much in 128x128 ones."""
+    cut = Data(image_size=32, center_crop=32)
+    model, settings = build("resnet18", 2, "all", seed=0), Model(arch="resnet18", trainable="all")
+    saved = saved_checkpoint(tmp_path / "epoch-0003.pt", model, CLASSES, settings, cut, image_side=64)
+    small, large = (tree(tmp_path / str(side), side) for side in (64, 128))
+    expected = answers("predict", "--checkpoint", saved, "--input", small / "test")
+    for verb, flag, below in (
+        ("predict", "--input", "test"),
+        ("evaluate", "--input", "test"),
+        ("evaluate", "--data.root", ""),
+    ):
+        for root in (small, large):
+            assert np.array_equal(answers(verb, "--checkpoint", saved, flag, root / below), expected)
+    assert [path.name for path in (small / ".packed").glob("*-32-0-32.npy")]  # which training left there is used
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_precision(tmp_path: Path, answers: Answer, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    """As in training unless fp32 is asked for, which is what an exported network answers; either is named."""
+    model, settings = build("resnet18", 2, "all", seed=0), Model(arch="resnet18", trainable="all")
+    saved = saved_checkpoint(tmp_path / "epoch-0003.pt", model, CLASSES, settings, precision="bf16")
+    images = tree(tmp_path / "images", 64) / "test"
+    export(ExportSettings(checkpoint=saved, format="torch", out=tmp_path))
+    theirs = resnet18(num_classes=2)
+    theirs.fc = torch.nn.Linear(512, 2, bias=False)
+    theirs.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(images.rglob("*.png"))])
+    with torch.no_grad():
+        expected = theirs.eval()(normalise(pixels.permute(0, 3, 1, 2), Data())).log_softmax(1).numpy()
+
+    def asked(*arguments: str) -> tuple[np.ndarray, str]:
+        values = answers(verb, "--checkpoint", saved, "--input", images, *arguments)
+        return values, capsys.readouterr().out
+
+    auto, bf16, fp32 = asked(), asked("--precision", "bf16"), asked("--precision", "fp32")
+    assert np.array_equal(auto[0], bf16[0])
+    assert 1e-4 < np.abs(auto[0] - expected).max() < 0.3
+    assert np.abs(fp32[0] - expected).max() < 1e-4
+    assert [(", bf16" in said, ", fp32" in said) for _, said in (auto, bf16, fp32)] == [
+        (True, False),
+        (True, False),
+        (False, True),
+    ]
