@@ -65,6 +65,8 @@ def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, pla
 
     def read() -> dict[str, Packed]:
         crop, size = Crop.of(data), data.image_size
+        if not size:
+            raise UserError("data.image_size 0, the images' own, is for train: give the size")
         return {split: open_packed(tree, split, size, place.cache_dir, crop, world.tick) for split in splits}
 
     packed = world.node_by_node(read)

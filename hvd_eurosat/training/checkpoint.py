@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config.schema import Config, Model, flatten
+from hvd_eurosat.config.schema import Config, Model, Optim, Train, flatten, schedule_epochs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
@@ -81,6 +81,9 @@ class Checkpoint:
     def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:
         """Raise UserError, by name, if the run would not go on as the same run."""
         was, now = flatten(self.config), config.flat()
+        before = schedule_epochs(Optim(**self.config["optim"]), Train(**self.config["train"]))
+        if before == schedule_epochs(config.optim, config.train):  # by whichever key
+            now["optim.schedule_epochs"] = was.get("optim.schedule_epochs")
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
                 raise UserError(
