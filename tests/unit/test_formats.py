@@ -125,11 +125,11 @@ def test_file_batches_are_those_of_one_rank_in_turn(grow: Grow) -> None:
 def test_decoding_goes_on_during_computation(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
     root, decoded, second = grow("images", {"Forest": 200}), [], threading.Event()
 
-    def note(data: bytes) -> Image.Image:
+    def note(data: bytes, size: int | None) -> Image.Image:
         decoded.append(data)
         if len(decoded) > 100:
             second.set()
-        return decode(data)
+        return decode(data, size)
 
     monkeypatch.setattr("hvd_eurosat.data.folder.decode", note)
     batches = file_batches(list(find_images([root]).values()), Data(), 100, torch.device("cpu"), 0, 1)
