@@ -74,9 +74,15 @@ def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
     data, model = Data(**saved.config["data"]), Model(**saved.config["model"])
     expected = dict(settings.expected)
     if layers := expected.pop("layers", None):
-        details = read_layers(Path(layers)).details
+        architecture = read_layers(Path(layers))
+        details, side = architecture.details, architecture.image_size
+        if side not in (None, data.image_size):
+            taken = f"neural_network.layers {layers} takes images of {side}x{side} pixels"
+            raise UserError(f"{taken}; the checkpoint has {data.image_size}")
         if details != Details.of(model):
             raise UserError(f"neural_network.layers {layers} is of {details}; the checkpoint has {Details.of(model)}")
+    if expected.get("image_size") == 0:  # the images' own, which `from_folder` compares
+        del expected["image_size"]
     for key, value in expected.items():
         known = getattr(data, key)
         if known != value:
@@ -109,7 +115,8 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     labels = world.together(lambda: folder_labels(names, saved.classes, str(folder)))
     if labels is None and not settings.out:
         raise SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
-    batches = file_batches(paths, saved.data, batch_size(settings, saved), world.device, world.rank, world.size)
+    size, resizes = batch_size(settings, saved), settings.expected.get("image_size") != 0
+    batches = file_batches(paths, saved.data, size, world.device, world.rank, world.size, resizes)
     return Work(names, paths, labels, batches)
 
 

@@ -68,7 +68,9 @@ def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
 
 def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]:
     """The network as training would begin with it."""
-    chosen = settle(settings.model, settings.classes)
+    if not settings.data.image_size:
+        raise UserError("data.image_size 0, the images' own, is for train: give the size")
+    chosen = settle(settings.model, settings.classes, settings.data.image_size)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
     load_weights(model, chosen)
     return model, describe(model, chosen.arch, settings.data)

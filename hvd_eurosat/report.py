@@ -1,4 +1,4 @@
-"""Draw pictures, as PNG files: examples of the data, the network, the course and the result of a run."""
+"""Draw pictures, as PNG files: examples of the data, the network, a schedule, the course and the result of a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.images import BadImageError, decode, to_array
 from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run import plots
+from hvd_eurosat.training.schedule import image_size, learning_rate
 
 EXAMPLES_PER_CLASS = 8
+POINTS_PER_EPOCH = 50
+RANKS = "of the job, for optim.lr_scaling (default 1)"
 
 EXAMPLES = """
 examples:
   what is in the data?               python -m hvd_eurosat.report samples --data.root data --out samples.png
   what does the network look like?   python -m hvd_eurosat.report network --out network.png
+  how will it be trained?            python -m hvd_eurosat.report schedule --config recipes/scratch.toml --out s.png
   how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart-sample
 
 `report <what> --help` tells more. Training itself draws the plots of a run when it ends.
@@ -31,7 +37,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data."""
-    options = _parse(argv)
+    options, keys = _parse(argv)
     try:
         if options.what == "run":
             written = run(options.dir)
@@ -39,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_out(options.out)
             if options.what == "samples":
                 samples(options.root, options.split, options.out)
+            elif options.what == "schedule":
+                schedule(load(keys), options.ranks, options.out)
             else:
                 plots.network(options.out)
             written = [options.out]
@@ -59,6 +67,20 @@ def samples(root: Path, split: str, out: Path) -> None:
     images = np.stack([_read(root / files[i], size) for i in chosen])
     title = f"{_name(tree)}: examples of the {len(files):,} {split} images"
     plots.sample_grid(images, labels[chosen], tree.classes, out, title)
+
+
+def schedule(config: Config, ranks: int, out: Path) -> None:
+    """Draw the learning rate and the training images' size over the epochs, and print them, a line for each epoch."""
+    optim, train, epochs = config.optim, config.train, schedule_epochs(config.optim, config.train)
+    batch = ranks * train.batch_size
+    sizes = [image_size(config.data, train, epochs, epoch) for epoch in range(train.epochs)]
+    spans = [np.linspace(epoch, np.nextafter(epoch + 1, 0), POINTS_PER_EPOCH) for epoch in range(train.epochs)]
+    rates = [[learning_rate(optim, epochs, batch, progress) for progress in span] for span in spans]
+    print("epoch  learning rate at its beginning and end  images")
+    for epoch, (rate, size) in enumerate(zip(rates, sizes, strict=True), start=1):
+        print(f"{epoch:5}  {rate[0]:<18.4g}  {rate[-1]:<18.4g}  {f'{size}x{size}' if size else 'of their own size'}")
+    title = f"{optim.schedule}, {train.epochs} epochs, {batch} images a step"
+    plots.schedule(np.concatenate(spans), np.concatenate(rates), sizes, out, title)
 
 
 def run(folder: Path) -> list[Path]:
@@ -88,6 +110,13 @@ def run(folder: Path) -> list[Path]:
         written.append(plotted / "confusion_matrix.png")
         plots.confusion_matrix(counts, classes, written[1], title)
     return written
+
+
+def positive(text: str) -> int:
+    """A number from 1 on. Raises ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _name(tree: Tree) -> str:
@@ -163,7 +192,8 @@ def _confusion(
     return split, counts
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and what is left of the words: of `schedule` the keys of a configuration."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m hvd_eurosat.report",
@@ -172,7 +202,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=raw,
         allow_abbrev=False,
     )
-    verbs = parser.add_subparsers(dest="what", metavar="samples|network|run", required=True)
+    verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run", required=True)
 
     def verb(name: str, does: str, more: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=does, description=f"{does}. {more}", allow_abbrev=False)
@@ -191,7 +221,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "draw the modified ResNet-50",
         "Shapes for 64x64 images, and which parameters train in mode bn+head.",
     )
-    for picture in (sample, net):
+    rates = verb(
+        "schedule",
+        "draw the learning rate and the size of the images over the epochs",
+        "It takes --config and every other key of train (train --help), and prints the epochs as a table.",
+    )
+    rates.add_argument("--ranks", type=positive, metavar="N", default=1, help=RANKS)
+    for picture in (sample, net, rates):
         picture.add_argument("--out", metavar="PNG", type=Path, required=True, help="the file to write")
     of_run = verb(
         "run",
@@ -199,7 +235,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "From its metrics.jsonl and summary.json into its plots/; also while it runs.",
     )
     of_run.add_argument("--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run")
-    return parser.parse_args(argv)
+    options, left = parser.parse_known_args(argv)
+    if left and options.what != "schedule":
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return options, left
 
 
 if __name__ == "__main__":

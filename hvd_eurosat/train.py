@@ -16,8 +16,9 @@ import math
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config
+from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
+from hvd_eurosat.data.packed import resolve_size
 from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
@@ -27,8 +28,8 @@ from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import log_probabilities
 from hvd_eurosat.training.metrics import evaluate
-from hvd_eurosat.training.optimiser import learning_rate
 from hvd_eurosat.training.precision import Precision, choose_precision
+from hvd_eurosat.training.schedule import jump, learning_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
 from hvd_eurosat.training.stragglers import stragglers
@@ -46,12 +47,11 @@ def train(world: World, config: Config) -> int:
     world.tick("opening the data")
     tree = world.together(lambda: open_tree(config.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
+    config = world.on_main(lambda: settled(config, tree))
     images = open_images(world, tree, SPLITS, config.data, config.data)
     batches = world.together(
         lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
     )
-    settled = world.on_main(lambda: settle(config.model, len(tree.classes)))
-    config = config.model_copy(update={"model": settled})
     journal = Journal(world, config, tree)
     start = journal.find_start()
     if start and journal.is_finished():
@@ -67,6 +67,9 @@ def train(world: World, config: Config) -> int:
     step = Step(state, world, config, weights)
     facts = header(world, config, tree, state, step, batches)
     journal.begin(start, facts, state.snapshot(), math.ceil(state.samples / batches.global_batch))
+    progress = state.epoch + state.samples / batches.length
+    if start and (warning := jump(start.config, config, batches.global_batch, progress)):
+        journal.display.warn(warning)
     try:
         while state.epoch < config.train.epochs:
             train_epoch(world, config, state, step, batches, journal, stop)
@@ -95,6 +98,13 @@ def train(world: World, config: Config) -> int:
     return 0
 
 
+def settled(config: Config, tree: Tree) -> Config:
+    """With values in place of what it leaves to the data and to files of the network. Raises UserError."""
+    data = resolve_size(tree, config.data)
+    model = settle(config.model, len(tree.classes), data.image_size)
+    return config.model_copy(update={"data": data, "model": model})
+
+
 def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
     """The precision that the run began with, or a new run's. Collective."""
     return Precision(start.precision) if start else choose_precision(world, config.train.precision)
@@ -119,14 +129,14 @@ def train_epoch(
     stop: StopRequest,
 ) -> None:
     """What is left of an epoch, every rank its shard, in steps. Collective. Raises Stopped between two steps."""
-    first = state.samples
+    first, epochs = state.samples, schedule_epochs(config.optim, config.train)
     step.stopwatch.work()
     journal.begin_epoch(state.epoch + 1, batches.steps(first))
     for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
         patience = COMPILER_PATIENCE if number == 1 and step.compiled else 1
         world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", patience)
         progress = state.epoch + state.samples / batches.length
-        rate = learning_rate(config.optim, config.train.epochs, batches.global_batch, progress)
+        rate = learning_rate(config.optim, epochs, batches.global_batch, progress)
         step(batch, rate, stop())
         journal.stepped(number, step, state, state.samples - first)
         if config.run.verify_interval and state.step % config.run.verify_interval == 0:

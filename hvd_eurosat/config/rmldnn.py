@@ -28,13 +28,14 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Square = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 
+ADAGRAD_EPS = 1e-10  # of libtorch; rmldnn has no key for it
 BETAS = {"beta1", "beta2", "eps", "amsgrad"}
 OPTIMISERS = {
     "sgd": {"momentum", "nesterov"},
     "adam": BETAS,
     "adamw": BETAS,
     "lamb": BETAS,
-    "adagrad": {"eps"},
+    "adagrad": set(),
     "rmsprop": {"momentum", "eps"},
     "lars": {"momentum", "nesterov", "eta"},
 }
@@ -214,8 +215,12 @@ def _root(data: Data) -> str:
 
 
 def prepare(transforms: list[Transform]) -> Values:
-    """Keys of our section data. Pixels are 0..1; resize and center_crop come first and the rest in our own order."""
-    values: Values = {"augment": False, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    """Keys of our section data. Pixels are 0..1; resize and center_crop come first and the rest in our own order.
+
+    Where there is neither, the images keep their size.
+    """
+    values: Values = {"image_size": 0, "center_crop": 0, "resize": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    values["augment"] = False
     seen: set[str] = set()
     for number, transform in enumerate(transforms):
         where = f"neural_network.data.transforms.{number}"
@@ -242,7 +247,7 @@ def _set_size(values: Values, name: str, sides: list[int], where: str) -> None:
     if sides[1] != side:
         raise ValueError(f"{where} {sides}: a square is wanted")
     if name == "center_crop":
-        values |= {"center_crop": side, "resize": values.get("image_size", 0), "image_size": side}
+        values |= {"center_crop": side, "resize": values["image_size"], "image_size": side}
     else:
         values["image_size"] = side
 
@@ -252,6 +257,8 @@ def _optim(optimizer: Optimizer) -> Values:
     names = {"learning_rate": "lr", "eta": "trust"}
     values = optimizer.model_dump(exclude={"type", "lr_scheduler"})
     values = {names.get(key, key): value for key, value in values.items()} | {"name": optimizer.type}
+    if optimizer.type == "adagrad":
+        values["eps"] = ADAGRAD_EPS
     return values | _schedule(optimizer.lr_scheduler)
 
 
@@ -262,7 +269,8 @@ def _schedule(scheduler: Scheduler | None) -> Values:
     for key in SCHEDULERS[scheduler.type] - scheduler.model_fields_set:
         raise ValueError(f"neural_network.optimizer.lr_scheduler.{key} is missing")
     if scheduler.type == "warmup":
-        return {"schedule": "constant", "warmup_epochs": scheduler.num_epochs, "warmup_start": scheduler.start_factor}
+        rise = {"warmup_epochs": scheduler.num_epochs, "warmup_start": scheduler.start_factor}
+        return {"schedule": "constant", "warmup_stairs": True, **rise}
     steps = {"step_size": scheduler.step_size, "milestones": scheduler.milestones}
     return {"schedule": scheduler.type, "gamma": scheduler.gamma, **steps}
 

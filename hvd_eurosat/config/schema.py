@@ -31,6 +31,12 @@ Side = Annotated[int, Field(ge=0, le=4096)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
+def _image_size(side: int) -> int:
+    if side and not 32 <= side <= 1024:
+        raise ValueError("0 or 32 to 1024 is wanted")
+    return side
+
+
 class Section(BaseModel):
     """Unknown keys are errors; the text below each field is its help."""
 
@@ -53,8 +59,9 @@ class Data(Place):
 
     model_config = ConfigDict(extra="forbid")
 
-    image_size: Annotated[int, Field(ge=32, le=1024)] = 64
-    """side of the images in pixels; the packed arrays are resized to it when the files differ"""
+    image_size: Annotated[int, AfterValidator(_image_size)] = 64
+    """side of the images in pixels; the packed arrays are resized to it when the files differ; 0, for train: the side
+    that they have after resize and center_crop, which must be that of all"""
     center_crop: Side = 0
     """keep a square of this side from the centre of each image before that; 0: the whole image"""
     resize: Side = 0
@@ -66,7 +73,7 @@ class Data(Place):
     augment: bool = True
     """show each training image in its eight flips and quarter turns, another one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
-    """also shift each training image by up to this many pixels, mirrored at the border"""
+    """shift each training image by up to this many pixels, mirrored at the border"""
     random_horizontal_flip: Probability = 0.0
     """also swap left and right of a training image with this probability"""
     random_vertical_flip: Probability = 0.0
@@ -124,18 +131,24 @@ class Optim(Section):
     weight_decay: NonNegativeFloat = 0.0
     """not applied to BatchNorm"""
     schedule: Literal["constant", "exponential", "step", "multistep", "cosine", "one_cycle"] = "one_cycle"
-    """exponential: times gamma every epoch, step: every step_size epochs, multistep: at milestones; cosine: down to 0;
-    one_cycle: up over 30 % of the run, then down to 0"""
+    """exponential: times gamma every epoch, step: every step_size epochs, both counted from the end of the warm-up in
+    whole epochs; multistep: at milestones; cosine: down to 0; one_cycle: up over 30 % of the epochs, then down to 0"""
+    schedule_epochs: NonNegativeInt = 0
+    """epochs over which one_cycle and cosine run and images grow (train.start_size); then the rate stays at 0, and the
+    images at full size. 0: train.epochs; give it where you will raise those later, for else the rate jumps then"""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
     """factor of the exponential, step and multistep schedules"""
     step_size: PositiveInt = 10
     """epochs between the step schedule's steps"""
     milestones: tuple[PositiveInt, ...] = ()
-    """epochs at which the multistep schedule steps"""
+    """epochs at which the multistep schedule steps, counted from the beginning: after the warm-up, at least one"""
     warmup_epochs: NonNegativeFloat = 0.0
-    """rise linearly over this many epochs first (one_cycle has its own rise)"""
+    """rise linearly to lr over this many epochs first; of one_cycle in place of its own rise. The rest of the schedule
+    follows: cosine and one_cycle fall to 0 over the epochs that are left"""
     warmup_start: Probability = 0.0
     """share of the learning rate with which that rise begins"""
+    warmup_stairs: bool = False
+    """rise after each whole epoch, as rmldnn does, not in every step"""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """multiply lr by global batch / reference_batch, or by its square root; give it some warmup_epochs"""
     reference_batch: PositiveInt = 64
@@ -153,7 +166,8 @@ class Train(Section):
     """images per rank and step"""
     start_size: Side = 0
     """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.image_size, every size
-    for as many of train.epochs, which makes training from scratch shorter; 0: full size from the start"""
+    for as many epochs of the schedule, the last at full size, which makes training from scratch shorter; where there
+    are fewer epochs than sizes the smallest are left out; 0: full size from the start"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
@@ -261,8 +275,12 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(f"optim.warmup_epochs must be below train.epochs ({self.train.epochs})")
+        optim, epochs = self.optim, schedule_epochs(self.optim, self.train)
+        if optim.warmup_epochs >= epochs:
+            key = "optim.schedule_epochs" if optim.schedule_epochs else "train.epochs"
+            raise ValueError(f"optim.warmup_epochs must be below {key} ({epochs})")
+        if optim.schedule == "multistep" and min(optim.milestones, default=0) <= optim.warmup_epochs:
+            raise ValueError("optim.schedule multistep wants optim.milestones, all of them after optim.warmup_epochs")
         if self.train.start_size and not 32 <= self.train.start_size <= self.data.image_size:
             raise ValueError(f"train.start_size must be 0 or between 32 and data.image_size ({self.data.image_size})")
         return self
@@ -270,6 +288,11 @@ class Config(Settings):
     def to_toml(self) -> str:
         """Every key with its value: a recipe that repeats the run."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def schedule_epochs(optim: Optim, train: Train) -> int:
+    """The epochs over which the learning rate and the size of the images change."""
+    return optim.schedule_epochs or train.epochs
 
 
 def current(sections: dict[str, Any]) -> dict[str, Any]:

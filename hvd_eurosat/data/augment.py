@@ -14,13 +14,14 @@ VIEWS = 8
 FLIP, TURN, CROP, ZOOM = 10, 20, 30, 40  # keys of `mix`, so that each draws numbers of its own
 
 
-def mix(indices: Tensor, *keys: int | Tensor) -> Tensor:
-    """Random bits from (keys, index) alone: int64 [B] in [0, 2**31), whatever the rank or the batch.
+def mix(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
+    """Random bits from (seed, index, keys) alone: int64 [B] in [0, 2**31), whatever the rank or the batch.
 
-    Two rounds of the finaliser of SplitMix64 (Steele et al. 2014); int64 products wrap as they should.
+    Rounds of the finaliser of SplitMix64 (Steele et al. 2014), one for each number; int64 products wrap as they should.
+    The seed has a round of its own before the index is added: else seed s + 1 would be seed s, an image further on.
     """
-    x = indices
-    for key in keys:
+    x = torch.full_like(indices, seed)
+    for key in (0, indices, *keys):
         x = (x + key + 1) * -7046029254386353131
         x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
         x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
@@ -61,14 +62,14 @@ def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, dat
     Going through the views in turn shows more variety than drawing them (Jordan 2024, "alternating flip").
     """
     if data.augment:
-        images = turn_and_flip(images, (mix(indices, seed) ^ epoch) % VIEWS)
-    if data.augment and data.max_shift:
+        images = turn_and_flip(images, (mix(seed, indices) ^ epoch) % VIEWS)
+    if data.max_shift:
         span = 2 * data.max_shift + 1
-        dy, dx = (mix(indices, seed, epoch, axis) % span - data.max_shift for axis in (1, 2))
+        dy, dx = (mix(seed, indices, epoch, axis) % span - data.max_shift for axis in (1, 2))
         images = shift(images, dy, dx)
     for key, (probability, axis) in enumerate(((data.random_horizontal_flip, 3), (data.random_vertical_flip, 2))):
         if probability:
-            flips = _uniform(indices, seed, epoch, FLIP + key) < probability
+            flips = _uniform(seed, indices, epoch, FLIP + key) < probability
             images = torch.where(flips.view(-1, 1, 1, 1), images.flip(axis), images)
     if data.random_rotate or data.jitter_crop or data.random_zoom:
         images = resample(images, _places(indices, seed, epoch, data))
@@ -87,9 +88,9 @@ def resample(images: Tensor, places: Tensor) -> Tensor:
 
 def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
     """A random turn about the centre, then a random window: the map from the output to the image, [B, 2, 3]."""
-    angle = (2 * _uniform(indices, seed, epoch, TURN) - 1) * math.radians(data.random_rotate)
-    left, right, top, bottom = (data.jitter_crop * _uniform(indices, seed, epoch, CROP + side) for side in range(4))
-    zoom = 1 - data.random_zoom * _uniform(indices, seed, epoch, ZOOM)
+    angle = (2 * _uniform(seed, indices, epoch, TURN) - 1) * math.radians(data.random_rotate)
+    left, right, top, bottom = (data.jitter_crop * _uniform(seed, indices, epoch, CROP + side) for side in range(4))
+    zoom = 1 - data.random_zoom * _uniform(seed, indices, epoch, ZOOM)
     width, height = (1 - (left + right) / 2) * zoom, (1 - (top + bottom) / 2) * zoom
     x, y = (left - right) / 2 * zoom, (top - bottom) / 2 * zoom
     cos, sin = angle.cos(), angle.sin()
@@ -97,9 +98,9 @@ def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tens
     return torch.stack(rows, 1).view(-1, 2, 3)
 
 
-def _uniform(indices: Tensor, *keys: int | Tensor) -> Tensor:
+def _uniform(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
     """Random numbers in [0, 1), float32 [B]."""
-    return (mix(indices, *keys) >> 7).float() / 2**24
+    return (mix(seed, indices, *keys) >> 7).float() / 2**24
 
 
 def shrink(images: Tensor, size: int) -> Tensor:

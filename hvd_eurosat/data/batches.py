@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
+from hvd_eurosat.data.augment import mix
 from hvd_eurosat.data.images import Crop
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree
@@ -64,6 +65,8 @@ def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, pla
 
     def read() -> dict[str, Packed]:
         crop, size = Crop.of(data), data.image_size
+        if not size:
+            raise UserError("data.image_size 0, the images' own, is for train: give the size")
         return {split: open_packed(tree, split, size, place.cache_dir, crop, world.tick) for split in splits}
 
     packed = world.node_by_node(read)
@@ -92,6 +95,8 @@ class TrainBatches:
         self._images = images
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._mine = rank + world_size * torch.arange(batch_size, device=images.storage)
+        # It adds the epoch to its seed: seed s + 1 would have the orders of seed s, an epoch earlier.
+        seed = int(mix(seed, torch.zeros((), dtype=torch.int64)))
         self._order: DistributedSampler[Tensor] = DistributedSampler(
             _Length(self.length), num_replicas=1, rank=0, shuffle=True, seed=seed
         )

@@ -69,17 +69,24 @@ def folder_labels(names: Sequence[str], classes: Sequence[str], where: str) -> N
 
 
 def file_batches(
-    files: Sequence[Path], data: Data, batch_size: int, device: torch.device, shard: int, shards: int
+    files: Sequence[Path],
+    data: Data,
+    batch_size: int,
+    device: torch.device,
+    shard: int,
+    shards: int,
+    resizes: bool = True,
 ) -> Generator[Batch, None, None]:
     """The images in batches of one fixed size, without labels; shard i of n gets every n-th batch, from the i-th on.
 
-    Threads decode the next batches meanwhile. Raises UserError, which names the file, for a bad image.
+    Threads decode the next batches meanwhile. Raises UserError, which names the file, for a bad image, and for one of
+    another size than data.image_size unless it `resizes` them.
     """
-    crop = Crop.of(data)
+    crop, wanted = Crop.of(data), None if resizes else data.image_size
 
     def pixels(path: Path) -> NDArray[np.uint8]:
         try:
-            return to_array(decode(path.read_bytes()), data.image_size, crop)
+            return to_array(decode(path.read_bytes(), wanted), data.image_size, crop)
         except (OSError, BadImageError) as error:
             raise UserError(f"{path}: {error}") from None
 

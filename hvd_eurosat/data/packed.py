@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.images import WHOLE, BadImageError, Crop, decode, in_threads, to_array
-from hvd_eurosat.data.tree import Tree, sha256_of
+from hvd_eurosat.data.tree import SPLITS, Tree, sha256_of
 from hvd_eurosat.errors import RunError, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -110,7 +111,7 @@ def verify_packed(path: Path) -> None:
 def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Crop, tick: Callable[[], None]) -> str:
     """Writes the .npy file and returns its sha256."""
     size = shape[1]
-    native = tree.image_size or size  # of no size, the first one is refused
+    native = native_size(tree)
 
     def read(name: str) -> bytes:
         return _pixels(tree, name, native, size, crop)
@@ -146,6 +147,32 @@ def _read(tree: Tree, name: str) -> bytes:
         return (tree.root / name).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {tree.root / name}: {error.strerror}") from None
+
+
+def resolve_size(tree: Tree, data: Data) -> Data:
+    """The section with the side that its images have in place of an image_size of 0. Raises UserError."""
+    if data.image_size:
+        return data
+    size = data.center_crop or data.resize or native_size(tree)
+    if not 32 <= size <= 1024:
+        raise UserError(f"the images of {tree.root} have {size}x{size} pixels: give a data.image_size of 32 to 1024")
+    return data.model_copy(update={"image_size": size})
+
+
+def native_size(tree: Tree) -> int:
+    """The side in pixels that every image of the tree must have: that of the first. Raises UserError."""
+    if tree.image_size is not None:
+        return tree.image_size
+    first = tree.files(SPLITS[0])[0]
+    try:
+        width, height = decode(_read(tree, first)).size
+    except BadImageError as error:
+        raise UserError(f"{tree.root / first}: {error}") from None
+    if width != height:
+        raise UserError(
+            f"{tree.root / first}: {width}x{height} pixels; squares are wanted (prepare --resize makes them so)"
+        )
+    return width
 
 
 def _map(path: Path) -> NDArray[np.uint8]:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config
+from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.batches import TrainBatches
 from hvd_eurosat.data.tree import SPLITS, Tree
 from hvd_eurosat.model import norm_relu
 from hvd_eurosat.model.resnet import count_parameters
-from hvd_eurosat.training.optimiser import peak_rate
+from hvd_eurosat.training.schedule import image_size, peak_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 
@@ -27,6 +27,7 @@ def header(
     total, trainable = count_parameters(state.model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
     train, optim = config.train, config.optim
+    first = image_size(config.data, train, schedule_epochs(optim, train), 0)
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
         "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world, step, state.model)}, "
@@ -36,13 +37,15 @@ def header(
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"
-        + (f", in training from {train.start_size}x{train.start_size} on" if train.start_size else ""),
+        + (f", in training from {first}x{first} on" if first < config.data.image_size else ""),
         "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
         "batches": f"{train.batch_size} x {world.size} ranks = {batches.global_batch} images a step; "
         f"{batches.shard:,} images a rank, {batches.steps()} steps an epoch, {batches.steps() * train.epochs:,} in all",
         "optimiser": f"{optim.name}, learning rate {peak_rate(optim, batches.global_batch):g} "
-        f"{optim.schedule}, {train.epochs} epochs",
+        + optim.schedule
+        + (f" over {optim.schedule_epochs} epochs" if optim.schedule_epochs else "")
+        + f", {train.epochs} epochs",
     }
 
 

@@ -120,6 +120,27 @@ def sample_grid(
     _save(figure, path)
 
 
+def schedule(
+    progress: NDArray[np.float64], rates: NDArray[np.float64], sizes: Sequence[int], path: Path, title: str
+) -> None:
+    """Draw a schedule. rates: float64 [N], at `progress` (in epochs, float64 [N]); sizes: of the images, in pixels, of
+    each epoch.
+    """
+    figure = _figure(8, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot(progress, rates, color=BLUE, lw=1.6)
+    below.stairs(sizes, color=ORANGE, lw=1.6, baseline=None)
+    above.set_title(title, fontsize=10)
+    above.set_ylabel("learning rate")
+    below.set_ylabel("pixels")
+    below.set_xlabel("epochs done")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (above, below):
+        _plain(axes)
+        axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
 # --- the network ---
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config.schema import Config, Data, Model, current, flatten
+from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
@@ -89,7 +89,12 @@ class Checkpoint:
 
     def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:
         """Raise UserError, by name, if the run would not go on as the same run."""
-        was, now = flatten(current(self.config)), config.flat()
+        was, now = flatten(self.config), config.flat()
+        if other := min(was.keys() ^ now.keys(), default=None):
+            raise UserError(f"cannot resume: the checkpoint is of another version of hvd_eurosat (see {other})")
+        before = schedule_epochs(Optim(**self.config["optim"]), Train(**self.config["train"]))
+        if before == schedule_epochs(config.optim, config.train):  # by whichever key
+            now["optim.schedule_epochs"] = was.get("optim.schedule_epochs")
         for key in sorted(was.keys() | now.keys()):
             if was.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
                 raise UserError(

@@ -1,9 +1,8 @@
-"""The optimiser, and the learning rate as a function of the samples seen."""
+"""The optimiser."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from typing import TypeVar, cast
 
 import torch
@@ -14,8 +13,6 @@ from hvd_eurosat.training.large_batch import Lamb, Lars
 
 Kind = TypeVar("Kind", bound=type[torch.optim.Optimizer])
 
-ONE_CYCLE_RISE = 0.3
-ONE_CYCLE_START = 1 / 25
 FENCED = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
 
 
@@ -52,40 +49,3 @@ def uncompiled(kind: Kind) -> Kind:
     """
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in FENCED}
     return cast(Kind, type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(methods["step"])}))
-
-
-def peak_rate(optim: Optim, global_batch: int) -> float:
-    """optim.lr after optim.lr_scaling."""
-    ratio = global_batch / optim.reference_batch
-    return optim.lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[optim.lr_scaling]
-
-
-def learning_rate(optim: Optim, epochs: int, global_batch: int, progress: float) -> float:
-    """The rate at `progress`, in epochs: samples seen / samples in the training set.
-
-    A pure function, so that nothing of the schedule needs saving. one_cycle: Smith & Topin 2018, with cosine
-    annealing as in torch's OneCycleLR; lr_scaling: Goyal et al. 2017 (linear), Hoffer et al. 2017 (sqrt).
-    """
-    peak = peak_rate(optim, global_batch)
-    if progress < optim.warmup_epochs:
-        risen = min(1.0, max(progress, 0.01) / optim.warmup_epochs)
-        return peak * (optim.warmup_start + (1 - optim.warmup_start) * risen)
-    done = (progress - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
-    if optim.schedule == "exponential":
-        return peak * optim.gamma ** math.floor(progress)
-    if optim.schedule == "step":
-        return peak * optim.gamma ** (math.floor(progress) // optim.step_size)
-    if optim.schedule == "multistep":
-        return peak * optim.gamma ** sum(progress >= milestone for milestone in optim.milestones)
-    if optim.schedule == "cosine":
-        return peak * _cosine(done)
-    if optim.schedule == "one_cycle" and done < ONE_CYCLE_RISE:
-        return peak * (1 - (1 - ONE_CYCLE_START) * _cosine(done / ONE_CYCLE_RISE))
-    if optim.schedule == "one_cycle":
-        return peak * _cosine((done - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE))
-    return peak
-
-
-def _cosine(done: float) -> float:
-    """From 1 down to 0 as `done` goes from 0 to 1."""
-    return (1 + math.cos(math.pi * min(done, 1.0))) / 2

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import SharedError, World
-from hvd_eurosat.config.schema import Config, Train
+from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.augment import network_input
 from hvd_eurosat.data.batches import Batch, Images
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.compilation import obstacle
 from hvd_eurosat.training.gradients import GradientBuckets
+from hvd_eurosat.training.schedule import image_size, image_sizes
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.stragglers import Stopwatch
 
 GPU_LAG = 4  # steps that the host is behind the device when it reads what the step found
 NON_FINITE_STEPS = 3
-SIZE_STEP = 16  # pixels
 RECOMPILES = 8  # for each size; torch goes on uncompiled after eight in all
 WIRE = {"none": torch.float32, "fp16": torch.float16}  # Horovod 0.28.1 adds no bfloat16
 
@@ -49,17 +49,6 @@ def sample_losses(log_probabilities: Tensor, labels: Tensor, weights: Tensor | N
     return losses if weights is None else losses * weights[labels]
 
 
-def image_sizes(full: int, train: Train) -> list[int]:
-    """The sides of the training images, in turn: progressive learning (Tan & Le 2021, "EfficientNetV2")."""
-    return [*range(train.start_size or full, full, SIZE_STEP), full]
-
-
-def image_size(full: int, train: Train, epoch: int) -> int:
-    """The side of the training images in an epoch (from 0)."""
-    sizes = image_sizes(full, train)
-    return sizes[min(epoch * len(sizes) // train.epochs, len(sizes) - 1)]
-
-
 class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Compiled if every rank can. Collective.
 
@@ -74,6 +63,7 @@ class Step:
         self._state = state
         self._config = config
         self._class_weights = class_weights
+        self._epochs = schedule_epochs(config.optim, config.train)
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
         self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=WIRE[config.optim.compression])
@@ -115,7 +105,7 @@ class Step:
 
     def _compile(self) -> None:
         """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
-        limit = RECOMPILES * len(image_sizes(self._config.data.image_size, self._config.train))
+        limit = RECOMPILES * len(image_sizes(self._config.data.image_size, self._config.train.start_size))
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False, recompile_limit=limit)
         self._network = compiled(self._state.model, mode="reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
@@ -153,7 +143,7 @@ class Step:
 
     def _prepare(self, batch: Batch) -> Tensor:
         data, train, epoch = self._config.data, self._config.train, self._state.epoch
-        size = image_size(data.image_size, train, epoch)
+        size = image_size(data, train, self._epochs, epoch)
         epoch_there = torch.full((), epoch, device=self._device)
         return self._input(batch.images, batch.indices, train.seed, epoch_there, size, data)
 

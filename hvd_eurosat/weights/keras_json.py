@@ -25,11 +25,15 @@ OPTIONAL = {"groups": 1, "keepdims": False, "data_format": "channels_last"}  # k
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a layers.json says. trainable: as in model.trainable; classes: the units of its head."""
+    """What a layers.json says. trainable: as in model.trainable; classes: the units of its head.
+
+    image_size: the side of its input in pixels, None where it takes any.
+    """
 
     details: Details
     trainable: str
     classes: int
+    image_size: int | None
 
 
 def write_layers(details: Details, classes: int, image_size: int, trainable: Collection[str]) -> Object:
@@ -77,7 +81,7 @@ def parse_layers(content: Any) -> Architecture:
     if outputs != [HEAD]:
         raise ValueError(f"its output is that of {_shown(outputs)}, not of the head alone")
     trains = {name for name, layer in layers.items() if layer.settings["trainable"]}
-    return Architecture(details, _trainable(trains), classes)
+    return Architecture(details, _trainable(trains), classes, _image_size(layers[INPUT]))
 
 
 def parse_backbone(content: Any) -> Details:
@@ -183,9 +187,7 @@ def _compare(layers: dict[str, Layer], expected: Layer) -> None:
     if layer.kind != expected.kind:
         raise ValueError(f"not a ResNet-50: {layer.name} is a {_shown(layer.kind)}, expected {expected.kind}")
     if layer.kind == "InputLayer":
-        shape = layer.settings.get("batch_input_shape", layer.settings.get("batch_shape"))
-        if not isinstance(shape, tuple) or len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, 3]")
+        _image_size(layer)
     for key, value in {**COMMON.get(layer.kind, {}), **expected.settings}.items():
         found = layer.settings.get(key, OPTIONAL.get(key))
         if key == "activation" and found == "log_softmax_v2":  # TensorFlow's name for it
@@ -197,6 +199,16 @@ def _compare(layers: dict[str, Layer], expected: Layer) -> None:
     inputs = set(layer.inputs) if layer.kind == "Add" else layer.inputs
     if inputs != (set(expected.inputs) if layer.kind == "Add" else expected.inputs):
         raise ValueError(f"{layer.name} follows {_shown(layer.inputs)}, expected {_shown(expected.inputs)}")
+
+
+def _image_size(layer: Layer) -> int | None:
+    """The side of the images that an InputLayer takes, None for any."""
+    shape = layer.settings.get("batch_input_shape", layer.settings.get("batch_shape"))
+    if isinstance(shape, tuple) and len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3:
+        side = shape[1]
+        if side is None or (type(side) is int and side > 0):
+            return side
+    raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, 3]")
 
 
 def _trainable(names: set[str]) -> str:

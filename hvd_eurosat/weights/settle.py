@@ -14,9 +14,9 @@ from hvd_eurosat.weights.loading import KERAS_SUFFIXES, read_weights
 DEFAULTS = Model()
 
 
-def settle(model: Model, classes: int) -> Model:
+def settle(model: Model, classes: int, image_size: int) -> Model:
     """The section with model.layers and `auto` turned into values. Raises UserError where it contradicts its files."""
-    found = _from_layers(model.layers, classes) if model.layers else {}
+    found = _from_layers(model.layers, classes, image_size) if model.layers else {}
     if found and model.arch != "resnet50":
         raise UserError(f"model.layers {model.layers} is a resnet50, and model.arch is {model.arch}")
     for key, value in found.items():
@@ -30,12 +30,15 @@ def settle(model: Model, classes: int) -> Model:
     return settled
 
 
-def _from_layers(path: Path, classes: int) -> dict[str, Any]:
+def _from_layers(path: Path, classes: int, image_size: int) -> dict[str, Any]:
     architecture = read_layers(path)
     if architecture.classes != classes:
         raise UserError(
             f"model.layers {path} has a head of {architecture.classes} units; the data has {classes} classes"
         )
+    if architecture.image_size not in (None, image_size):
+        side = architecture.image_size
+        raise UserError(f"model.layers {path} takes images of {side}x{side} pixels; data.image_size is {image_size}")
     details = architecture.details
     values = {"variant": details.variant, "bn_epsilon": details.epsilon, "bn_momentum": details.momentum}
     return {**values, "bn_affine": details.affine, "trainable": architecture.trainable}

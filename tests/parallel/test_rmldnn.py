@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvd_eurosat.config.schema import Model
+from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.export import export
 from tests.parallel.conftest import Launch, summary
@@ -43,7 +43,8 @@ def accuracy(predictions: Path) -> str:
 def run(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The tutorial's configuration, of two epochs, on two ranks; and what was printed."""
     folder = tmp_path_factory.mktemp("rmldnn")
-    export(ExportSettings(format="keras", out=folder, model=Model(weights="none", variant="v1")))
+    images = Data(image_size=32)
+    export(ExportSettings(format="keras", out=folder, data=images, model=Model(weights="none", variant="v1")))
     network = {
         "num_epochs": 3,
         "outfile": str(folder / "out.txt"),
@@ -117,7 +118,13 @@ def test_evaluation_by_configuration(launch: Launch, data: Path, run: tuple[Path
     job = launch("mpirun", 2, "evaluate", "--config", path)
     assert job.returncode == 2
     assert job.stderr.count("error: neural_network.data.transforms mean image_size 64; the checkpoint has 32") == 1
-    network["data"] |= {"test_input_path": f"{data}/test/Forest", "transforms": []}  # type: ignore[operator]
+    network["data"]["transforms"] = []  # type: ignore[index]
+    path.write_text(json.dumps({"neural_network": network}))
+    job = launch("python", 1, "evaluate", "--config", path)
+    assert job.returncode == 2
+    assert job.stderr.count(".jpg: 64x64 pixels; 32x32 is wanted") == 1
+    resized = {"test_input_path": f"{data}/test/Forest", "transforms": [{"resize": [32, 32]}]}
+    network["data"] |= resized  # type: ignore[operator]
     path.write_text(json.dumps({"neural_network": network}))
     job = launch("python", 1, "evaluate", "--config", path, "--precision", "fp32")
     assert job.returncode == 0, job.stderr

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Data, Model
 from hvd_eurosat.model import native
 from hvd_eurosat.model.resnet import LandCoverResNet
@@ -54,6 +55,14 @@ def grow(tmp_path: Path, encode: Encode) -> Grow:
         return root
 
     return grown
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> World:
+    """The world of a process in which `train` can be called: it leaves signals and the watchdog alone."""
+    monkeypatch.setattr("hvd_eurosat.train.StopRequest", lambda: lambda: False)
+    monkeypatch.setattr(World, "watch", lambda world, seconds: None)
+    return World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
 
 
 @contextlib.contextmanager

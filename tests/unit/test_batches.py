@@ -136,8 +136,56 @@ def test_shift_mirrors_at_the_border() -> None:
     assert moved[0, 0, 0].tolist() == [2, 1, 0, 1, 2]
 
 
+def test_shifts_need_no_other_augmentation() -> None:
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    shifted = augment(images, torch.arange(6), seed=1, epoch=2, data=Data(augment=False, max_shift=4))
+    found = [
+        [
+            (dy, dx)
+            for dy in range(-4, 5)
+            for dx in range(-4, 5)
+            if torch.equal(after[None], moved(before[None], dy, dx))
+        ]
+        for before, after in zip(images, shifted, strict=True)
+    ]
+    assert [len(places) for places in found] == [1] * 6
+    assert len({place for places in found for place in places}) > 1
+
+
+def moved(images: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
+    return shift(images, torch.tensor([dy]), torch.tensor([dx]))
+
+
+NEIGHBOURS = [(seed, seed + 1) for seed in (0, 1, 7, 2**31 - 2)]
+
+
+@pytest.mark.parametrize(("seed", "other"), NEIGHBOURS)
+@pytest.mark.parametrize("keys", [(), (3, 1), (3, 2), (3, 10)])
+def test_seeds_have_random_bits_of_their_own(seed: int, other: int, keys: tuple[int, ...]) -> None:
+    """Equal by chance in one of eight places, whatever the number of images or epochs between them."""
+    indices, count = torch.arange(10_000), 8_000
+    for images in range(-3, 4):
+        for epochs in range(-2, 3) if keys else [0]:
+            theirs = (keys[0] + epochs, *keys[1:]) if keys else ()
+            same = mix(seed, indices, *keys) % 8 == mix(other, indices + images, *theirs) % 8
+            assert 900 < int(same[:count].sum()) < 1_100, (images, epochs)
+
+
+@pytest.mark.parametrize(("seed", "other"), NEIGHBOURS)
+def test_seeds_have_orders_of_their_own(seed: int, other: int) -> None:
+    mine, theirs = (
+        {
+            tuple(next(TrainBatches(make_images(40), 40, 0, 1, seed=s).epoch(epoch)).indices.tolist())
+            for epoch in range(20)
+        }
+        for s in (seed, other)
+    )
+    assert len(mine) == len(theirs) == 20
+    assert not mine & theirs
+
+
 def test_random_bits_are_uniform() -> None:
-    counts = torch.bincount(mix(torch.arange(80_000), 3, 1) % 8)
+    counts = torch.bincount(mix(3, torch.arange(80_000), 1) % 8)
     assert counts.min() > 9_600
     assert counts.max() < 10_400
 

@@ -12,6 +12,7 @@ from hvd_eurosat.config import verbs
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.export import export
 
 
 def test_defaults() -> None:
@@ -71,7 +72,17 @@ def test_help_shows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         (["--data.augment", "perhaps"], "data.augment: Input should be a valid boolean"),
         (["--model.arch", "vgg"], "model.arch: Input should be 'resnet50' or 'resnet18'"),
         (["--train.start_size", "65"], "train.start_size must be 0 or between 32 and data.image_size (64)"),
+        (["--data.image_size", "31"], "data.image_size: 0 or 32 to 1024 is wanted, got '31'"),
         (["--optim.warmup_epochs", "99"], "optim.warmup_epochs must be below train.epochs (15)"),
+        (
+            ["--optim.warmup_epochs", "9", "--optim.schedule_epochs", "9"],
+            "optim.warmup_epochs must be below optim.schedule_epochs (9)",
+        ),
+        (["--optim.schedule", "multistep"], "optim.schedule multistep wants optim.milestones"),
+        (
+            ["--optim.schedule", "multistep", "--optim.milestones", "5,9", "--optim.warmup_epochs", "5"],
+            "wants optim.milestones, all of them after optim.warmup_epochs",
+        ),
         (["--config", "/nowhere.toml"], "--config /nowhere.toml: No such file or directory"),
         (["stray"], "unrecognized arguments: stray"),
     ],
@@ -122,6 +133,12 @@ def test_another_verb_passes_over_a_key_of_train(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("recipe", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda p: p.stem)
 def test_our_recipes_load(recipe: Path) -> None:
     assert load(["--config", str(recipe)]).run.path == Path("runs") / recipe.stem
+
+
+def test_an_export_states_a_size_of_images() -> None:
+    settings = verbs.export(["--format", "torch", "--model.weights", "none", "--data.image_size", "0", "--out", "out"])
+    with pytest.raises(UserError, match=r"data\.image_size 0, the images' own, is for train: give the size"):
+        export(settings)
 
 
 def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

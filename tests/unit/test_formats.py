@@ -25,7 +25,7 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import LandCoverResNet, build
 from hvd_eurosat.run.predictions import write_predictions
-from hvd_eurosat.training.optimiser import build_optimiser, learning_rate
+from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.weights.loading import load_weights
 from tests.unit.conftest import Grow, saved_checkpoint
 
@@ -126,11 +126,11 @@ def test_file_batches_are_those_of_one_rank_in_turn(grow: Grow) -> None:
 def test_decoding_goes_on_during_computation(grow: Grow, monkeypatch: pytest.MonkeyPatch) -> None:
     root, decoded, second = grow("images", {"Forest": 200}), [], threading.Event()
 
-    def note(data: bytes) -> Image.Image:
+    def note(data: bytes, size: int | None) -> Image.Image:
         decoded.append(data)
         if len(decoded) > 100:
             second.set()
-        return decode(data)
+        return decode(data, size)
 
     monkeypatch.setattr("hvd_eurosat.data.folder.decode", note)
     batches = file_batches(list(find_images([root]).values()), Data(), 100, torch.device("cpu"), 0, 1)
@@ -201,15 +201,3 @@ def test_optimisers_learn_and_resume(name: str) -> None:
     resumed = build_optimiser(other, optim)
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
     assert steps(model, optimiser, 3) == steps(other, resumed, 3)
-
-
-def test_step_multistep_and_warmup_schedules() -> None:
-    def rates(optim: Optim) -> list[float]:
-        return [learning_rate(optim, 10, 64, progress) for progress in (0, 1.5, 2, 5, 9)]
-
-    assert rates(Optim(lr=1, schedule="step", gamma=0.1, step_size=2)) == pytest.approx([1, 1, 0.1, 0.01, 1e-4])
-    assert rates(Optim(lr=1, schedule="multistep", gamma=0.1, milestones=(2, 9))) == pytest.approx(
-        [1, 1, 0.1, 0.1, 0.01]
-    )
-    warm = rates(Optim(lr=1, schedule="constant", warmup_epochs=5, warmup_start=0.2))
-    assert warm == pytest.approx([0.2, 0.44, 0.52, 1, 1], abs=0.002)

@@ -141,17 +141,17 @@ def test_keras_trains_a_step(in_keras: Any) -> None:
 
 def test_our_export_comes_back(exported: tuple[Path, LandCoverResNet]) -> None:
     folder, model = exported
-    settled = settle(Model(weights=str(folder / "model.h5"), layers=folder / "layers.json"), 10)
+    settled = settle(Model(weights=str(folder / "model.h5"), layers=folder / "layers.json"), 10, 64)
     assert (settled.variant, settled.bn_epsilon, settled.bn_momentum) == (model.details.variant, 2e-5, 0.1)
     assert settled.trainable == "bn+head"
     again = build("resnet50", 10, "bn+head", seed=9, details=Details.of(settled))
     load_weights(again, settled)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    assert settle(Model(weights=str(folder / "model.h5")), 10).variant == model.details.variant
+    assert settle(Model(weights=str(folder / "model.h5")), 10, 64).variant == model.details.variant
     other = {"v1": "v1.5", "v1.5": "v1"}[model.details.variant]
     with pytest.raises(UserError, match=rf"is of a ResNet-50 {model.details.variant}, and model.variant is {other}"):
-        settle(Model(weights=str(folder / "model.h5"), variant=other), 10)
+        settle(Model(weights=str(folder / "model.h5"), variant=other), 10, 64)
 
 
 def test_layers_and_weights_are_of_one_network(exported: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_layers_and_weights_are_of_one_network(exported: tuple[Path, LandCoverRe
     silent = Path(shutil.copy(folder / "model.h5", tmp_path))
     with h5py.File(silent, "r+") as archive:
         del archive.attrs["variant"], archive.attrs["bn_epsilon"]
-    settled = settle(Model(weights=str(silent), layers=folder / "layers.json"), 10)
+    settled = settle(Model(weights=str(silent), layers=folder / "layers.json"), 10, 64)
     again = build("resnet50", 10, "bn+head", seed=9, details=Details.of(settled))
     load_weights(again, settled)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
@@ -213,8 +213,8 @@ def test_keras_own_resnet50_computes_the_same_here(applications: Any, kind: str,
     path = str(files[layout])
     if layout != "whole":
         with pytest.raises(UserError, match=r"does not say where its network strides: give --model\.variant v1 "):
-            settle(Model(weights=path), 10)
-    settled = settle(Model(weights=path, variant="auto" if layout == "whole" else "v1"), 10)
+            settle(Model(weights=path), 10, 64)
+    settled = settle(Model(weights=path, variant="auto" if layout == "whole" else "v1"), 10, 64)
     assert settled.variant == "v1"
     ours = build("resnet50", 10, "all", seed=5, details=Details.of(settled))
     head = ours.fc.weight.clone()
@@ -238,7 +238,7 @@ def test_layers_of_keras_3_are_read_too(applications: Any, exported: Any) -> Non
     backbone.trainable = False
     outputs = keras.layers.Dense(7, activation="log_softmax", use_bias=False, name="head")(backbone.output)
     found = parse_layers(json.loads(keras.Model(backbone.inputs, outputs).to_json()))
-    assert found == Architecture(Details("v1", 1.001e-5, 0.01), "head", 7)
+    assert found == Architecture(Details("v1", 1.001e-5, 0.01), "head", 7, 64)
 
 
 @pytest.fixture
@@ -262,9 +262,9 @@ def edit(content: Object, layer: str, **config: object) -> Object:
 
 
 def test_flags_and_details_of_a_layers_json(layers: Object) -> None:
-    assert parse_layers(layers) == Architecture(Details(), "bn+head", 10)
+    assert parse_layers(layers) == Architecture(Details(), "bn+head", 10, 64)
     function = {"module": "builtins", "class_name": "function", "config": "log_softmax_v2"}
-    assert parse_layers(edit(layers, HEAD, activation=function)) == Architecture(Details(), "bn+head", 10)
+    assert parse_layers(edit(layers, HEAD, activation=function)) == Architecture(Details(), "bn+head", 10, 64)
     assert parse_layers(edit(layers, "conv5_block3_3_bn", trainable=False)).trainable.startswith("bn1,layer1.0")
     for layer in layers["config"]["layers"]:
         if layer["class_name"] == "BatchNormalization":
@@ -289,7 +289,7 @@ def test_single_layers_can_be_frozen(layers: Object) -> None:
 )
 def test_a_module_that_cannot_learn_is_refused(name: str, reason: str) -> None:
     with pytest.raises(UserError, match=rf"model\.trainable: {reason}"):
-        settle(Model(trainable=f"{name},fc", weights="none"), 10)
+        settle(Model(trainable=f"{name},fc", weights="none"), 10, 64)
 
 
 def another_head(content: Object) -> Object:
@@ -335,6 +335,7 @@ def lambda_layer(content: Object) -> Object:
         (lambda c: edit(c, "conv1_bn", epsilon="big"), "conv1_bn has epsilon 'big'"),
         (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 64, 13]), "input shape (None, 64, 64, 13)"),
         (lambda c: edit(c, "conv1_conv", name="conv1_conv_x"), "it has no layer conv1_conv"),
+        (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 32, 3]), "input shape (None, 64, 32, 3), expected"),
         (lambda c: c["config"]["layers"].pop(50) and c, "not a ResNet-50: it has no layer conv3_block"),
         (lambda c: c["config"]["layers"].append(c["config"]["layers"][5]) or c, "two layers are called 'pool1_pad'"),
         (
@@ -377,11 +378,16 @@ def test_a_configuration_against_its_layers(tmp_path: Path, layers: Object) -> N
     path = tmp_path / "layers.json"
     path.write_text(json.dumps(layers))
     with pytest.raises(UserError, match=r"model\.variant is v1, but model\.layers .* says v1\.5"):
-        settle(Model(layers=path, variant="v1", weights="none"), 10)
+        settle(Model(layers=path, variant="v1", weights="none"), 10, 64)
     with pytest.raises(UserError, match=r"has a head of 10 units; the data has 4 classes"):
-        settle(Model(layers=path, weights="none"), 4)
+        settle(Model(layers=path, weights="none"), 4, 64)
     with pytest.raises(UserError, match=r"is a resnet50, and model\.arch is resnet18"):
-        settle(Model(layers=path, weights="none", arch="resnet18"), 10)
+        settle(Model(layers=path, weights="none", arch="resnet18"), 10, 64)
+    with pytest.raises(UserError, match=r"takes images of 64x64 pixels; data\.image_size is 128"):
+        settle(Model(layers=path, weights="none"), 10, 128)
+    path.write_text(json.dumps(edit(layers, "input_1", batch_input_shape=[None, None, None, 3])))
+    assert read_layers(path).image_size is None
+    assert settle(Model(layers=path, weights="none"), 10, 128).trainable == "bn+head"
 
 
 PLACES = st.lists(st.integers(0, 200), min_size=1, max_size=4)

@@ -80,6 +80,37 @@ def test_network_is_drawn(tmp_path: Path) -> None:
     assert _size(out)[0] > 1000
 
 
+def test_schedule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one_cycle after a warm-up: a linear rise, then a cosine; the images reach their size in the last epoch."""
+    out = tmp_path / "schedule.png"
+    keys = ["--train.epochs=4", "--optim.warmup_epochs=2", "--optim.lr=0.5", "--train.start_size=32"]
+    keys += ["--optim.lr_scaling=linear", "--train.batch_size=32", "--ranks=4"]
+    assert report.main(["schedule", "--out", str(out), *keys]) == 0
+    head, *lines, wrote = capsys.readouterr().out.splitlines()
+    assert head.split() == ["epoch", "learning", "rate", "at", "its", "beginning", "and", "end", "images"]
+    rows = [line.split() for line in lines]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    rates = [float(rate) for row in rows for rate in row[1:3]]
+    assert rates == pytest.approx([0, 0.5, 0.5, 1, 1, 0.5, 0.5, 0], abs=1e-3)
+    assert [row[3] for row in rows] == ["32x32", "48x48", "64x64", "64x64"]
+    assert wrote == f"wrote {out}"
+    assert _size(out)[0] > 600
+
+
+def test_the_schedule_of_an_rmldnn_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = {
+        "num_epochs": 6,
+        "data": {"input_type": "images", "input_path": "data/train"},
+        "optimizer": {"type": "SGD", "lr_scheduler": {"type": "Warmup", "num_epochs": 5, "start_factor": 0.2}},
+    }
+    (tmp_path / "c.json").write_text(json.dumps({"neural_network": network}))
+    assert report.main(["schedule", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "s.png")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:-1]]
+    assert [float(row[1]) for row in rows] == pytest.approx([0.002, 0.0036, 0.0052, 0.0068, 0.0084, 0.01])
+    assert [row[1] for row in rows] == [row[2] for row in rows]
+    assert rows[0][3:] == ["of", "their", "own", "size"]
+
+
 def test_run_in_progress(run_dir: Path) -> None:
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "epo')
@@ -142,6 +173,9 @@ def test_run_refuses_bad_metrics(run_dir: Path, capsys: pytest.CaptureFixture[st
         (["samples", "--data.root", "nowhere", "--out", "a.png"], "no data at nowhere"),
         (["network", "--out", "a.jpg"], ".png"),
         (["network", "--out", "nowhere/a.png"], "there is no folder nowhere"),
+        (["schedule", "--out", "a.png", "--optim.lr", "high"], "optim.lr: Input should be a valid number"),
+        (["schedule", "--out", "a.png", "--optim.schedule", "multistep"], "multistep wants optim.milestones"),
+        (["schedule", "--out", "a.png", "--more"], "unrecognized arguments: --more"),
     ],
 )
 def test_bad_usage(
@@ -157,7 +191,10 @@ def test_bad_usage(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [[], ["pie"], ["samples"], ["network", "--out", "a.png", "--more"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["pie"], ["samples"], ["network", "--out", "a.png", "--more"], ["schedule", "--out", "a.png", "--ranks", "0"]],
+)
 def test_argparse_refuses(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         report.main(arguments)

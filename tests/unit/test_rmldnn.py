@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from hvd_eurosat.config import verbs
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config import schema, verbs
 from hvd_eurosat.config.reading import load
+from hvd_eurosat.data.folder import file_batches
+from hvd_eurosat.data.packed import resolve_size
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.evaluate import check_expected
+from hvd_eurosat.model.resnet import Details, build
+from hvd_eurosat.train import train
+from hvd_eurosat.training import checkpoint
+from hvd_eurosat.weights.keras_graph import HEAD
+from hvd_eurosat.weights.keras_json import write_layers
+from tests.unit.conftest import Grow, saved_checkpoint
 
 Object = dict[str, Any]
 
@@ -107,7 +119,7 @@ def test_transforms(tmp_path: Path) -> None:
             {"beta1": 0.8, "amsgrad": True},
         ),
         ({"type": "RMSprop", "weight_decay": 0.1}, {"name": "rmsprop", "weight_decay": 0.1, "momentum": 0.0}),
-        ({"type": "Adagrad", "learning_rate": 1}, {"name": "adagrad", "lr": 1.0, "schedule": "constant"}),
+        ({"type": "Adagrad", "learning_rate": 1}, {"name": "adagrad", "lr": 1.0, "schedule": "constant", "eps": 1e-10}),
         ({"type": "LAMB", "beta2": 0.99}, {"name": "lamb", "beta2": 0.99}),
         (
             {"type": "SGD", "lr_scheduler": {"type": "Step", "gamma": 0.1, "step_size": 2}},
@@ -119,7 +131,7 @@ def test_transforms(tmp_path: Path) -> None:
         ),
         (
             {"type": "SGD", "lr_scheduler": {"type": "Warmup", "num_epochs": 5, "start_factor": 0.2}},
-            {"schedule": "constant", "warmup_epochs": 5.0, "warmup_start": 0.2},
+            {"schedule": "constant", "warmup_epochs": 5.0, "warmup_start": 0.2, "warmup_stairs": True},
         ),
     ],
 )
@@ -150,6 +162,12 @@ def test_optimisers(tmp_path: Path, optimizer: Object, expected: Object) -> None
         ),
         (("data", "transforms"), [{"random_rotate": 5}] * 2, "transforms.1.random_rotate is there twice"),
         (("optimizer", "type"), "Hessian", "neural_network.optimizer.type: Input should be 'sgd', 'adam'"),
+        (("optimizer",), {"type": "Adagrad", "eps": 1e-8}, "neural_network.optimizer.eps has no meaning for adagrad"),
+        (
+            ("optimizer", "lr_scheduler"),
+            {"type": "MultiStep", "gamma": 0.1, "milestones": []},
+            "optim.schedule multistep wants optim.milestones",
+        ),
         (("optimizer", "momentum"), 0.9, "neural_network.optimizer.momentum has no meaning for adam"),
         (
             ("optimizer", "learning_rate"),
@@ -181,11 +199,91 @@ def test_evaluation(tmp_path: Path) -> None:
     settings = verbs.evaluate(arguments)
     assert (settings.checkpoint, settings.input) == (Path("m/model_checkpoint_50.pt"), Path("data/test"))
     assert (settings.out, settings.batch_size) == (Path("predictions"), 64)
-    assert settings.expected == {"image_size": 64, "mean": (0, 0, 0), "std": (1, 1, 1), "layers": "./l.json"}
+    crops = {"center_crop": 0, "resize": 0}
+    assert settings.expected == {"image_size": 64, **crops, "mean": (0, 0, 0), "std": (1, 1, 1), "layers": "./l.json"}
     with pytest.raises(UserError, match="an rmldnn configuration is for train and evaluate"):
         verbs.predict(arguments)
     with pytest.raises(UserError, match=r"checkpoints\.load is missing, and evaluation needs it"):
         verbs.evaluate(write(tmp_path, {**network, "checkpoints": {}}))
+
+
+def test_without_resize_images_keep_their_size(
+    alone: World, grow: Grow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is trained on, saved, and asked of what is evaluated; images that differ in it are refused."""
+    for split in ("train", "valid", "test"):
+        grow(f"data/{split}", {"Forest": 4, "River": 4}, size=(48, 48))
+    network = changed("data", "transforms", to=[])
+    network["data"] |= {"input_path": f"{tmp_path}/data/train", "test_input_path": f"{tmp_path}/data/valid"}
+    network |= {"num_epochs": 1, "checkpoints": {}}
+    del network["layers"], network["outfile"]
+    flags = [*write(tmp_path, network), "--run.dir", str(tmp_path / "run"), "--model.arch", "resnet18"]
+    flags += ["--train.batch_size", "8", "--valid.batch_size", "8", "--train.precision", "fp32"]
+    assert train(alone, load(flags)) == 0
+    assert "images of 48x48" in capsys.readouterr().out
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "best.json")
+    assert saved.config["data"]["image_size"] == 48
+    last = tmp_path / "data" / "train" / "River" / "River_4.jpg"
+    last.write_bytes((grow("other", {"a": 1}) / "a" / "a_1.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"River_4\.jpg: 64x64 pixels; 48x48 is wanted"):
+        train(alone, load([*flags, "--run.resume", "never"]))
+
+
+@pytest.mark.parametrize(("size", "message"), [((48, 32), "squares are wanted"), ((16, 16), "have 16x16 pixels: give")])
+def test_sizes_that_cannot_be_kept(grow: Grow, size: tuple[int, int], message: str) -> None:
+    for split in ("train", "valid", "test"):
+        root = grow(f"data/{split}", {"Forest": 1, "River": 1}, size=size).parent
+    with pytest.raises(UserError, match=message):
+        resolve_size(open_tree(root), schema.Data(image_size=0))
+
+
+@pytest.mark.parametrize(
+    ("transforms", "saved", "message"),
+    [
+        ([], {"image_size": 48}, None),
+        ([{"resize": [64, 64]}], {"image_size": 64}, None),
+        ([{"resize": [64, 64]}], {"image_size": 48}, "mean image_size 64; the checkpoint has 48"),
+        ([{"resize": [64, 64]}], {"image_size": 64, "center_crop": 48}, "mean center_crop 0; the checkpoint has 48"),
+        ([], {"image_size": 64, "resize": 72}, "mean resize 0; the checkpoint has 72"),
+    ],
+)
+def test_evaluation_expects_the_images_of_the_checkpoint(
+    tmp_path: Path, transforms: list[Object], saved: Object, message: str | None
+) -> None:
+    data = {"input_type": "images", "test_input_path": "test/", "transforms": transforms}
+    settings = verbs.evaluate(write(tmp_path, {"checkpoints": {"load": "m.pt"}, "data": data}))
+    prepared = schema.Data(mean=(0, 0, 0), std=(1, 1, 1), **saved)
+    state = checkpoint.load(
+        saved_checkpoint(tmp_path / "m.pt", build("resnet18", 2, "head", 0), ["a", "b"], schema.Model())
+    )
+    state.config["data"] = prepared.model_dump(mode="json")
+    if not message:
+        check_expected(settings, state)
+        return
+    with pytest.raises(UserError, match=message):
+        check_expected(settings, state)
+
+
+def test_evaluation_expects_the_input_of_its_layers(tmp_path: Path) -> None:
+    layers = tmp_path / "layers.json"
+    layers.write_text(json.dumps(write_layers(Details(), 2, 128, {HEAD})))
+    settings = verbs.EvaluateSettings(checkpoint=tmp_path / "m.pt", expected={"layers": str(layers)})
+    state = checkpoint.load(
+        saved_checkpoint(tmp_path / "m.pt", build("resnet18", 2, "head", 0), ["a", "b"], schema.Model())
+    )
+    with pytest.raises(UserError, match="takes images of 128x128 pixels; the checkpoint has 64"):
+        check_expected(settings, state)
+    state.config["data"]["image_size"] = 128
+    check_expected(settings, state)
+
+
+def test_images_that_are_not_resized_are_refused_by_name(grow: Grow) -> None:
+    files = sorted(grow("images", {"Forest": 2}, size=(48, 48)).rglob("*.jpg"))
+    device, data = torch.device("cpu"), schema.Data()
+    (batch,) = file_batches(files, data, 2, device, 0, 1)
+    assert batch.images.shape == (2, 3, 64, 64)
+    with pytest.raises(UserError, match=r"Forest_1\.jpg: 48x48 pixels; 64x64 is wanted"):
+        list(file_batches(files, data, 2, device, 0, 1, resizes=False))
 
 
 def test_hostile_json(tmp_path: Path) -> None:
