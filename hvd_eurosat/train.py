@@ -104,9 +104,10 @@ def begin(world: World, config: Config, state: TrainingState, start: Checkpoint 
     """A checkpoint's state, or rank 0's weights, on every rank. Collective."""
     if start:
         state.restore(start)
-        return
-    world.together(lambda: load_weights(state.model, config.model) if world.is_main else None)
-    world.broadcast(state.model.state_dict().values())
+    else:
+        world.together(lambda: load_weights(state.model, config.model) if world.is_main else None)
+        world.broadcast(state.model.state_dict().values())
+    state.seal()
 
 
 def train_epoch(

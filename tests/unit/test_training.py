@@ -7,16 +7,19 @@ import dataclasses
 import itertools
 import json
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from hvd_eurosat.cluster.world import World
+from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, Optim, Train
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.saver import Saver
@@ -332,11 +335,81 @@ def test_saving_fails_in_the_background(state: Checkpoint, stop_at_once: bool, f
 
 def test_a_digest_tells_ranks_apart() -> None:
     """One bit of one weight, and weights in another order."""
-    weights = torch.randn(1000)
+    weights = torch.randn(100_000)
     other = weights.clone()
-    other.view(torch.int32)[7] ^= 1
-    swapped = weights[torch.arange(1000) ^ 1]
-    assert len({int(digest(w)) for w in (weights, other, swapped)}) == 3
+    other.view(torch.int32)[70_000] ^= 1
+    swapped = weights[torch.arange(100_000) ^ 1]
+    assert len({int(digest([w], torch.device("cpu"))) for w in (weights, other, swapped)}) == 3
+
+
+def one_network_each(ranks: int) -> list[TrainingState]:
+    """The states, after one step, of ranks that are threads: `stack` brings them together."""
+    barrier, parts = threading.Barrier(ranks), {}
+
+    class Rank(World):
+        def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+            parts[self.rank] = tensor
+            barrier.wait(60)
+            return torch.stack([parts[rank] for rank in range(ranks)])
+
+    states = []
+    for rank in range(ranks):
+        world = Rank(rank, ranks, rank, ranks, torch.device("cpu"), threads=1)
+        model = build("resnet18", 2, "head", seed=0)
+        tree = Tree(Path("tree"), ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+        state = TrainingState(world, Config(), tree, model, Precision("bf16"))
+        state.seal()
+        with state.precision.autocast(world.device):
+            model(torch.ones(1, 3, 32, 32)).sum().backward()
+        state.optimiser.step()
+        states.append(state)
+    return states
+
+
+def verdict(states: list[TrainingState]) -> str:
+    """What all ranks say of their weights."""
+
+    def verified(state: TrainingState) -> str:
+        try:
+            state.verify()
+        except SharedError as error:
+            return str(error)
+        return "well"
+
+    with ThreadPoolExecutor(len(states)) as threads:
+        (said,) = set(threads.map(verified, states))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "culprit", "what", "said"),
+    [
+        (2, 0, "frozen", "weights that do not train changed on rank 0, found at step 0"),
+        (2, 1, "frozen", "weights that do not train changed on rank 1, found at step 0"),
+        (2, 0, "statistics", "weights that do not train changed on rank 0, found at step 0"),
+        (2, 0, "copy", "weights that do not train changed on rank 0, found at step 0"),
+        (2, 0, "head", "the weights of ranks 0 and 1 differ at step 0"),
+        (3, 0, "head", "the weights of rank 0 differ from the others' at step 0"),
+        (3, 2, "optimiser", "the weights of rank 2 differ from the others' at step 0"),
+    ],
+)
+def test_a_flipped_bit_is_found_and_its_rank_named(ranks: int, culprit: int, what: str, said: str) -> None:
+    states = one_network_each(ranks)
+    assert verdict(states) == "well"
+    model, optimiser = states[culprit].model, states[culprit].optimiser
+    first = model.layer1[0].conv1
+    assert isinstance(first, Convolution)
+    tensors = {
+        "frozen": first.weight.detach(),
+        "statistics": model.bn1.running_mean,
+        "copy": first.prepared()[1][0],
+        "head": model.fc.weight.detach(),
+        "optimiser": optimiser.state[model.fc.weight]["exp_avg_sq"],
+    }
+    tensor = tensors[what]
+    assert tensor is not None
+    tensor.as_strided((1,), (1,)).view(torch.int16)[-1] ^= 1
+    assert verdict(states) == said
 
 
 @pytest.mark.parametrize("fast", ["bf16", "fp32"])
