@@ -11,8 +11,6 @@ from hvd_eurosat.config.reading import load
 if __name__ == "__main__":
     answer(load)  # before the imports below, which take seconds
 
-import math
-
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import World
@@ -26,6 +24,7 @@ from hvd_eurosat.run.header import header
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.files import make_folder
 from hvd_eurosat.training.inference import log_probabilities
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision, choose_precision
@@ -55,6 +54,8 @@ def train(world: World, config: Config) -> int:
     journal = Journal(world, config, tree)
     start = journal.find_start()
     if start and journal.is_finished():
+        predict_finished(world, config, start, journal, images["test"], tree)
+        journal.show_finished()
         return 0
 
     world.tick("building the network")
@@ -66,7 +67,7 @@ def train(world: World, config: Config) -> int:
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)
     facts = header(world, config, tree, state, step, batches)
-    journal.begin(start, facts, state.snapshot(), math.ceil(state.samples / batches.global_batch))
+    journal.begin(start, facts, state.snapshot())
     progress = state.epoch + state.samples / batches.length
     if start and (warning := jump(start.config, config, batches.global_batch, progress)):
         journal.display.warn(warning)
@@ -87,7 +88,7 @@ def train(world: World, config: Config) -> int:
         journal.saved()
         model.load_state_dict(journal.best_model(), strict=False)
         test = evaluate(world, config, model, state.precision, images["test"], stop)
-        predict_test(world, config, state, images["test"], tree)
+        predict_test(world, config, model, state.precision, images["test"], tree)
         journal.finish(test, summary(world, model, images))
     except Stopped:
         world.tick("saving")
@@ -114,9 +115,10 @@ def begin(world: World, config: Config, state: TrainingState, start: Checkpoint 
     """A checkpoint's state, or rank 0's weights, on every rank. Collective."""
     if start:
         state.restore(start)
-        return
-    world.together(lambda: load_weights(state.model, config.model) if world.is_main else None)
-    world.broadcast(state.model.state_dict().values())
+    else:
+        world.together(lambda: load_weights(state.model, config.model) if world.is_main else None)
+        world.broadcast(state.model.state_dict().values())
+    state.seal()
 
 
 def train_epoch(
@@ -146,16 +148,29 @@ def train_epoch(
         if world.is_elastic and state.step % COMMIT_STEPS == 0:
             journal.commit(state.snapshot())
         step.check()
-    journal.trained(state.samples - first, stragglers(world, step.stopwatch.take()))
+    journal.trained(state.samples, stragglers(world, step.stopwatch.take()))
 
 
-def predict_test(world: World, config: Config, state: TrainingState, images: Images, tree: Tree) -> None:
+def predict_finished(
+    world: World, config: Config, start: Checkpoint, journal: Journal, images: Images, tree: Tree
+) -> None:
+    """The predictions of a run that was completed before, as it would have written them. Collective."""
+    if config.run.predictions:
+        model = start.build_model(world.device)
+        model.load_state_dict(journal.best_model(), strict=False)
+        predict_test(world, config, model, Precision(start.precision), images, tree)
+
+
+def predict_test(
+    world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, tree: Tree
+) -> None:
     """The log-probabilities of the test images, from the test's batches, in files of run.predictions. Collective."""
     folder = config.run.predictions
     if not folder:
         return
+    world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
-    values = log_probabilities(world, state.model, batches, config.data, state.precision)
+    values = log_probabilities(world, model, batches, config.data, precision)
     names = tree.files("test")
     groups, files = [name.removeprefix("test/") for name in names], [tree.root / name for name in names]
     world.together(lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None)

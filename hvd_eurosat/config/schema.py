@@ -200,7 +200,8 @@ class Run(Section):
     dir: UserPath | None = None
     """folder of the run; default: runs/<name of the recipe file>"""
     resume: str = "auto"
-    """auto continues from the newest checkpoint of run.dir if there is one, never starts anew, or a checkpoint FILE"""
+    """auto continues from the newest checkpoint of run.dir if there is one, never starts anew, or a checkpoint FILE; a
+    run that does not go on with the one in run.dir sets it aside as run.dir.1, and what that left elsewhere likewise"""
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
@@ -212,7 +213,8 @@ class Run(Section):
     watchdog_seconds: NonNegativeFloat = 600.0
     """end the job when a rank makes no progress for so long, and name it; 0: never"""
     verify_interval: NonNegativeInt = 200
-    """steps between checks that all ranks have the same weights; 0: never"""
+    """steps between checks for flipped bits: frozen weights are what they were, the others the same on all ranks; 0:
+    never"""
     numbered_checkpoints: UserPath | None = None
     """folder for model_checkpoint_<epoch>.pt every checkpoint_interval epochs, all of which are kept"""
     outfile: UserPath | None = None

@@ -60,6 +60,10 @@ class Convolution(nn.Conv2d):
             return products.multiply(rows, self._ready(as_matrix, products.panels))
         return F.linear(rows, self._ready(as_matrix))
 
+    def prepared(self) -> tuple[object, list[Tensor]]:
+        """What is kept of a frozen weight: the making, which is another object each time, and its tensors."""
+        return self._prepared, _tensors(self._prepared and self._prepared[1])
+
     def _ready(self, *shapes: Callable[[Any], Any]) -> Any:
         """The weight in the shape of the computation; a frozen one in its precision too, and only once.
 
@@ -81,6 +85,12 @@ def _shaped(weight: Any, shapes: Iterable[Callable[[Any], Any]]) -> Any:
     for shape in shapes:
         weight = shape(weight)
     return weight
+
+
+def _tensors(shaped: Any) -> list[Tensor]:
+    if isinstance(shaped, Tensor):
+        return [shaped]
+    return [tensor for part in shaped for tensor in _tensors(part)] if isinstance(shaped, tuple | list) else []
 
 
 def _as_it_is(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ import torch
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
-from hvd_eurosat.run import plots
+from hvd_eurosat.run import outfile, plots
+from hvd_eurosat.run.predictions import CSV, HDF5
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
-from hvd_eurosat.training.files import make_folder, write_text
+from hvd_eurosat.training.files import free_name, make_folder, write_text
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.weights.stored import named
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Event = dict[str, Any]
+OUTSIDE = ("numbered_checkpoints", "predictions", "outfile")
 
 
 class RunDirectory:
@@ -54,12 +56,6 @@ class RunDirectory:
         self._open()
 
     def _open(self) -> None:
-        run = self._config.run
-        for key in ("numbered_checkpoints", "predictions"):
-            if folder := getattr(run, key):
-                make_folder(folder, f"run.{key}")
-        if run.outfile:
-            make_folder(run.outfile.parent, "run.outfile")
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             (self.path / "plots").mkdir(exist_ok=True)
@@ -93,30 +89,78 @@ class RunDirectory:
         return True
 
     def start(self, config: Config, tree: Tree) -> Checkpoint | None:
-        """The checkpoint that `run.resume` means, if any. An earlier run that it does not go on with is set aside."""
+        """The checkpoint that `run.resume` means, if any. An earlier run that it does not go on with is set aside.
+
+        So is what lies where this run writes outside of its folder. Raises UserError where it cannot write there.
+        """
         resume = config.run.resume
         if resume == "auto":
             start = self.checkpoints.newest(self._report)
         else:
-            start = checkpoint.load(Path(resume).expanduser()) if resume != "never" else None
+            start = checkpoint.load_mended(Path(resume).expanduser(), self._report) if resume != "never" else None
         if start:
             start.check_resumable(config, tree.classes, tree.digest)
-        if resume != "auto" and not (start and self._is_newest(Path(resume).expanduser())):
+        goes_on = start is not None and (resume == "auto" or self._is_newest(Path(resume).expanduser()))
+        if goes_on and self.finished_epochs() >= config.train.epochs:
+            return start
+        self._make_folders()
+        if not goes_on:
             self._set_aside()
+            self._set_outside_aside()
         return start
+
+    def _make_folders(self) -> None:
+        for key in OUTSIDE:
+            if place := getattr(self._config.run, key):
+                make_folder(place.parent if key == "outfile" else place, f"run.{key}")
 
     def _is_newest(self, path: Path) -> bool:
         records = self.checkpoints.records()
         return bool(records) and self.checkpoints.path(records[-1]).resolve() == named(path).resolve()
 
+    def _holds_a_run(self) -> bool:
+        """More than the first lines of one that was killed before it saved anything."""
+        metrics = self.path / "metrics.jsonl"
+        known = metrics.exists() and len(metrics.read_bytes().splitlines()) > 1
+        return known or (self.path / "summary.json").exists() or any(self.checkpoints.folder.glob("epoch-*"))
+
     def _set_aside(self) -> None:
-        if not (self.path / "metrics.jsonl").exists():
+        if not self._holds_a_run():
             return
-        number = next(n for n in range(1, 10**6) if not Path(f"{self.path}.{n}").exists())
-        old = self.path.rename(f"{self.path}.{number}")
+        old = free_name(self.path)
+        try:
+            self.path.rename(old)
+        except OSError as error:
+            raise UserError(f"cannot set run.dir {self.path} aside as {old}: {error.strerror}") from None
         self._lock.close()
         self._report(f"the earlier run is now in {old}")
         self._open()
+        self._make_folders()  # which may have been within run.dir
+
+    def _set_outside_aside(self) -> None:
+        """What another run left outside of run.dir: what is at X goes into a folder X.1, or X.2, ..."""
+        numbered, predictions, logs = (getattr(self._config.run, key) for key in OUTSIDE)
+        if numbered:
+            self._move_aside(numbered, sorted(numbered.glob("model_checkpoint_*")))
+        if predictions:
+            self._move_aside(predictions, [predictions / HDF5, predictions / CSV])
+        if logs:  # copied, for those of a run that begins with another's checkpoint are cut off there
+            self._move_aside(logs, outfile.filled(logs), shutil.copy2)
+
+    def _move_aside(
+        self, place: Path, files: Sequence[Path], move: Callable[[Path, Path], object] = shutil.move
+    ) -> None:
+        there = [path for path in files if path.exists()]
+        if not there:
+            return
+        aside = free_name(place)
+        try:
+            aside.mkdir()
+            for path in there:
+                move(path, aside / path.name)
+        except OSError as error:
+            raise UserError(f"cannot set {place} aside as {aside}: {error.strerror}") from None
+        self._report(f"what an earlier run left at {place} is now in {aside}")
 
     def check_space(self, wanted: int) -> None:
         """Raise UserError unless the disk has room for so many bytes."""
@@ -199,12 +243,19 @@ class RunDirectory:
         accuracies = [event["accuracy"] for event in self.events("valid")]
         return bool(accuracies) and accuracies[-1] > max(accuracies[:-1], default=-1.0)
 
-    def best_checkpoint(self) -> Checkpoint:
-        """The checkpoint with the best validation accuracy. Raises RunError if it is not whole."""
-        best = self.checkpoints.best()
-        if best is None:
-            raise RunError(f"no validated checkpoint in {self.checkpoints.folder}")
-        return checkpoint.load(self.checkpoints.path(best))
+    def cannot_be_had(self) -> list[str]:
+        """Of a finished run: numbered checkpoints and logs that are wanted, missing, and no longer to be made."""
+        run = self._config.run
+        lacking = []
+        if run.numbered_checkpoints:
+            self.checkpoints.copy_numbered()
+            epochs = range(run.checkpoint_interval, self.finished_epochs() + 1, run.checkpoint_interval)
+            missing = [epoch for epoch in epochs if not self.checkpoints.numbered_path(epoch).exists()]
+            if missing:
+                lacking.append(f"{len(missing)} of {len(epochs)} run.numbered_checkpoints")
+        if run.outfile and not outfile.filled(run.outfile):
+            lacking.append("run.outfile")
+        return lacking
 
     def finish(self, test: Evaluation, facts: Mapping[str, Any], tree: Tree) -> None:
         """The plots, and last of all summary.json."""

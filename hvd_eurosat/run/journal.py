@@ -52,25 +52,30 @@ class Journal:
         return self._world.on_main(lambda: self._files.start(self._config, self._tree) if self._files else None)
 
     def is_finished(self) -> bool:
-        """Whether the run was completed before, with as many epochs; if so, shows its result. Collective."""
-        return self._world.on_main(self._is_finished)
+        """Whether the run was completed before, with as many epochs. Collective."""
+        wanted = self._config.train.epochs
+        return self._world.on_main(lambda: self._files is not None and self._files.finished_epochs() >= wanted)
 
-    def _is_finished(self) -> bool:
-        if not self._files or self._files.finished_epochs() < self._config.train.epochs:
-            return False
+    def show_finished(self) -> None:
+        """The result of a run that was completed before, and what is wanted now and cannot be had. Collective."""
+        self._world.on_main(self._show_finished)
+
+    def _show_finished(self) -> None:
+        if not self._files:
+            return
         self.display.say(f"{self._files.path} holds a finished run; raise train.epochs to go on")
+        if lacking := self._files.cannot_be_had():
+            self.display.warn(f"it is written during training and cannot be had any more: {', '.join(lacking)}")
         self.display.result("test", self._files.tested(), self._tree.classes)
-        return True
 
-    def begin(
-        self, start: Checkpoint | None, header: Mapping[str, str], first: Checkpoint | None, batches: int
-    ) -> None:
+    def begin(self, start: Checkpoint | None, header: Mapping[str, str], first: Checkpoint | None) -> None:
         """From here on the run directory is this run's; its history is cut back to the checkpoint. Collective.
 
-        first: the state as it will be saved, by which the room on the disk is checked; batches: done of the epoch.
+        first: the state as it will be saved, by which the room on the disk is checked.
         """
         self.display.header(header)
-        self._world.together(lambda: self._begin(start, first, batches))
+        self._carried = start.seconds if start else 0.0
+        self._world.together(lambda: self._begin(start, first))
         if start:
             between = f", step {start.step}" if start.samples else ""
             self.display.say(f"resuming after epoch {start.epoch}{between}")
@@ -81,7 +86,7 @@ class Journal:
             waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
             self.display.warn(f"{waste}: --valid.sharded true lets all do it")
 
-    def _begin(self, start: Checkpoint | None, first: Checkpoint | None, batches: int) -> None:
+    def _begin(self, start: Checkpoint | None, first: Checkpoint | None) -> None:
         if not self._files or not first:
             return
         self._files.check_space(first.size_on_disk(copies=self._config.run.keep + 2))
@@ -89,13 +94,15 @@ class Journal:
         if not start:
             self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
         if self._config.run.outfile:
-            self._outfile = Outfile(self._config.run.outfile, first.epoch, batches)
+            before = max((event["step"] for event in self._files.events("train")), default=0)
+            self._outfile = Outfile(self._config.run.outfile, first.epoch, first.step - before)
         stop_at_once = self._config.run.on_save_error == "stop"
         self._saver = Saver(self._files.checkpoints, stop_at_once, self.display.warn)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
-        """An epoch (from 1) of training, of which so many steps are left."""
-        self._began = time.perf_counter()
+        """An epoch (from 1) of training, of which so many steps are left; the seconds of its earlier part count."""
+        self._began, self._carried = time.perf_counter() - self._carried, 0.0
+        self._ended: float | None = None
         self.display.begin(epoch, self._config.train.epochs, steps)
 
     def stepped(self, number: int, step: Step, state: TrainingState, samples: int) -> None:
@@ -107,11 +114,18 @@ class Journal:
             self.display.progress(number, state.sums, samples)
 
     def trained(self, samples: int, stragglers: list[dict[str, Any]]) -> None:
-        """The end of an epoch of training, of which so many samples were seen since begin_epoch."""
+        """The end of an epoch of training, of so many samples."""
         self.display.end()
-        self._stragglers = stragglers
-        self._seconds = time.perf_counter() - self._began
-        self._rate = samples / self._seconds
+        self._ended = time.perf_counter()
+        self._stragglers, self._samples = stragglers, samples
+
+    def _seconds(self) -> float:
+        """Of training in this epoch so far, over all starts of the run."""
+        return (self._ended or time.perf_counter()) - self._began
+
+    def _with_history(self, state: Checkpoint, history: list[dict[str, Any]]) -> Checkpoint:
+        """The state as it is saved."""
+        return dataclasses.replace(state, history=history, seconds=self._seconds() if state.samples else 0.0)
 
     def validated(self, epoch: int, step: int, learning_rate: float, sums: Sums, validation: Evaluation) -> None:
         """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation. Collective."""
@@ -119,7 +133,8 @@ class Journal:
         if not self._files:
             return
         facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
-        times = {"images_per_second": self._rate, "seconds": self._seconds, "stragglers": self._stragglers}
+        seconds = self._seconds()
+        times = {"images_per_second": self._samples / seconds, "seconds": seconds, "stragglers": self._stragglers}
         self._files.record("train", epoch, step=step, skipped_steps=sums.skipped, **facts, **times)
         for one in self._stragglers:
             slower = f"{100 * one['slower']:.0f} % slower than the other ranks"
@@ -148,13 +163,13 @@ class Journal:
         if state.samples or due or self._files.last_is_best():
             if not state.samples:
                 self._files.record("checkpoint", state.epoch, step=state.step)
-            self._saver.save(dataclasses.replace(state, history=self._files.history()))
+            self._saver.save(self._with_history(state, self._files.history()))
 
     def commit(self, state: Checkpoint | None) -> None:
         """Where ranks may be lost or join, keep the state in memory, with the history so far. Collective."""
         if self._world.is_elastic and state:
             history = self._world.from_main(self._files.history() if self._files else [])
-            self._world.commit(dataclasses.replace(state, history=history))
+            self._world.commit(self._with_history(state, history))
 
     def saved(self) -> None:
         """Wait until the last checkpoint is on the disk. Collective."""
@@ -179,10 +194,7 @@ class Journal:
         return self._world.on_main(self._best_model)
 
     def _best_model(self) -> dict[str, Tensor]:
-        if not self._files:
-            return {}
-        best = self._files.best_checkpoint()
-        return {name: tensor for name, tensor in best.model.items() if name not in best.frozen}
+        return self._files.checkpoints.best_model(self.display.warn) if self._files else {}
 
     def close(self) -> None:
         """Let another job, or this one once its ranks have changed, use the directory."""

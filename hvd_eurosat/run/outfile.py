@@ -20,15 +20,16 @@ class Outfile:
     """The logs of run.outfile, which rank 0 writes with every checkpoint.
 
     time: seconds of training and validation, over all starts of the run; epoch and batch: from 1; loss: the mean over
-    the global batch; accuracy: a fraction. On resume the lines after `epochs` and `batches` of the next are cut off.
+    the global batch; accuracy: a fraction. On resume the lines after `epochs` and `batches` of the next are cut off,
+    where batches are the steps that were made of it, on however many ranks.
     """
 
     def __init__(self, path: Path, epochs: int, batches: int) -> None:
-        self._path = path
         self._batch = batches
         self._steps: list[tuple[float, int, int, float, Tensor]] = []
         self._began = time.perf_counter()
-        kept = [_begin(self._named("train"), TRAIN, epochs, batches), _begin(self._named("test"), TEST, epochs, 0)]
+        self._train, self._test = _paths(path)
+        kept = [_begin(self._train, TRAIN, epochs, batches), _begin(self._test, TEST, epochs, 0)]
         self._began -= max(kept)
 
     def stepped(self, epoch: int, loss: Tensor, norm: Tensor, rate: float) -> None:
@@ -42,7 +43,7 @@ class Outfile:
         lines = [
             _line(seconds, epoch, batch, *both.tolist(), rate) for seconds, epoch, batch, rate, both in self._steps
         ]
-        self._append("train", lines)
+        _append(self._train, lines)
         self._steps = []
 
     def validated(self, epoch: int, validation: Evaluation) -> None:
@@ -50,17 +51,25 @@ class Outfile:
         self.flush()
         self._batch = 0
         seconds = time.perf_counter() - self._began
-        self._append("test", [_line(seconds, epoch, validation.loss, validation.accuracy)])
+        _append(self._test, [_line(seconds, epoch, validation.loss, validation.accuracy)])
 
-    def _named(self, kind: str) -> Path:
-        return self._path.with_name(f"{self._path.stem}_{kind}{self._path.suffix}")
 
-    def _append(self, kind: str, lines: list[str]) -> None:
-        try:
-            with self._named(kind).open("a") as file:
-                file.write("".join(f"{line}\n" for line in lines))
-        except OSError as error:
-            raise RunError(f"cannot write {self._named(kind)}: {error.strerror}") from None
+def filled(path: Path) -> list[Path]:
+    """Those of run.outfile's two logs that have more than their first line."""
+    return [log for log in _paths(path) if log.exists() and len(log.read_bytes().splitlines()) > 1]
+
+
+def _paths(path: Path) -> tuple[Path, Path]:
+    train, test = (path.with_name(f"{path.stem}_{kind}{path.suffix}") for kind in ("train", "test"))
+    return train, test
+
+
+def _append(log: Path, lines: list[str]) -> None:
+    try:
+        with log.open("a") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise RunError(f"cannot write {log}: {error.strerror}") from None
 
 
 def _line(seconds: float, *values: float) -> str:

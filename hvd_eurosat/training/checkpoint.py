@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
-from hvd_eurosat.errors import UserError
+from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
-from hvd_eurosat.training.files import replacing, write_text
+from hvd_eurosat.training.files import make_folder, replacing, write_text
+from hvd_eurosat.weights.loading import load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
 FORMAT = 2
@@ -36,7 +37,8 @@ class Checkpoint:
     name; rank_buffers: float32 [world size, n],
     each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
-    took; history: the events of metrics.jsonl; image_side: of the training images' files in pixels, None where unknown.
+    took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
+    training images' files in pixels, None where unknown.
     """
 
     model: dict[str, Tensor]
@@ -52,6 +54,7 @@ class Checkpoint:
     digest: str
     precision: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
     image_side: int | None = None
 
     @property
@@ -82,8 +85,7 @@ class Checkpoint:
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
         settings = Model(**self.config["model"])
-        model = build(settings.arch, len(self.classes), settings.trainable, seed=0, details=Details.of(settings))
-        model.to(device)
+        model = _network(settings, len(self.classes), seed=0).to(device)
         model.load_state_dict(self.model)
         return model
 
@@ -107,13 +109,14 @@ class Checkpoint:
             raise UserError(f"cannot resume: the images of {config.data.root} are not those that the run began with")
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, frozen: bool = True) -> Checkpoint:
     """Read a checkpoint onto the CPU; nothing in it is executed. Raises UserError if it is not a whole one.
 
-    best.json and last.json stand for the checkpoints that they name.
+    best.json and last.json stand for the checkpoints that they name. frozen: with the weights that do not train, where
+    they are in a file of their own.
     """
     path = named(path)
-    content, record = read_content(path), read_record(path)
+    content, record = read_content(path, frozen), read_record(path)
     try:
         checkpoint = Checkpoint(**content)
         noted = (record.epoch, record.step, record.samples)
@@ -122,6 +125,69 @@ def load(path: Path) -> Checkpoint:
     if record.format != FORMAT or (checkpoint.epoch, checkpoint.step, checkpoint.samples) != noted:
         raise UserError(f"checkpoint {path}: its .json does not belong to it")
     return checkpoint
+
+
+def load_mended(path: Path, report: Callable[[str], None]) -> Checkpoint:
+    """`load`, where lost or damaged frozen weights are made again, as the run made them, written and reported.
+
+    Raises UserError if the trained part is not whole, or where the frozen weights do not come out as they were.
+    """
+    path = named(path)
+    trained, blob = load(path, frozen=False), read_record(path).frozen
+    if blob is None:
+        return trained
+    try:
+        return load(path)
+    except UserError as error:
+        damage = str(error)
+    made = _made_again(trained)
+    if Blob.of(blob.file, made) != blob:
+        raise FrozenLostError(f"{damage}; model.weights gives others now: put either back as it was")
+    with replacing(path.parent / Path(blob.file).name) as file:
+        file.write(made)
+    report(f"{damage}; it was made again from model.weights {trained.config['model']['weights']}")
+    return load(path)
+
+
+class FrozenLostError(UserError):
+    """Frozen weights cannot be made again, while the trained ones may well be whole."""
+
+
+def _made_again(trained: Checkpoint) -> bytes:
+    """The file of the frozen weights, from model.weights and train.seed. Raises FrozenLostError."""
+    settings = Model(**trained.config["model"])
+    model = _network(settings, len(trained.classes), trained.config["train"]["seed"])
+    try:
+        load_weights(model, settings)
+    except UserError as error:
+        raise FrozenLostError(f"the frozen weights are damaged, and cannot be made again: {error}") from None
+    return _frozen_file(model.state_dict(), trained.frozen)
+
+
+def _frozen_file(model: dict[str, Tensor], names: list[str]) -> bytes:
+    return safetensors.torch.save({name: model[name].contiguous() for name in names})
+
+
+def _network(settings: Model, classes: int, seed: int) -> LandCoverResNet:
+    return build(settings.arch, classes, settings.trainable, seed, Details.of(settings))
+
+
+def holds(path: Path, checkpoint: Checkpoint) -> bool:
+    """Whether FILE.pt is this very checkpoint, whole."""
+    try:
+        return path.with_suffix(".json").exists() and _same(vars(load(path)), vars(checkpoint))
+    except UserError:
+        return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(type(one) is type(other) and one == other)
 
 
 def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
@@ -184,10 +250,11 @@ class CheckpointFolder:
         paths = [path.with_suffix(".pt") for path in self.folder.glob("epoch-*.json")]
         for path in sorted(paths, key=lambda path: order.get(path.name, -1), reverse=True):
             try:
-                return load(path)
+                return load_mended(path, report)
+            except FrozenLostError:
+                raise
             except UserError as error:
-                report(f"{error}; it is set aside as {path.name}.damaged")
-                _set_aside(path)
+                _set_aside(path, error, report)
         if list(self.folder.glob("*.damaged")):
             raise UserError(f"no checkpoint in {self.folder} is whole: give another run.dir, or --run.resume never")
         return None
@@ -197,6 +264,19 @@ class CheckpointFolder:
         validated = [record for record in self.records() if record.metric is not None]
         return max(validated, key=lambda record: record.metric or 0.0, default=None)
 
+    def best_model(self, report: Callable[[str], None]) -> dict[str, Tensor]:
+        """What trains of the best checkpoint's state dict; a damaged one is reported, and the next best is taken.
+
+        Raises RunError where there is none.
+        """
+        while best := self.best():
+            try:
+                return load(self.path(best), frozen=False).model
+            except UserError as error:
+                _set_aside(self.path(best), error, report)
+                self._point_at_newest_and_best()
+        raise RunError(f"no validated checkpoint in {self.folder}")
+
     def path(self, record: Record) -> Path:
         """Where a checkpoint is."""
         return self.folder / record.content.file
@@ -204,30 +284,59 @@ class CheckpointFolder:
     def add(self, checkpoint: Checkpoint) -> None:
         """Save, point last.json and best.json at the newest and the best, remove what is neither nor among `keep`.
 
-        Raises RunError where the disk is full or gone; the earlier checkpoints are as they were, and no part of the
-        new one is left.
+        Of what a killed job has left of the same checkpoint only the rest is written. Raises RunError where the disk is
+        full or gone; the earlier checkpoints are as they were, and no part of the new one is left.
         """
         path = self.folder / f"{checkpoint.name}.pt"
-        if any(record.content.file == path.name for record in self.records()):
-            return
         self._write_frozen(checkpoint)
-        record = write(checkpoint, path, self._frozen)
-        self._point("last.json", record)
-        self._point("best.json", self.best() or record)
-        if self._numbered and not checkpoint.samples and checkpoint.epoch % self._interval == 0:
-            write(checkpoint, self._numbered / f"model_checkpoint_{checkpoint.epoch}.pt", frozen=None)
+        if not holds(path, checkpoint):
+            if path.with_suffix(".json").exists():  # of another checkpoint
+                path.with_suffix(".json").unlink()
+            write(checkpoint, path, self._frozen)
+        self._point_at_newest_and_best()
+        if self._numbered and self._is_numbered(checkpoint):
+            copy = self.numbered_path(checkpoint.epoch)
+            if not holds(copy, checkpoint):
+                write(checkpoint, copy, frozen=None)
+        self.copy_numbered()
         self._remove_old()
+
+    def numbered_path(self, epoch: int) -> Path:
+        """Where the copy for good of an epoch's checkpoint is, if the folder `numbered` is wanted."""
+        return (self._numbered or self.folder) / f"model_checkpoint_{epoch}.pt"
+
+    def copy_numbered(self) -> None:
+        """Write the copies for good that are missing, of what is still kept here."""
+        for record in self.records() if self._numbered else []:
+            copy = self.numbered_path(record.epoch)
+            if self._is_numbered(record) and not copy.with_suffix(".json").exists():
+                try:
+                    whole = load(self.path(record))
+                except UserError:  # a damaged one
+                    continue
+                make_folder(copy.parent, "run.numbered_checkpoints")
+                write(whole, copy, frozen=None)
+
+    def _is_numbered(self, saved: Checkpoint | Record) -> bool:
+        return not saved.samples and saved.epoch > 0 and saved.epoch % self._interval == 0
 
     def _write_frozen(self, checkpoint: Checkpoint) -> None:
         if self._frozen or not checkpoint.frozen:
             return
-        content = safetensors.torch.save({name: checkpoint.model[name].contiguous() for name in checkpoint.frozen})
+        content = _frozen_file(checkpoint.model, checkpoint.frozen)
         digest = Blob.of("", content).sha256
         blob = Blob.of(f"frozen-{digest[:16]}.safetensors", content)
-        if not (self.folder / blob.file).exists():
+        try:
+            blob.read(self.folder)
+        except UserError:
             with replacing(self.folder / blob.file) as file:
                 file.write(content)
         self._frozen = blob
+
+    def _point_at_newest_and_best(self) -> None:
+        if records := self.records():
+            self._point("last.json", records[-1])
+            self._point("best.json", self.best() or records[-1])
 
     def _point(self, name: str, record: Record) -> None:
         note = {"file": record.content.file, "epoch": record.epoch, "step": record.step, "metric": record.metric}
@@ -237,9 +346,8 @@ class CheckpointFolder:
         """Remove what was saved after a step from which an elastic job begins again."""
         newer = [record for record in self.records() if record.step > step]
         self._remove(newer)
-        if newer and (left := self.records()):
-            self._point("last.json", left[-1])
-            self._point("best.json", self.best() or left[-1])
+        if newer:
+            self._point_at_newest_and_best()
 
     def _remove_old(self) -> None:
         records, best = self.records(), self.best()
@@ -252,7 +360,8 @@ class CheckpointFolder:
             self.path(record).unlink(missing_ok=True)
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path, error: UserError, report: Callable[[str], None]) -> None:
+    report(f"{error}; it is set aside as {path.name}.damaged")
     for part in (path.with_suffix(".json"), path):
         if part.exists():
             part.rename(f"{part}.damaged")

@@ -55,6 +55,11 @@ def make_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key} {folder}: {error.strerror}") from None
 
 
+def free_name(path: Path) -> Path:
+    """The first of path.1, path.2, ... that is not there yet: for what is set aside."""
+    return next(free for n in range(1, 10**6) if not (free := Path(f"{path}.{n}")).exists())
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file's content, whole or not at all."""
     with replacing(path) as file:

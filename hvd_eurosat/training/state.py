@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError
-from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.model.convolution import Convolution
+from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.statistics import Statistics
+
+PIECE = 2**16  # numbers at a time, which stay in the cache
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class TrainingState:
@@ -34,6 +40,7 @@ class TrainingState:
         self.sums = Sums(world)
         self.epoch = self.samples = self.step = 0
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
+        self._seals: dict[int, tuple[object, Tensor]] = {}
 
     def advance(self, samples: int) -> None:
         """A step was made with so many samples."""
@@ -88,20 +95,69 @@ class TrainingState:
                 image_side=self._tree.image_size,
             )
 
+    def seal(self) -> None:
+        """From here on what does not train must stay as it is."""
+        self._seals = {}
+        self._is_broken()
+
     def verify(self) -> None:
-        """Raise on every rank, naming the culprits, unless all have the same trainable weights. Collective."""
-        trainable = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        digests = self._world.stack(torch.stack([digest(p) for p in trainable]).sum()[None]).flatten().tolist()
-        right = max(digests, key=digests.count)
-        wrong = [str(rank) for rank, digest in enumerate(digests) if digest != right]
-        if wrong:
-            raise SharedError(f"the weights of rank {', '.join(wrong)} differ from the others' at step {self.step}", 1)
+        """Raise on every rank, naming the culprits, unless all have the right weights. Collective.
+
+        What does not train must be as it was at `seal`; what does, and what the optimiser keeps of it, the same on all
+        ranks. The statistics of BatchNorm layers that train are each rank's own.
+        """
+        both = torch.stack([self._is_broken().long(), digest(self._moving(), self._world.device)])
+        broken, moving = self._world.stack(both).T.tolist()
+        if any(broken):
+            culprits = _named([rank for rank, one in enumerate(broken) if one])
+            raise SharedError(f"weights that do not train changed on {culprits}, found at step {self.step}", 1)
+        if wrong := minority(moving):
+            others = " from the others'" if len(wrong) < len(moving) else ""
+            raise SharedError(f"the weights of {_named(wrong)} differ{others} at step {self.step}", 1)
+
+    def _is_broken(self) -> Tensor:
+        """bool []: whether anything that does not train, or a copy of it, changed since this first saw it."""
+        norms = nn.ModuleList(m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d) and not m.training)
+        fixed = [p.detach() for p in self.model.parameters() if not p.requires_grad] + batch_norm_buffers(norms)
+        copies = [m.prepared() for m in self.model.modules() if isinstance(m, Convolution)]
+        broken = torch.zeros((), dtype=torch.bool, device=self._world.device)
+        for place, (what, tensors) in enumerate([(self.model, fixed), *copies]):
+            now = digest(tensors, self._world.device)
+            before, then = self._seals.get(place, (what, now))
+            broken |= (now != then) & (what is before)
+            self._seals[place] = what, now
+        return broken
+
+    def _moving(self) -> list[Tensor]:
+        """The weights that train, and with each what the optimiser keeps of it."""
+        tensors = []
+        for parameter in (p for p in self.model.parameters() if p.requires_grad):
+            kept = self.optimiser.state.get(parameter, {}).values()
+            tensors += [parameter.detach(), *(value for value in kept if isinstance(value, Tensor))]
+        return tensors
 
 
-def digest(tensor: Tensor) -> Tensor:
-    """Of a float32 tensor, dense; int64 []: the bits times odd numbers, so that any one that flips changes the sum."""
-    bits = tensor.as_strided((tensor.numel(),), (1,)).view(torch.int32).long()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """int64 []: the bits of dense tensors times odd numbers, so that any one that flips changes the sum."""
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    odd = torch.arange(1, 2 * PIECE, 2, dtype=torch.int32, device=device)
+    for tensor in tensors:
+        bits = tensor.as_strided((tensor.numel(),), (1,)).view(BITS[tensor.itemsize]).to(device)
+        for piece in bits.split(PIECE):
+            total += (piece * odd[: len(piece)]).sum()
+    return total
+
+
+def minority(values: Sequence[int]) -> list[int]:
+    """The places of those that are not the most frequent value; all places where no value is that alone."""
+    ranked = Counter(values).most_common(2)
+    tied = len(ranked) == 2 and ranked[0][1] == ranked[1][1]
+    return [place for place, value in enumerate(values) if tied or value != ranked[0][0]]
+
+
+def _named(ranks: Sequence[int]) -> str:
+    *others, last = map(str, ranks)
+    return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
 def _copy(value: Any) -> Any:

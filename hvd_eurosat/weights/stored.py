@@ -92,8 +92,8 @@ def read_record(path: Path) -> Record:
         raise UserError(f"checkpoint {path.with_suffix('.json')}: damaged, or not of this version") from None
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    """What is in FILE.pt, "model" with its frozen weights; every byte verified, nothing executed.
+def read_content(path: Path, frozen: bool = True) -> dict[str, Any]:
+    """What is in FILE.pt, "model" with its frozen weights if wanted; every byte verified, nothing executed.
 
     Raises UserError where a file is missing or damaged, or holds more than tensors and plain values.
     """
@@ -102,11 +102,11 @@ def read_content(path: Path) -> dict[str, Any]:
     if record.content.file != path.name:
         raise UserError(f"checkpoint {path}: its .json belongs to {record.content.file}")
     content = record.content.read(path.parent)
-    frozen = record.frozen.read(path.parent) if record.frozen else None
+    beside = record.frozen.read(path.parent) if record.frozen and frozen else None
     try:
         fields = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        if frozen:
-            fields["model"] = {**safetensors.torch.load(frozen), **fields["model"]}
+        if beside:
+            fields["model"] = {**safetensors.torch.load(beside), **fields["model"]}
     except Exception:  # the readers let through whatever a forged file leads them to
         raise UserError(f"checkpoint {path}: not a checkpoint") from None
     return fields

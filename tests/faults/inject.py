@@ -44,10 +44,10 @@ def send(process: int, number: signal.Signals) -> None:
     time.sleep(0.5)
 
 
-def flip(step: Step, *_: object) -> None:
-    """One bit of one trainable weight of this rank."""
-    with torch.no_grad():
-        step._state.model.fc.weight.view(torch.int32)[0, 0] ^= 1
+def flip(step: Step, *_: object, module: str = "fc") -> None:
+    """One bit of one weight of this rank."""
+    weight = step._state.model.get_parameter(f"{module}.weight").detach()
+    weight.as_strided((1,), (1,)).view(torch.int32)[0] ^= 1
 
 
 def nan_loss(step: Step, *_: object) -> None:
@@ -139,6 +139,7 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "slow-link": lambda *_: network(*SLOW.split()),
     "nan": nan_loss,
     "flip": flip,
+    "flip-frozen": functools.partial(flip, module="conv1"),
 }
 
 

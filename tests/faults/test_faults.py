@@ -160,10 +160,13 @@ def test_mpirun_kills_its_ranks(inject: Inject, tmp_path: Path, undisturbed: str
 def test_other_ranks_go_on_with_the_epoch(inject: Inject, tmp_path: Path) -> None:
     """4, 2 and 3 ranks train each sample once."""
     for ranks, fault in ((4, f"0 1 {STEP} usr1"), (2, f"0 1 {STEP} usr1"), (3, "0 0 os:getpid exit")):
-        job = inject(tmp_path / "run", fault, "mpirun", ranks, train__epochs=1, train__batch_size=5)
+        keys = {"train__epochs": 1, "train__batch_size": 5, "run__outfile": tmp_path / "log.txt"}
+        job = inject(tmp_path / "run", fault, "mpirun", ranks, **keys)
         assert job.returncode == (0 if ranks == 3 else STOPPED), job.output
     samples = (tmp_path / "samples").read_text().split()
     assert sorted(map(int, samples)) == list(range(80))
+    steps = (tmp_path / "log_train.txt").read_text().splitlines()[1:]
+    assert [line.split()[2] for line in steps] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])
@@ -184,10 +187,17 @@ def test_a_loss_is_not_a_number_on_one_rank(inject: Inject, tmp_path: Path) -> N
     assert summary(tmp_path / "run")["skipped_steps"] == 1
 
 
-def test_a_bit_flips_on_one_rank(inject: Inject, tmp_path: Path) -> None:
-    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} flip", run__verify_interval=1)
+@pytest.mark.parametrize(
+    ("flip", "error"),
+    [
+        ("flip", "the weights of ranks 0 and 1 differ at"),
+        ("flip-frozen", "weights that do not train changed on rank 0, found at"),
+    ],
+)
+def test_a_bit_flips_on_one_rank(inject: Inject, tmp_path: Path, flip: str, error: str) -> None:
+    job = inject(tmp_path / "run", f"0 {STEPS + 2} {STEP} {flip}", run__verify_interval=1)
     assert job.returncode == 1
-    assert job.errors == [f"error: the weights of rank 1 differ from the others' at step {STEPS + 2}"]
+    assert job.errors == [f"error: {error} step {STEPS + 2}"]
 
 
 def test_the_launcher_dies(inject: Inject, tmp_path: Path) -> None:

@@ -157,6 +157,16 @@ def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Pat
     assert "finished run" in second.stdout
     assert second.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
     assert len(events(tmp_path / "run", "train")) == 1
+    places = {key: tmp_path / key for key in ("numbered_checkpoints", "outfile", "predictions")}
+    more = [word for key, place in places.items() for word in (f"--run.{key}", place)]
+    third = launch("mpirun", 2, "train", *flags, *more)
+    assert third.returncode == 0, third.stderr
+    assert "cannot be had any more: run.outfile\n" in third.stderr
+    assert not list(tmp_path.glob("outfile*"))
+    assert checkpoint.load(places["numbered_checkpoints"] / "model_checkpoint_1.pt").epoch == 1
+    predicted = [line.split(",") for line in (places["predictions"] / "predictions.csv").read_text().splitlines()[1:]]
+    right = sum(Path(path).parent.name == label for path, label, _ in predicted)
+    assert third.stdout.splitlines()[-1] == f"test accuracy: {100 * right / 20:.2f}% ({right}/20)"
     other = launch("python", 1, "train", *flags, "--optim.lr", "0.5", "--train.epochs", "2")
     assert other.returncode == 2
     assert "cannot resume: optim.lr was 0.01 and is 0.5 now" in other.stderr

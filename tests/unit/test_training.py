@@ -7,24 +7,29 @@ import dataclasses
 import itertools
 import json
 import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from hvd_eurosat.cluster.world import World
+from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import load
-from hvd_eurosat.config.schema import Config, Optim
+from hvd_eurosat.config.schema import Config, Model, Optim, Train
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.directory import RunDirectory
+from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.gradients import GradientBuckets
-from hvd_eurosat.training.metrics import Evaluation
+from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.state import TrainingState, digest
@@ -176,14 +181,130 @@ def test_nothing_damaged_is_read(tmp_path: Path, state: Checkpoint) -> None:
     assert newest.epoch == 1
     assert len(reports) == 1
     assert "epoch-0002.pt: damaged" in reports[0]
-    frozen = next(tmp_path.glob("frozen-*"))
-    content = bytearray(frozen.read_bytes())
-    content[len(content) // 2] ^= 1
-    frozen.write_bytes(content)
+    (tmp_path / "epoch-0001.pt").write_bytes(damaged[0])
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         folder.newest(reports.append)
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         folder.newest(never)
+
+
+def of_seed(state: Checkpoint, seed: int = 0, **model: str) -> Checkpoint:
+    """The state as of a run of this seed and these settings of the model, its own without any."""
+    config = Config(
+        model=Model(**{"arch": "resnet18", "weights": "none", "trainable": "head"} | model), train=Train(seed=seed)
+    )
+    return dataclasses.replace(state, config=config.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:9], lambda whole: whole[:-1] + b"?", None])
+def test_frozen_weights_are_made_again(
+    tmp_path: Path, state: Checkpoint, damage: Callable[[bytes], bytes] | None
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    state = of_seed(state)
+    folder.add(state)
+    folder.add(at(state, 2, 0.4))
+    frozen = next(tmp_path.glob("frozen-*"))
+    whole = frozen.read_bytes()
+    frozen.unlink()
+    if damage:
+        frozen.write_bytes(damage(whole))
+    best = folder.best_model(never)  # which takes no frozen weights
+    assert best.keys() == state.model.keys() - set(state.frozen)
+    reports: list[str] = []
+    newest = folder.newest(reports.append)
+    assert newest is not None
+    assert newest.epoch == 2
+    assert all(torch.equal(tensor, newest.model[name]) for name, tensor in state.model.items())
+    assert frozen.read_bytes() == whole
+    (report,) = reports
+    assert report.endswith("; it was made again from model.weights none")
+
+
+def test_frozen_weights_that_cannot_be_made_again_cost_no_checkpoint(tmp_path: Path, state: Checkpoint) -> None:
+    """They can be put back."""
+    for name, other, message in (
+        ("seed", of_seed(state, seed=1), "model.weights gives others now: put either back as it was"),
+        ("file", of_seed(state, weights="/nowhere.pt"), r"cannot be made again: model\.weights /nowhere\.pt"),
+    ):
+        folder = CheckpointFolder(tmp_path / name, keep=1)
+        folder.folder.mkdir()
+        folder.add(other)
+        frozen = next(folder.folder.glob("frozen-*"))
+        away = frozen.rename(tmp_path / "away")
+        with pytest.raises(UserError, match=message):
+            folder.newest(never)
+        away.rename(frozen)
+        assert folder.newest(never) is not None
+
+
+def test_a_damaged_file_of_frozen_weights_is_not_taken_for_whole(tmp_path: Path, state: Checkpoint) -> None:
+    CheckpointFolder(tmp_path, keep=1).add(state)
+    frozen = next(tmp_path.glob("frozen-*"))
+    frozen.write_bytes(b"")
+    CheckpointFolder(tmp_path, keep=1).add(at(state, 2, 0.6))
+    assert checkpoint.load(tmp_path / "epoch-0002.pt").epoch == 2
+
+
+def test_the_next_best_is_taken_where_the_best_is_damaged(tmp_path: Path, state: Checkpoint) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for epoch, accuracy in ((1, 0.9), (2, 0.7), (3, 0.8)):
+        weights = {**state.model, "fc.weight": torch.full_like(state.model["fc.weight"], epoch)}
+        folder.add(dataclasses.replace(at(state, epoch, accuracy), model=weights))
+    (tmp_path / "epoch-0001.pt").write_bytes(b"")
+    reports: list[str] = []
+    assert folder.best_model(reports.append)["fc.weight"][0, 0] == 3
+    assert "epoch-0001.pt: damaged" in reports[0]
+    assert json.loads((tmp_path / "best.json").read_text())["file"] == "epoch-0003.pt"
+
+
+def test_what_a_killed_job_left_out_is_put_right(tmp_path: Path, state: Checkpoint) -> None:
+    """It was killed after the last epoch's .json: before the pointers, and before the copy for good."""
+    numbered = tmp_path / "numbered"
+    numbered.mkdir()
+
+    def folder() -> CheckpointFolder:
+        return CheckpointFolder(tmp_path, keep=2, numbered=numbered)
+
+    pointers = [tmp_path / "last.json", tmp_path / "best.json"]
+    folder().add(at(state, 1, 0.5))
+    before = [pointer.read_text() for pointer in pointers]
+    folder().add(at(state, 2, 0.9))
+    after = [pointer.read_text() for pointer in pointers]
+    for pointer, text in zip(pointers, before, strict=True):
+        pointer.write_text(text)
+    written = (tmp_path / "epoch-0002.pt").stat().st_mtime_ns
+    for path in (*numbered.glob("model_checkpoint_1.*"), numbered / "model_checkpoint_2.json"):
+        path.unlink()
+    start = folder().newest(never)
+    assert start is not None
+    folder().add(start)
+    assert [pointer.read_text() for pointer in pointers] == after
+    assert [checkpoint.load(numbered / f"model_checkpoint_{n}.pt").step for n in (1, 2)] == [10, 20]
+    assert (tmp_path / "epoch-0002.pt").stat().st_mtime_ns == written
+
+
+def test_a_name_is_not_taken_for_the_checkpoint(tmp_path: Path, state: Checkpoint) -> None:
+    """Another run's of the same epoch and step, in the run's folder and in that of the numbered ones."""
+    numbered = tmp_path / "numbered"
+    numbered.mkdir()
+    other = {**state.model, "fc.weight": state.model["fc.weight"] + 1}
+    for model in (other, state.model):
+        CheckpointFolder(tmp_path, keep=2, numbered=numbered).add(dataclasses.replace(state, model=model))
+    for path in (tmp_path / "epoch-0001.pt", numbered / "model_checkpoint_1.pt"):
+        assert torch.equal(checkpoint.load(path).model["fc.weight"], state.model["fc.weight"])
+
+
+def test_a_checkpoint_of_the_version_before_is_read(tmp_path: Path, state: Checkpoint) -> None:
+    """It has no seconds."""
+    CheckpointFolder(tmp_path, keep=1).add(state)
+    path = tmp_path / "epoch-0001.pt"
+    fields = torch.load(path, weights_only=True)
+    del fields["seconds"]
+    torch.save(fields, path)
+    record = read_record(path).model_copy(update={"content": Blob.of(path.name, path.read_bytes())})
+    path.with_suffix(".json").write_text(record.model_dump_json())
+    assert checkpoint.load(path).seconds == 0
 
 
 @pytest.mark.parametrize("field", ["model", "optimiser", "history"])
@@ -280,6 +401,97 @@ def test_a_run_goes_on_in_place_from_its_newest_checkpoint(
     assert Path(f"{folder}.1").exists() != stays
 
 
+def a_run(tmp_path: Path, *words: str) -> tuple[Config, RunDirectory, Tree]:
+    """A run directory, opened, and what its runs are of."""
+    config = load(["--run.dir", str(tmp_path / "run"), "--model.arch", "resnet18", *words])
+    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+    return config, RunDirectory(config, lambda _: None, 0.0, lambda: None), tree
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+@pytest.mark.parametrize(
+    ("name", "content", "aside"),
+    [
+        ("checkpoints/epoch-0001.pt", "", True),
+        ("summary.json", '{"epochs": 1}', True),
+        ("metrics.jsonl", '{"event": "start"}\n{"event": "train"}\n', True),
+        ("metrics.jsonl", '{"event": "start"}\n', False),
+        ("slurm-17.out", "", False),
+    ],
+)
+def test_a_new_run_overwrites_nothing_of_another(
+    tmp_path: Path, resume: str, name: str, content: str, aside: bool
+) -> None:
+    """Whatever of it is left in the folder."""
+    config, directory, tree = a_run(tmp_path, "--run.resume", resume)
+    (tmp_path / "run" / name).write_text(content)
+    assert directory.start(config, tree) is None
+    directory.close()
+    assert (tmp_path / "run.1" / name).exists() == aside
+    assert (tmp_path / "run" / name).exists() != aside
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+def test_a_new_run_overwrites_nothing_outside_of_its_folder(tmp_path: Path) -> None:
+    """Numbered checkpoints, predictions and logs of another; what else lies there stays."""
+    places = {"numbered_checkpoints": "saved", "predictions": "predicted", "outfile": "out.txt"}
+    words = [word for key, place in places.items() for word in (f"--run.{key}", str(tmp_path / place))]
+    files = ["saved/model_checkpoint_1.pt", "saved/model_checkpoint_1.json", "predicted/predictions.csv"]
+    config, directory, tree = a_run(tmp_path, *words, "--run.resume", "never")
+    for name in (*files, "saved/model.h5"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("another's")
+    log = "time epoch batch loss gradient_norm learning_rate\n1.0 1 1 2.3 0.5 0.1\n"
+    (tmp_path / "out_train.txt").write_text(log)
+    directory.start(config, tree)
+    directory.close()
+    for name in files:
+        folder, _, file = name.partition("/")
+        assert (tmp_path / f"{folder}.1" / file).read_text() == "another's"
+        assert not (tmp_path / name).exists()
+    assert (tmp_path / "saved" / "model.h5").exists()
+    assert (tmp_path / "out.txt.1" / "out_train.txt").read_text() == log
+
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+
+
+def test_an_interrupted_epoch_counts_as_one(tmp_path: Path, state: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 images in 100 s on one rank, in 8 steps after the 10 of epoch 1; the other 32 on any number of ranks."""
+    monkeypatch.setattr("hvd_eurosat.data.tree.Tree.files", lambda *_: [])
+    config, directory, tree = a_run(tmp_path, "--run.outfile", str(tmp_path / "out.txt"))
+    directory.close()
+    steps = [(epoch, step) for epoch in (1, 2) for step in range(1, 11)]
+    lines = [f"{n}.0 {epoch} {step} 2.3 0.5 0.1\n" for n, (epoch, step) in enumerate(steps)]
+    (tmp_path / "out_train.txt").write_text("".join(["time epoch batch loss gradient_norm learning_rate\n", *lines]))
+    history = [{"event": kind, "epoch": 1, "step": 10, "accuracy": 0.5} for kind in ("train", "valid")]
+    part = dataclasses.replace(state, samples=40, step=18, seconds=100.0, history=history)
+    journal = Journal(ALONE, config, tree)
+    journal.begin(part, {}, part)
+    journal.begin_epoch(2, 1)
+    outfile = journal._outfile
+    assert outfile is not None
+    outfile.stepped(2, torch.zeros(()), torch.zeros(()), 0.1)
+    journal.save(part)
+    journal.saved()
+    journal.trained(72, [])
+    journal.save(dataclasses.replace(part, samples=72, step=19))
+    sums = Sums(ALONE)
+    journal.validated(2, 19, 0.1, sums, Evaluation(0.1, torch.eye(2, dtype=torch.int64)))
+    rows = [line.split()[1:3] for line in (tmp_path / "out_train.txt").read_text().splitlines()[1:]]
+    assert rows == [[str(epoch), str(step)] for epoch, step in [*steps[:18], (2, 9)]]
+    for step in (18, 19):
+        saved = checkpoint.load(config.run.path / "checkpoints" / f"epoch-0001-step-{step:08d}.pt")
+        assert 100 < saved.seconds < 200
+    trained = json.loads((config.run.path / "metrics.jsonl").read_text().splitlines()[-2])
+    assert trained["images_per_second"] * trained["seconds"] == pytest.approx(72)
+    assert 100 < trained["seconds"] < 200
+    journal.begin_epoch(3, 1)
+    journal.trained(72, [])
+    assert journal._seconds() < 100
+    journal.close()
+
+
 def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     write_text(tmp_path / "f", "old")
     with pytest.raises(TypeError), replacing(tmp_path / "f") as file:
@@ -306,11 +518,81 @@ def test_saving_fails_in_the_background(state: Checkpoint, stop_at_once: bool, f
 
 def test_a_digest_tells_ranks_apart() -> None:
     """One bit of one weight, and weights in another order."""
-    weights = torch.randn(1000)
+    weights = torch.randn(100_000)
     other = weights.clone()
-    other.view(torch.int32)[7] ^= 1
-    swapped = weights[torch.arange(1000) ^ 1]
-    assert len({int(digest(w)) for w in (weights, other, swapped)}) == 3
+    other.view(torch.int32)[70_000] ^= 1
+    swapped = weights[torch.arange(100_000) ^ 1]
+    assert len({int(digest([w], torch.device("cpu"))) for w in (weights, other, swapped)}) == 3
+
+
+def one_network_each(ranks: int) -> list[TrainingState]:
+    """The states, after one step, of ranks that are threads: `stack` brings them together."""
+    barrier, parts = threading.Barrier(ranks), {}
+
+    class Rank(World):
+        def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+            parts[self.rank] = tensor
+            barrier.wait(60)
+            return torch.stack([parts[rank] for rank in range(ranks)])
+
+    states = []
+    for rank in range(ranks):
+        world = Rank(rank, ranks, rank, ranks, torch.device("cpu"), threads=1)
+        model = build("resnet18", 2, "head", seed=0)
+        tree = Tree(Path("tree"), ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+        state = TrainingState(world, Config(), tree, model, Precision("bf16"))
+        state.seal()
+        with state.precision.autocast(world.device):
+            model(torch.ones(1, 3, 32, 32)).sum().backward()
+        state.optimiser.step()
+        states.append(state)
+    return states
+
+
+def verdict(states: list[TrainingState]) -> str:
+    """What all ranks say of their weights."""
+
+    def verified(state: TrainingState) -> str:
+        try:
+            state.verify()
+        except SharedError as error:
+            return str(error)
+        return "well"
+
+    with ThreadPoolExecutor(len(states)) as threads:
+        (said,) = set(threads.map(verified, states))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("ranks", "culprit", "what", "said"),
+    [
+        (2, 0, "frozen", "weights that do not train changed on rank 0, found at step 0"),
+        (2, 1, "frozen", "weights that do not train changed on rank 1, found at step 0"),
+        (2, 0, "statistics", "weights that do not train changed on rank 0, found at step 0"),
+        (2, 0, "copy", "weights that do not train changed on rank 0, found at step 0"),
+        (2, 0, "head", "the weights of ranks 0 and 1 differ at step 0"),
+        (3, 0, "head", "the weights of rank 0 differ from the others' at step 0"),
+        (3, 2, "optimiser", "the weights of rank 2 differ from the others' at step 0"),
+    ],
+)
+def test_a_flipped_bit_is_found_and_its_rank_named(ranks: int, culprit: int, what: str, said: str) -> None:
+    states = one_network_each(ranks)
+    assert verdict(states) == "well"
+    model, optimiser = states[culprit].model, states[culprit].optimiser
+    first = model.layer1[0].conv1
+    assert isinstance(first, Convolution)
+    tensors = {
+        "frozen": first.weight.detach(),
+        "statistics": model.bn1.running_mean,
+        "copy": first.prepared()[1][0],
+        "head": model.fc.weight.detach(),
+        "optimiser": optimiser.state[model.fc.weight]["exp_avg_sq"],
+    }
+    tensor = tensors[what]
+    assert tensor is not None
+    tensor.as_strided((1,), (1,)).view(torch.int16)[-1] ^= 1
+    assert verdict(states) == said
 
 
 @pytest.mark.parametrize("fast", ["bf16", "fp32"])
