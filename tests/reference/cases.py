@@ -87,7 +87,7 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
     model = Model(
         arch="resnet18",
         weights="none",
-        trainable=draw(st.sampled_from(["bn+head"] * 6 + ["head", "layer1,fc", "layer2.0.bn1,layer3.1,fc", "all"])),
+        trainable=draw(st.sampled_from(["bn+head"] * 6 + ["head", "layer1,fc", "layer1.0.bn1,layer2.1,fc", "all"])),
         bn_momentum=draw(either(0.1, 0.01, 0.5)),
         bn_epsilon=draw(either(1e-5, 1e-2)),
         bn_affine=draw(either(True, True, False)),

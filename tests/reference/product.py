@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvd_eurosat import train
 from hvd_eurosat.cluster.world import SharedError, World
-from hvd_eurosat.config.schema import Config
+from hvd_eurosat.config.schema import Config, Model
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
@@ -107,6 +107,7 @@ def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
     failures: list[BaseException] = []
 
     def rank(world: World) -> Any:
+        torch.set_num_threads(1)  # of this thread: OpenMP counts for each
         try:
             return work(world)
         except BaseException as error:
@@ -122,9 +123,20 @@ def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
 
 
 class Double(LandCoverResNet):
-    """The network in float64, in which rounding hides nothing; it keeps what it is shown in training."""
+    """The network without its last two stages, for speed, and in float64, in which rounding hides nothing.
 
-    shown: list[Tensor]
+    It keeps what it is shown in training.
+    """
+
+    def __init__(self, classes: int, settings: Model, weights: dict[str, Tensor]) -> None:
+        with torch.device("meta"):
+            super().__init__(settings.arch, classes, settings.trainable, Details.of(settings))
+            self.layer3, self.layer4 = nn.Sequential(), nn.Sequential()
+            self.fc.weight = nn.Parameter(self.fc.weight[:, :128], requires_grad=self.fc.weight.requires_grad)
+        self.to_empty(device="cpu")
+        self.to(memory_format=torch.channels_last)
+        self.load_state_dict(weights)
+        self.shown: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
@@ -214,10 +226,7 @@ def _train(
     names = tuple(f"class{n}" for n in range(classes))
     tree = Tree(Path("nowhere"), names, "d", synthetic=True, image_size=None, checksums={})
     images = {name: Images(Packed(s.images, s.labels, ()), world.device) for name, s in splits.items()}
-    model = Double(config.model.arch, classes, config.model.trainable, Details.of(config.model))
-    model.to(memory_format=torch.channels_last)
-    model.load_state_dict(weights)
-    model.shown = []
+    model = Double(classes, config.model, weights)
     state = TrainingState(world, config, tree, model, Precision("fp32"))
     train.begin(world, config, state, start)
     step = Step(state, world, config, class_weights(config, images["train"], classes))

@@ -59,9 +59,10 @@ def seeds(seed: int) -> tuple[int, int]:
 
 
 def network(settings: Model, classes: int) -> nn.Module:
-    """torchvision's ResNet-18 in float64 with a head without bias; what does not train is frozen."""
-    model = resnet18(num_classes=classes)
-    model.fc = nn.Linear(model.fc.in_features, classes, bias=False)
+    """torchvision's ResNet-18 in float64, its first two stages, with a head without bias; it is frozen in parts."""
+    model = resnet18()
+    model.layer3 = model.layer4 = nn.Sequential()
+    model.fc = nn.Linear(128, classes, bias=False)
     for name, module in model.named_modules():
         norm = isinstance(module, nn.BatchNorm2d)
         chosen = settings.trainable.split(",")
@@ -82,7 +83,9 @@ class Trainer:
 
     def __init__(self, config: Config, splits: dict[str, Split], classes: int, start: dict[str, Tensor]) -> None:
         self.config, self.splits = config, splits
-        self.model = network(config.model, classes)
+        with torch.device("meta"):
+            self.model = network(config.model, classes)
+        self.model.to_empty(device="cpu")
         self.model.load_state_dict(start)
         self.optimiser = optimiser(self.model, config.optim)
         self.norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
