@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
@@ -19,7 +18,6 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
     checked = 0
 
     @seeded(asked.seed)
@@ -28,7 +26,6 @@ def main() -> None:
         deadline=None,
         database=None,
         phases=PHASES,
-        report_multiple_bugs=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(cases())

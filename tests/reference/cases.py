@@ -198,7 +198,8 @@ def check(case: Case) -> None:
         settle = Shown(case.config.data, theirs.shown, reference.step)
         reference.log, diverged = Log(), False
         try:
-            reference.run(size, stop, faults, settle)
+            with product.one_thread():
+                reference.run(size, stop, faults, settle)
         except DivergedError:
             diverged = True
         assert theirs.diverged == diverged

@@ -192,6 +192,17 @@ def float64() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For computations as small as these: on a busy machine two wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def run(
     config: Config,
     splits: dict[str, Split],
@@ -207,7 +218,7 @@ def run(
     def rank(world: World) -> Trained:
         return _train(world, config, splits, classes, weights, start, stop, faults)
 
-    with float64():
+    with float64(), one_thread():
         every = on_ranks(size, rank)
     shown = [one.shown[0] for one in every]
     return dataclasses.replace(every[0], shown=shown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hvd_eurosat.config.schema import Config, Optim
+from hvd_eurosat.config.schema import Config
 
 
 def learning_rate(config: Config, global_batch: int, progress: float) -> float:
@@ -40,9 +40,3 @@ def image_size(config: Config, epoch: int) -> int:
         size += 16
     left = config.train.epochs - 1 - epoch
     return sizes[len(sizes) - 1 - left * len(sizes) // config.train.epochs]
-
-
-def check(optim: Optim) -> None:
-    """Raises ValueError for milestones that are none."""
-    if optim.schedule == "multistep" and (not optim.milestones or min(optim.milestones) <= optim.warmup_epochs):
-        raise ValueError("milestones")

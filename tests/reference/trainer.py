@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -54,7 +55,7 @@ class DivergedError(Exception):
 
 
 def seeds(seed: int) -> tuple[int, int]:
-    """For the order of the images and for their augmentation."""
+    """For the order of the images (DistributedSampler adds the epoch to it) and for their augmentation."""
     return seed, seed
 
 
@@ -190,9 +191,7 @@ class Trainer:
         return reduce(torch.add, [(one * len(every)).half() for one in every]).double() / len(every)
 
     def _update(self, gradients: list[Tensor], rate: float) -> None:
-        for parameter, gradient in zip(
-            (p for p in self.model.parameters() if p.requires_grad), gradients, strict=True
-        ):
+        for parameter, gradient in zip((p for p in self.model.parameters() if p.requires_grad), gradients, strict=True):
             parameter.grad = gradient
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -213,5 +212,12 @@ class Trainer:
         loss = -values[range(len(values)), torch.from_numpy(split.labels)].mean()
         seen, correct, samples, skipped = self.sums
         self.log.epochs.append(
-            Epoch(seen / samples, int(correct), int(samples), int(skipped), float(loss), confusion.tolist())
+            Epoch(
+                seen / samples if samples else math.nan,
+                int(correct),
+                int(samples),
+                int(skipped),
+                float(loss),
+                confusion.tolist(),
+            )
         )
