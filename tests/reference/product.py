@@ -1,7 +1,7 @@
 """The package's own training loop on W ranks in threads of one process, in float64.
 
-The ranks meet at a barrier, which stands in for Horovod (tests/parallel have the real one); what they do there is sums,
-stacks and broadcasts of plain torch. All else is the package's: train_epoch, Step, TrainingState, TrainBatches, evaluate.
+The ranks meet at a barrier, which stands in for Horovod (tests/parallel have the real one), and share by plain torch.
+All else is the package's: train_epoch, Step, TrainingState, TrainBatches, evaluate.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The package trains as the reference does: the same losses, rates, weights and statistics.
 
 Drawn are the keys of optim, train, data and valid that change results (precision and compile, which change the
-arithmetic, apart), 1 to 3 ranks, a stop after some step and a resume on as many ranks or others, and losses that are not
-finite. Ranks are threads that meet at a barrier in place of Horovod, which tests/parallel have for real. All is computed
-in float64 on a ResNet-18 of two stages: weights may differ by a millionth of what they have moved.
+arithmetic, apart), 1 to 3 ranks, a stop after some step and a resume on as many ranks or others, and losses that are
+not finite. Ranks are threads that meet at a barrier in place of Horovod, which tests/parallel have for real. All is
+computed in float64 on a ResNet-18 of two stages: weights may differ by a millionth of what they have moved.
 
 python -m tests.reference --examples 500 --seed 1 draws more.
 """
