@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_eurosat.config.schema import Data
+from hvd_eurosat.data.augment import mix as package_mix
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
 WORD = 2**64 - 1
+# Whether the package hashes a seed before it meets an index or DistributedSampler's epoch.
+HASHED_SEEDS = next(iter(inspect.signature(package_mix).parameters)) == "seed"
 
 
-def mix(index: int, *keys: int) -> int:
+def mix(seed: int, index: int, *keys: int) -> int:
     """31 random bits: two rounds of SplitMix64's finaliser for each key."""
-    x = index & WORD
+    x, keys = (seed, (0, index, *keys)) if HASHED_SEEDS else (index, (seed, *keys))
     for key in keys:
         x = (x + key + 1) * 0x9E3779B97F4A7C15 & WORD
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
@@ -30,19 +34,24 @@ def mix(index: int, *keys: int) -> int:
     return x & 0x7FFFFFFF
 
 
+def order_seed(seed: int) -> int:
+    """To which DistributedSampler adds the epoch."""
+    return mix(seed, 0) if HASHED_SEEDS else seed
+
+
 def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> Pixels:
     """uint8 [S, S, 3], as is the result."""
 
     def uniform(key: int) -> float:
-        return (mix(index, seed, epoch, key) >> 7) / 2**24
+        return (mix(seed, index, epoch, key) >> 7) / 2**24
 
     if data.augment:
-        view = (mix(index, seed) ^ epoch) % 8
+        view = (mix(seed, index) ^ epoch) % 8
         image = image[:, ::-1] if view & 1 else image
         image = image[::-1] if view & 2 else image
         image = image.swapaxes(0, 1) if view & 4 else image
     if data.max_shift:
-        down, right = (mix(index, seed, epoch, axis) % (2 * data.max_shift + 1) - data.max_shift for axis in (1, 2))
+        down, right = (mix(seed, index, epoch, axis) % (2 * data.max_shift + 1) - data.max_shift for axis in (1, 2))
         room = data.max_shift
         padded = np.pad(image, ((room, room), (room, room), (0, 0)), mode="reflect")
         image = padded[room + down :, room + right :][: len(image), : len(image)]

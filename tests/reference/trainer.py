@@ -54,11 +54,6 @@ class DivergedError(Exception):
     """Three steps in a row were not finite."""
 
 
-def seeds(seed: int) -> tuple[int, int]:
-    """For the order of the images (DistributedSampler adds the epoch to it) and for their augmentation."""
-    return seed, seed
-
-
 def network(settings: Model, classes: int) -> nn.Module:
     """torchvision's ResNet-18 in float64, its first two stages, with a head without bias; it is frozen in parts."""
     model = resnet18()
@@ -98,12 +93,11 @@ class Trainer:
         self.weights = weights / weights[splits["train"].labels].mean()
 
     def _statistics(self) -> list[Tensor]:
-        return [t.clone() for norm in self.norms for t in (norm.running_mean, norm.running_var)]
+        return [t.clone() for norm in self.norms for t in (norm.running_mean, norm.running_var) if t is not None]
 
     def _show(self, statistics: list[Tensor]) -> None:
         for norm, mean, variance in zip(self.norms, statistics[::2], statistics[1::2], strict=True):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+            norm.running_mean, norm.running_var = mean.clone(), variance.clone()
 
     def _averaged(self) -> list[Tensor]:
         return [torch.stack(every).mean(0) for every in zip(*self.statistics, strict=True)]
@@ -131,7 +125,7 @@ class Trainer:
 
     def _order(self, world: int) -> list[int]:
         length = len(self.splits["train"].labels)
-        seed, _ = seeds(self.config.train.seed)
+        seed = augmentation.order_seed(self.config.train.seed)
         shards = []
         for rank in range(world):
             sampler: DistributedSampler[int] = DistributedSampler(range(length), world, rank, seed=seed)
@@ -151,7 +145,7 @@ class Trainer:
             if self.step in faults and faults[self.step] % world == rank:
                 counts *= torch.nan
             self._show(self.statistics[rank])
-            loss, facts = self._loss(mine, counts, lambda images, rank=rank: settle(self.step, rank, images))
+            loss, facts = self._loss(mine, counts, rank, settle)
             gradients.append(self._gradients(loss / total))
             losses.append((loss / total).detach())
             after.append(self._statistics())
@@ -167,14 +161,14 @@ class Trainer:
         self.sums += sums
         self.samples, self.step = self.samples + total, self.step + 1
 
-    def _loss(self, mine: list[int], counts: Tensor, settle: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
+    def _loss(self, mine: list[int], counts: Tensor, rank: int, settle: Settle) -> tuple[Tensor, Any]:
         data, split = self.config.data, self.splits["train"]
-        size, (_, seed) = schedule.image_size(self.config, self.epoch), seeds(self.config.train.seed)
+        size, seed = schedule.image_size(self.config, self.epoch), self.config.train.seed
         shown = [augmentation.network_input(split.images[i], i, seed, self.epoch, size, data) for i in mine]
         labels = torch.from_numpy(split.labels[mine])
         for norm in self.norms:
             norm.train(norm.trains)
-        values = torch.log_softmax(self.model(settle(torch.stack(shown))), 1)
+        values = torch.log_softmax(self.model(settle(self.step, rank, torch.stack(shown))), 1)
         own = -values[range(len(mine)), labels]
         smoothing = self.config.train.label_smoothing
         losses = ((1 - smoothing) * own - smoothing * values.mean(1)) * self.weights[labels]

@@ -27,7 +27,6 @@ from hvd_eurosat.config.schema import Config, Model
 from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.tree import SPLITS, open_tree
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
-from hvd_eurosat.run import journal
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
@@ -312,7 +311,7 @@ def spy(patch: pytest.MonkeyPatch, job: Job) -> None:
     patch.setattr(Journal, "save", saved)
     patch.setattr(LandCoverResNet, "features", seen)
     patch.setattr(Step, "__init__", made)
-    patch.setattr(journal.Saver, "__init__", saver)
+    patch.setattr(Saver, "__init__", saver)
 
 
 def norms(job: Job, attribute: str) -> set[Any]:
