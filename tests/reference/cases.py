@@ -159,12 +159,14 @@ def splits(count: int, size: int) -> dict[str, Split]:
 @cache
 def weights(affine: bool) -> dict[str, Tensor]:
     """Random ones, in float64, whose BatchNorm layers are not all the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        state = network(Model(arch="resnet18", bn_affine=affine), CLASSES).state_dict()
-        for tensor in state.values():
-            if tensor.ndim == 1 and tensor.is_floating_point():
-                tensor.add_(0.1 * torch.rand_like(tensor))
+    generator = torch.Generator().manual_seed(0)
+    plain = network(Model(arch="resnet18", bn_affine=affine), CLASSES).state_dict()
+    state = {name: tensor.clone() for name, tensor in plain.items()}
+    for tensor in state.values():
+        if tensor.ndim > 1:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif tensor.ndim == 1:
+            tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
     return state
 
 

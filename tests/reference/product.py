@@ -7,12 +7,13 @@ All else is the package's: train_epoch, Step, TrainingState, TrainBatches, evalu
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +129,25 @@ class Double(LandCoverResNet):
     It keeps what it is shown in training.
     """
 
-    def __init__(self, classes: int, settings: Model, weights: dict[str, Tensor]) -> None:
+    def __init__(self, classes: int, settings: Model) -> None:
         with torch.device("meta"):
             super().__init__(settings.arch, classes, settings.trainable, Details.of(settings))
             self.layer3, self.layer4 = nn.Sequential(), nn.Sequential()
             self.fc.weight = nn.Parameter(self.fc.weight[:, :128], requires_grad=self.fc.weight.requires_grad)
         self.to_empty(device="cpu")
         self.to(memory_format=torch.channels_last)
-        self.load_state_dict(weights)
         self.shown: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
             self.shown.append(images.double())
         return torch.log_softmax(self.fc(self.features(images.double())), dim=1)
+
+
+@cache
+def network(classes: int, settings: Model) -> Double:
+    """To be copied."""
+    return Double(classes, settings)
 
 
 class Batches(TrainBatches):
@@ -219,6 +225,7 @@ def run(
         return _train(world, config, splits, classes, weights, start, stop, faults)
 
     with float64(), one_thread():
+        network(classes, config.model)
         every = on_ranks(size, rank)
     shown = [one.shown[0] for one in every]
     return dataclasses.replace(every[0], shown=shown)
@@ -237,7 +244,8 @@ def _train(
     names = tuple(f"class{n}" for n in range(classes))
     tree = Tree(Path("nowhere"), names, "d", synthetic=True, image_size=None, checksums={})
     images = {name: Images(Packed(s.images, s.labels, ()), world.device) for name, s in splits.items()}
-    model = Double(classes, config.model, weights)
+    model = copy.deepcopy(network(classes, config.model))
+    model.load_state_dict(weights)
     state = TrainingState(world, config, tree, model, Precision("fp32"))
     train.begin(world, config, state, start)
     step = Step(state, world, config, class_weights(config, images["train"], classes))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,9 @@ class DivergedError(Exception):
     """Three steps in a row were not finite."""
 
 
+@cache
 def network(settings: Model, classes: int) -> nn.Module:
-    """torchvision's ResNet-18 in float64, its first two stages, with a head without bias; it is frozen in parts."""
+    """The first two stages of torchvision's ResNet-18 in float64, a head without bias, frozen in parts. To be copied."""
     model = resnet18()
     model.layer3 = model.layer4 = nn.Sequential()
     model.fc = nn.Linear(128, classes, bias=False)
@@ -79,9 +81,7 @@ class Trainer:
 
     def __init__(self, config: Config, splits: dict[str, Split], classes: int, start: dict[str, Tensor]) -> None:
         self.config, self.splits = config, splits
-        with torch.device("meta"):
-            self.model = network(config.model, classes)
-        self.model.to_empty(device="cpu")
+        self.model = copy.deepcopy(network(config.model, classes))
         self.model.load_state_dict(start)
         self.optimiser = optimiser(self.model, config.optim)
         self.norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
