@@ -57,7 +57,7 @@ class DivergedError(Exception):
 
 @cache
 def network(settings: Model, classes: int) -> nn.Module:
-    """The first two stages of torchvision's ResNet-18 in float64, a head without bias, frozen in parts. To be copied."""
+    """The first two stages of torchvision's ResNet-18 in float64, a head without bias; to be copied."""
     model = resnet18()
     model.layer3 = model.layer4 = nn.Sequential()
     model.fc = nn.Linear(128, classes, bias=False)
