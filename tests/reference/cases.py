@@ -31,7 +31,7 @@ PENDING: dict[str, Callable[[Config], bool]] = {
 
 RATES = {"sgd": 0.02, "lars": 2.0, "adam": 1e-3, "adamw": 1e-3, "lamb": 5e-3, "adagrad": 1e-3, "rmsprop": 3e-4}
 SAME = 1e-6  # of what a tensor has moved by, in float64
-RESAMPLED = 0.02  # of the pixels may be rounded to the next of 256 levels: places are computed in float32
+RESAMPLED = 0.002  # of the pixels may be rounded to the next of 256 levels: places are computed in float32
 
 
 @dataclass(frozen=True)
