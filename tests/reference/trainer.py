@@ -1,0 +1,217 @@
+"""Distributed training with the ranks one after the other."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, reduce
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+from torchvision.models import resnet18
+
+from hvd_eurosat.config.schema import Config, Model
+from tests.reference import augmentation, schedule
+from tests.reference.optimisers import optimiser
+
+Settle = Callable[[int, int, Tensor], Tensor]
+
+
+@dataclass
+class Split:
+    """images: uint8 [N, S, S, 3]; labels: int64 [N]."""
+
+    images: augmentation.Pixels
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass
+class Epoch:
+    """Of training: mean loss, correct, counted samples, skipped steps; of validation: mean loss and confusion."""
+
+    loss: float
+    correct: int
+    samples: int
+    skipped: int
+    valid_loss: float
+    confusion: list[list[int]]
+
+
+@dataclass
+class Log:
+    """losses, rates: of each step."""
+
+    losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+
+
+class DivergedError(Exception):
+    """Three steps in a row were not finite."""
+
+
+@cache
+def network(settings: Model, classes: int) -> nn.Module:
+    """The first two stages of torchvision's ResNet-18 in float64, a head without bias; to be copied."""
+    model = resnet18()
+    model.layer3 = model.layer4 = nn.Sequential()
+    model.fc = nn.Linear(128, classes, bias=False)
+    for name, module in model.named_modules():
+        norm = isinstance(module, nn.BatchNorm2d)
+        chosen = settings.trainable.split(",")
+        trains = {"all": True, "head": name == "fc", "bn+head": name == "fc" or norm}.get(
+            settings.trainable, any(name == one or name.startswith(one + ".") for one in chosen)
+        )
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad = trains
+        if norm:
+            module.eps, module.momentum, module.trains = settings.bn_epsilon, settings.bn_momentum, trains
+            if not settings.bn_affine:
+                module.weight = module.bias = None
+    return model.double()
+
+
+class Trainer:
+    """`settle(step, rank, images)` takes what this rank shows its network and returns what it is to go on with."""
+
+    def __init__(self, config: Config, splits: dict[str, Split], classes: int, start: dict[str, Tensor]) -> None:
+        self.config, self.splits = config, splits
+        self.model = copy.deepcopy(network(config.model, classes))
+        self.model.load_state_dict(start)
+        self.optimiser = optimiser(self.model, config.optim)
+        self.norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.statistics = [self._statistics()]  # of each rank
+        self.epoch = self.samples = self.step = self.in_a_row = 0
+        self.sums = np.zeros(4)
+        self.log = Log()
+        weights = torch.tensor(config.train.class_weights or [1.0] * classes, dtype=torch.float64)
+        self.weights = weights / weights[splits["train"].labels].mean()
+
+    def _statistics(self) -> list[Tensor]:
+        return [t.clone() for norm in self.norms for t in (norm.running_mean, norm.running_var) if t is not None]
+
+    def _show(self, statistics: list[Tensor]) -> None:
+        for norm, mean, variance in zip(self.norms, statistics[::2], statistics[1::2], strict=True):
+            norm.running_mean, norm.running_var = mean.clone(), variance.clone()
+
+    def _averaged(self) -> list[Tensor]:
+        return [torch.stack(every).mean(0) for every in zip(*self.statistics, strict=True)]
+
+    def show_averaged(self) -> None:
+        """Give the model the BatchNorm statistics with which it is validated and saved."""
+        self._show(self._averaged())
+
+    def run(self, world: int, stop: int | None, faults: dict[int, int], settle: Settle) -> None:
+        """Train on `world` ranks to the end, or up to step `stop`. faults: the rank whose loss is nan, by step."""
+        if len(self.statistics) != world:
+            self.statistics = [self._averaged() for _ in range(world)]
+        self.in_a_row = 0
+        length = len(self.splits["train"].labels)
+        while self.epoch < self.config.train.epochs:
+            order = self._order(world)
+            while self.samples < length:
+                self._step(order, world, faults, settle)
+                if self.in_a_row == 3:
+                    raise DivergedError
+                if self.step == stop:
+                    return
+            self._validate()
+            self.epoch, self.samples, self.sums = self.epoch + 1, 0, np.zeros(4)
+
+    def _order(self, world: int) -> list[int]:
+        length = len(self.splits["train"].labels)
+        seed = augmentation.order_seed(self.config.train.seed)
+        shards = []
+        for rank in range(world):
+            sampler: DistributedSampler[int] = DistributedSampler(range(length), world, rank, seed=seed)
+            sampler.set_epoch(self.epoch)
+            shards.append(list(sampler))
+        return [shards[place % world][place // world] for place in range(length)]
+
+    def _step(self, order: list[int], world: int, faults: dict[int, int], settle: Settle) -> None:
+        length, size = len(order), self.config.train.batch_size
+        total = min(world * size, length - self.samples)
+        rate = schedule.learning_rate(self.config, world * size, self.epoch + self.samples / length)
+        losses, gradients, after, sums = [], [], [], np.zeros(4)
+        for rank in range(world):
+            places = range(self.samples + rank, self.samples + world * size, world)
+            mine = [order[place % length] for place in places]
+            counts = torch.tensor([float(place < length) for place in places], dtype=torch.float64)
+            if self.step in faults and faults[self.step] % world == rank:
+                counts *= torch.nan
+            self._show(self.statistics[rank])
+            loss, facts = self._loss(mine, counts, rank, settle)
+            gradients.append(self._gradients(loss / total))
+            losses.append((loss / total).detach())
+            after.append(self._statistics())
+            sums[:3] += facts
+        loss, summed = self._sum(losses), [self._sum(list(every)) for every in zip(*gradients, strict=True)]
+        if all(bool(g.isfinite().all()) for g in [loss, *summed]):
+            self.statistics, self.in_a_row = after, 0
+            self._update(summed, rate)
+        else:
+            sums, self.in_a_row = np.array([0, 0, 0, 1]), self.in_a_row + 1
+        self.log.losses.append(float(loss))
+        self.log.rates.append(rate)
+        self.sums += sums
+        self.samples, self.step = self.samples + total, self.step + 1
+
+    def _loss(self, mine: list[int], counts: Tensor, rank: int, settle: Settle) -> tuple[Tensor, Any]:
+        data, split = self.config.data, self.splits["train"]
+        size, seed = schedule.image_size(self.config, self.epoch), self.config.train.seed
+        shown = [augmentation.network_input(split.images[i], i, seed, self.epoch, size, data) for i in mine]
+        labels = torch.from_numpy(split.labels[mine])
+        for norm in self.norms:
+            norm.train(norm.trains)
+        values = torch.log_softmax(self.model(settle(self.step, rank, torch.stack(shown))), 1)
+        own = -values[range(len(mine)), labels]
+        smoothing = self.config.train.label_smoothing
+        losses = ((1 - smoothing) * own - smoothing * values.mean(1)) * self.weights[labels]
+        correct = (values.argmax(1) == labels).double()
+        facts = [float((fact.detach() * counts).sum()) for fact in (own, correct, torch.ones_like(own))]
+        return (losses * counts).sum(), np.array(facts)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad]))
+
+    def _sum(self, every: list[Tensor]) -> Tensor:
+        if self.config.optim.compression == "none" or len(every) == 1:
+            return reduce(torch.add, every)
+        return reduce(torch.add, [(one * len(every)).half() for one in every]).double() / len(every)
+
+    def _update(self, gradients: list[Tensor], rate: float) -> None:
+        for parameter, gradient in zip((p for p in self.model.parameters() if p.requires_grad), gradients, strict=True):
+            parameter.grad = gradient
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        split, data = self.splits["valid"], self.config.data
+        self.show_averaged()
+        for norm in self.norms:
+            norm.eval()
+        values = torch.log_softmax(
+            self.model(torch.stack([augmentation.normalised(image, data) for image in split.images])), 1
+        )
+        confusion = np.zeros((values.shape[1],) * 2, int)
+        for label, row in zip(split.labels, values, strict=True):
+            confusion[label, int(row.argmax())] += 1
+        loss = -values[range(len(values)), torch.from_numpy(split.labels)].mean()
+        seen, correct, samples, skipped = self.sums
+        self.log.epochs.append(
+            Epoch(
+                seen / samples if samples else math.nan,
+                int(correct),
+                int(samples),
+                int(skipped),
+                float(loss),
+                confusion.tolist(),
+            )
+        )

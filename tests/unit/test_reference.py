@@ -1,0 +1,61 @@
+"""The package trains as the reference does: the same losses, rates, weights and statistics.
+
+Drawn are the keys of optim, train, data and valid that change results (precision and compile, which change the
+arithmetic, apart), 1 to 3 ranks, a stop after some step and a resume on as many ranks or others, and losses that are
+not finite. Ranks are threads that meet at a barrier in place of Horovod, which tests/parallel have for real. All is
+computed in float64 on a ResNet-18 of two stages: weights may differ by a millionth of what they have moved.
+
+python -m tests.reference --examples 500 --seed 1 draws more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train
+from tests.reference.cases import Case, cases, check
+from tests.reference.trainer import Trainer
+
+
+@settings(
+    max_examples=15,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+@given(cases())
+def test_the_package_trains_as_the_reference_does(case: Case) -> None:
+    check(case)
+
+
+def usual() -> Case:
+    """Momentum on two ranks, stopped within the second epoch and resumed."""
+    config = Config(
+        data=Data(image_size=32),
+        model=Model(arch="resnet18", weights="none"),
+        optim=Optim(name="sgd", lr=0.02, weight_decay=1e-3),
+        train=Train(epochs=2, batch_size=4, precision="fp32"),
+        run=Run(verify_interval=0),
+    )
+    return Case(config, images=13, sizes=(2, 2), stop=3, faults=())
+
+
+def test_a_small_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the reference, as it happens: one rank's gradients count a ten-thousandth more."""
+    check(usual())
+    add_up = Trainer._sum
+    monkeypatch.setattr(Trainer, "_sum", lambda self, every: add_up(self, [*every[:-1], every[-1] * 1.0001]))
+    with pytest.raises(AssertionError):
+        check(usual())
+
+
+def test_three_steps_in_a_row_that_are_not_finite_end_both() -> None:
+    check(dataclasses.replace(usual(), faults=((1, 0), (2, 1), (3, 0)), stop=None))
+    check(dataclasses.replace(usual(), faults=((0, 1), (1, 0), (3, 0)), stop=2))
+    assert torch.get_default_dtype() == torch.float32
