@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_eurosat.config.schema import Data
-from hvd_eurosat.data.augment import mix as package_mix
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
 WORD = 2**64 - 1
-# Whether the package hashes a seed before it meets an index or DistributedSampler's epoch.
-HASHED_SEEDS = next(iter(inspect.signature(package_mix).parameters)) == "seed"
 
 
 def mix(seed: int, index: int, *keys: int) -> int:
     """31 random bits: two rounds of SplitMix64's finaliser for each key."""
-    x, keys = (seed, (0, index, *keys)) if HASHED_SEEDS else (index, (seed, *keys))
-    for key in keys:
+    x = seed
+    for key in (0, index, *keys):
         x = (x + key + 1) * 0x9E3779B97F4A7C15 & WORD
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & WORD
         x = (x ^ x >> 27) * 0x94D049BB133111EB & WORD
@@ -36,7 +32,7 @@ def mix(seed: int, index: int, *keys: int) -> int:
 
 def order_seed(seed: int) -> int:
     """To which DistributedSampler adds the epoch."""
-    return mix(seed, 0) if HASHED_SEEDS else seed
+    return mix(seed, 0)
 
 
 def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> Pixels:

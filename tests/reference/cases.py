@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,16 +18,6 @@ from tests.reference import product
 from tests.reference.trainer import DivergedError, Log, Split, Trainer, network
 
 CLASSES = 3
-# The definitions that the package does not follow yet: cases of these kinds are left out.
-PENDING: dict[str, Callable[[Config], bool]] = {
-    "warm-up before one_cycle, exponential and step": lambda c: (
-        c.optim.warmup_epochs > 0 and c.optim.schedule in ("one_cycle", "exponential", "step")
-    ),
-    "image sizes are counted from the last epoch": lambda c: c.train.start_size > 0,
-    "max_shift works without augment": lambda c: c.data.max_shift > 0 and not c.data.augment,
-    "class weights with label smoothing": lambda c: bool(c.train.class_weights) and c.train.label_smoothing > 0,
-}
-
 RATES = {"sgd": 0.02, "lars": 2.0, "adam": 1e-3, "adamw": 1e-3, "lamb": 5e-3, "adagrad": 1e-3, "rmsprop": 3e-4}
 SAME = 1e-6  # of what a tensor has moved by, in float64
 RESAMPLED = 0.002  # of the pixels may be rounded to the next of 256 levels: places are computed in float32
@@ -50,7 +39,7 @@ def cases(draw: st.DrawFn) -> Case:
     """Of all keys that change results, in small."""
     epochs, count = draw(st.integers(1, 3)), draw(st.integers(12, 18))
     sizes = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    config = draw(configs(epochs, count // max(sizes)).filter(lambda c: not any(p(c) for p in PENDING.values())))
+    config = draw(configs(epochs, count // max(sizes)))
     steps = epochs * math.ceil(count / (config.train.batch_size * sizes[0]))
     stop = draw(st.none() | st.integers(1, steps))
     faults = draw(st.lists(st.tuples(st.integers(0, steps), st.integers(0, 2)), max_size=4)) if draw(often(1)) else []
@@ -115,9 +104,6 @@ def optims(draw: st.DrawFn, epochs: int) -> Optim:
     milestones = range(math.floor(warmup) + 1, epochs)
     if schedule == "multistep" and not milestones:
         schedule = "cosine"
-    more: dict[str, Any] = {}
-    if "schedule_epochs" in Optim.model_fields:
-        more["schedule_epochs"] = draw(either(0, epochs + 1, epochs + 3))
     return Optim(
         name=name,
         lr=RATES[name] * draw(st.sampled_from([0.3, 1.0, 2.0])),
@@ -138,7 +124,8 @@ def optims(draw: st.DrawFn, epochs: int) -> Optim:
         lr_scaling=draw(st.sampled_from(["none", "linear", "sqrt"])),
         reference_batch=draw(st.sampled_from([4, 9, 16])),
         compression=draw(either("none", "none", "fp16")),
-        **more,
+        schedule_epochs=draw(either(0, epochs + 1, epochs + 3)),
+        warmup_stairs=draw(st.booleans()),
     )
 
 

@@ -10,10 +10,11 @@ from hvd_eurosat.config.schema import Config
 def learning_rate(config: Config, global_batch: int, progress: float) -> float:
     """At `progress`, in epochs."""
     optim, warmup = config.optim, config.optim.warmup_epochs
-    span = getattr(optim, "schedule_epochs", 0) or config.train.epochs
+    span = optim.schedule_epochs or config.train.epochs
     peak = optim.lr * (global_batch / optim.reference_batch) ** {"none": 0, "linear": 1, "sqrt": 0.5}[optim.lr_scaling]
-    if progress < warmup:  # a rate of 0 would waste the first step: it begins a hundredth of an epoch in
-        return peak * (optim.warmup_start + (1 - optim.warmup_start) * min(1, max(progress, 0.01) / warmup))
+    if progress < warmup:
+        risen = math.floor(progress) if optim.warmup_stairs else progress
+        return peak * (optim.warmup_start + (1 - optim.warmup_start) * risen / warmup)
     left = min(1, (progress - warmup) / (span - warmup))
     epoch = math.floor(progress)
     after = max(0, epoch - math.ceil(warmup))
@@ -38,5 +39,7 @@ def image_size(config: Config, epoch: int) -> int:
     while size and size < config.data.image_size:
         sizes.insert(-1, size)
         size += 16
-    left = config.train.epochs - 1 - epoch
-    return sizes[len(sizes) - 1 - left * len(sizes) // config.train.epochs]
+    span = config.optim.schedule_epochs or config.train.epochs
+    sizes = sizes[-span:]
+    left = max(0, span - 1 - epoch)
+    return sizes[len(sizes) - 1 - left * len(sizes) // span]
