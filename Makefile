@@ -19,7 +19,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train bench test test-faults test-system lint format constraints clean
+.PHONY: help setup train bench test test-long test-faults test-system lint format constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -35,7 +35,10 @@ train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (default: one pe
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
 
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
-	$(BIN)/python -m pytest -m "not slow" tests/unit tests/parallel tests/faults $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not long" tests/unit tests/parallel tests/faults $(ARGS)
+
+test-long: setup ## the jobs that compile, minutes
+	$(BIN)/python -m pytest -m long tests/parallel $(ARGS)
 
 test-faults: setup ## the whole fault suite (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults $(ARGS)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import pytest
 from hvd_eurosat import prepare
 from hvd_eurosat.data.sample import generate
 
+HANGS = 480.0  # seconds, in which any job here is done on the busiest machine, and below pytest's own limit
+WARM = Path(__file__).with_name("warm.py")
 BIN = Path(sys.executable).parent
 THREE = "localhost:1,127.0.0.1:1,127.1:1"  # this host by three names, for Horovod leaves out the host of a lost rank
 LAUNCHERS = {
@@ -26,14 +31,20 @@ LAUNCHERS = {
     "gloo": [str(BIN / "horovodrun"), "--gloo", "--network-interface", "lo", "-np"],
 }
 LAUNCHERS["elastic"] = [*LAUNCHERS["gloo"], "1", "--min-np", "1", "-H", THREE, "--max-np"]
+TRAINED = {"model__trainable": "all", "train__epochs": 2, "valid__batch_size": 8}
+NOTE_IMPORTS = """
+import atexit, json, os, sys
+path = {folder!r} + "/imported-" + os.environ.get("OMPI_COMM_WORLD_RANK", "none") + ".json"
+atexit.register(lambda: open(path, "w").write(json.dumps(sorted(sys.modules))))
+"""
 Job = subprocess.CompletedProcess[str]
 Launch = Callable[..., Job]
 
 
-def command(launcher: str, ranks: int, verb: str, *arguments: object) -> list[str]:
+def command(launcher: str, ranks: int, verb: str, *arguments: object, python: str = sys.executable) -> list[str]:
     """A verb as `ranks` ranks under a launcher."""
     count = [str(ranks)] if LAUNCHERS[launcher] else []
-    program = [sys.executable, "-m", f"hvd_eurosat.{verb}", *map(str, arguments)]
+    program = [python, "-m", f"hvd_eurosat.{verb}", *map(str, arguments)]
     return [*LAUNCHERS[launcher], *count, *program]
 
 
@@ -42,16 +53,21 @@ def unlabelled(text: str) -> str:
     return re.sub(r"\[[\d,]+\]<std(out|err)>:", "", text)
 
 
-def run(arguments: list[str], timeout: float = 240, **environment: str) -> Job:
-    """The finished job, one thread a rank, without launchers' labels."""
+def variables(**more: str) -> dict[str, str]:
+    """The environment of jobs of one thread a rank."""
     allow_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **allow_root, **environment}
-    job = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **allow_root, **more}
+
+
+def run(arguments: list[str], timeout: float = HANGS, **environment: str) -> Job:
+    """The finished job, one thread a rank, without launchers' labels."""
+    env = variables(**environment)
+    job = subprocess.run(arguments, env=env, capture_output=True, text=True, timeout=timeout, check=False)
     job.stdout, job.stderr = map(unlabelled, (job.stdout, job.stderr))
     return job
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = HANGS) -> None:
     """Until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -72,11 +88,29 @@ def survivors(run_dir: Path) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Launch:
-    """launch(launcher, ranks, verb, *arguments): the finished job."""
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python for ranks, which starts them already imported (warm.py): for all tests but those of the start itself."""
+    with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{name}/ranks")  # a short name, which sockets need, in a folder of this user alone
+        listener.listen(64)
+        python = Path(name, "python")
+        client = shlex.join([sys.executable, "-I", "-S", str(WARM), f"{name}/ranks"])
+        python.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+        python.chmod(0o755)
+        words = [sys.executable, "-m", "tests.parallel.warm", "serve", str(listener.fileno())]
+        with subprocess.Popen(
+            words, env=variables(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()]
+        ):
+            listener.close()
+            yield str(python)  # and then its standard input ends, and with it the server
+
+
+@pytest.fixture(scope="session")
+def launch(warm: str) -> Launch:
+    """launch(launcher, ranks, verb, *arguments): the finished job, of warm ranks."""
 
     def start(launcher: str, ranks: int, verb: str, *arguments: object, **environment: str) -> Job:
-        return run(command(launcher, ranks, verb, *arguments), **environment)
+        return run(command(launcher, ranks, verb, *arguments, python=warm), **environment)
 
     return start
 
@@ -88,14 +122,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, all weights trained on 2 ranks."""
-    run_dir = tmp_path_factory.mktemp("trained")
-    job = launch(
-        "mpirun", 2, "train", *small(data, run_dir, model__trainable="all", train__epochs=2, valid__batch_size=8)
-    )
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, all weights trained on 2 ranks; beside it is what these imported, imported-<rank>.json."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "sitecustomize.py").write_text(NOTE_IMPORTS.format(folder=str(folder)))
+    job = run(command("mpirun", 2, "train", *small(data, folder / "run", **TRAINED)), PYTHONPATH=str(folder))
     assert job.returncode == 0, job.stderr
-    return run_dir
+    return folder / "run"
 
 
 def make_data(folder: Path, seed: int, per_class: int = 12) -> Path:

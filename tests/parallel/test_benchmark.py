@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.parallel.conftest import SMALL, Launch, command, survivors, wait_for
+from tests.parallel.conftest import HANGS, LAUNCHERS, SMALL, command, run, survivors, variables, wait_for
+
+JOB = "hvd_eurosat.benchmarks.job"
+# The benchmark starts its jobs' ranks by the Python that it finds itself to be.
+PROGRAM = """if True:
+    import runpy, sys
+    sys.executable = {python!r}
+    runpy.run_module("hvd_eurosat.benchmark", run_name="__main__", alter_sys=True)
+"""
 
 
-def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
-    job = launch("mpirun", 2, "benchmark", "step", *flags, HVD_EUROSAT_TRAIN__BATCH_SIZE="999")  # flags win
+@pytest.fixture
+def benchmark(warm: str) -> list[str]:
+    """The words that start the benchmark, warm as its jobs are."""
+    return [warm, "-c", PROGRAM.format(python=warm)]
+
+
+def flags(data: Path, folder: Path, steps: int) -> list[str]:
+    """For the smallest jobs."""
+    words = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", folder, "--steps", steps]
+    return list(map(str, words))
+
+
+def test_step_and_memory(benchmark: list[str], data: Path, tmp_path: Path) -> None:
+    words = [*LAUNCHERS["mpirun"], "2", *benchmark, "step", *flags(data, tmp_path, 1)]
+    job = run(words, HVD_EUROSAT_TRAIN__BATCH_SIZE="999")  # flags win
     assert job.returncode == 0, job.stderr
-    job = launch("python", 1, "benchmark", "memory", *flags)
+    job = run([*benchmark, "memory", *flags(data, tmp_path, 1)])
     assert job.returncode == 0, job.stderr
     assert (tmp_path / "benchmark.png").exists()
     found = json.loads((tmp_path / "benchmark.json").read_text())
@@ -32,18 +54,20 @@ def test_step_and_memory(launch: Launch, data: Path, tmp_path: Path) -> None:
     assert four["peak_pss_mb"] > 100
 
 
-def test_a_rank_of_a_job_is_killed(data: Path, tmp_path: Path) -> None:
+def test_a_rank_of_a_job_is_killed(benchmark: list[str], data: Path, tmp_path: Path) -> None:
     """In the second job: what the first found is kept."""
-    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 20]
-    words = command("python", 1, "benchmark", "memory", *flags)
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as benchmark:
+    words = [*benchmark, "memory", *flags(data, tmp_path, 20)]
+    with subprocess.Popen(words, env=variables(), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.3")))
-        job = "hvd_eurosat.benchmarks.job"
-        ranks = [p for p in map(psutil.Process, survivors(tmp_path)) if p.cmdline()[1:3] == ["-m", job]]
-        ranks[0].kill()
-        _, errors = benchmark.communicate(timeout=60)
+        rank = next(
+            p
+            for p in map(psutil.Process, survivors(tmp_path))
+            if p.cmdline()[0] == sys.executable and JOB in p.cmdline()
+        )
+        rank.kill()
+        _, errors = process.communicate()
     log = tmp_path / "benchmark.log"
-    assert benchmark.returncode == 1
+    assert process.returncode == 1
     assert errors.splitlines()[-1] == f"error: job, np 4: it ended with status 137; what it said is in {log}"
     assert "signal 9" in log.read_text()
     assert list(json.loads((tmp_path / "benchmark.json").read_text())["memory"]) == ["1"]
@@ -51,17 +75,19 @@ def test_a_rank_of_a_job_is_killed(data: Path, tmp_path: Path) -> None:
 
 
 def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 10_000]
-    benchmark = subprocess.Popen(command("python", 1, "benchmark", "memory", *flags), stderr=subprocess.DEVNULL)
+    words = command("python", 1, "benchmark", "memory", *flags(data, tmp_path, 10_000))  # whose ranks survivors() knows
+    process = subprocess.Popen(words, env=variables(), stderr=subprocess.DEVNULL)
     wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.0")))
-    benchmark.terminate()
-    assert benchmark.wait(30) == 143
+    process.terminate()
+    assert process.wait(HANGS) == 143
     wait_for(lambda: not survivors(tmp_path))
     assert not list(tmp_path.glob(".job-*"))
 
 
-def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(launch: Launch, data: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--data.root", data, "--run.dir", tmp_path, "--train.compile", "true", "--steps", 1]
-    job = launch("python", 1, "benchmark", "memory", *flags, CXX="/nowhere/g++")
+def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(
+    benchmark: list[str], data: Path, tmp_path: Path
+) -> None:
+    words = [*benchmark, "memory", *flags(data, tmp_path, 1), "--train.compile", "true"]
+    job = run(words, CXX="/nowhere/g++")
     assert job.returncode == 2
     assert job.stderr.splitlines()[-1].endswith(" has no working /nowhere/g++")

@@ -113,11 +113,11 @@ def test_open_mpi_5_and_a_horovod_without_mpi(tmp_path: Path) -> None:
     assert "HOROVOD_WITH_GLOO=1" in cure_of(findings, "Horovod was built without Gloo")
 
 
-def test_versions_that_differ_between_ranks(tmp_path: Path) -> None:
+def test_versions_that_differ_between_ranks(warm: str, tmp_path: Path) -> None:
     other = tmp_path / "torchvision-0.1.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
-    one, two = command("mpirun", 1, "doctor", "--json"), command("python", 1, "doctor", "--json")
+    one, two = command("mpirun", 1, "doctor", "--json", python=warm), command("python", 1, "doctor", "--json")
     job = run([*one, ":", "-np", "1", "env", f"PYTHONPATH={tmp_path}", *two])
     assert job.returncode == 1
     findings = report(job)["findings"]
@@ -125,10 +125,10 @@ def test_versions_that_differ_between_ranks(tmp_path: Path) -> None:
     assert findings[0]["where"].startswith("ranks 1 (")
 
 
-def test_horovod_that_cannot_be_imported(launch: Launch, tmp_path: Path) -> None:
+def test_horovod_that_cannot_be_imported(tmp_path: Path) -> None:
     """Rank 0, which reports, comes last: the launcher must not have ended it by then for another rank's end."""
     script(tmp_path / "horovod" / "__init__.py", "").write_text(BROKEN_HOROVOD)
-    job = launch("mpirun", 2, "doctor", PYTHONPATH=str(tmp_path))
+    job = run(command("mpirun", 2, "doctor"), PYTHONPATH=str(tmp_path))
     assert job.returncode == 1
     assert job.stdout.count("cannot be imported: ImportError: libmpi.so.40: not found") == 1
     assert "cure: make setup" in job.stdout

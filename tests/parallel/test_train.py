@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,18 @@ from safetensors.torch import load_file, save_file
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.statistics import Statistics
-from tests.parallel.conftest import LAUNCHERS, Launch, checkpoint_file, command, events, run, small, summary
+from tests.parallel.conftest import (
+    LAUNCHERS,
+    TRAINED,
+    Job,
+    Launch,
+    checkpoint_file,
+    command,
+    events,
+    run,
+    small,
+    summary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +38,62 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("mpirun", 2), ("horovodrun", 3), ("gloo", 2)])
-def test_every_launcher(launch: Launch, data: Path, weights: Path, tmp_path: Path, launcher: str, ranks: int) -> None:
-    flags = small(data, tmp_path / "run", model__weights=weights, train__epochs=1)
-    job = launch(launcher, ranks, "train", *flags)
+@dataclass(frozen=True)
+class Finished:
+    """A run of one epoch, the weights of the convolutions frozen, under a launcher that started every rank itself."""
+
+    ranks: int
+    job: Job
+    run_dir: Path
+
+
+@pytest.fixture(scope="module", params=[("python", 1), ("mpirun", 2), ("horovodrun", 3), ("gloo", 2)], ids=str)
+def finished(
+    request: pytest.FixtureRequest, data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    launcher, ranks = request.param
+    run_dir = tmp_path_factory.mktemp(launcher) / "run"
+    job = run(command(launcher, ranks, "train", *small(data, run_dir, model__weights=weights, train__epochs=1)))
     assert job.returncode == 0, job.stderr
-    assert job.stdout.count("test accuracy: ") == 1
-    assert "11,181,632 parameters, 14,720 trainable (bn+head)" in job.stdout
-    facts = summary(tmp_path / "run")
+    return Finished(ranks, job, run_dir)
+
+
+def test_every_launcher(finished: Finished) -> None:
+    printed, run_dir = finished.job.stdout, finished.run_dir
+    assert printed.count("test accuracy: ") == 1
+    assert "11,181,632 parameters, 14,720 trainable (bn+head)" in printed
+    facts = summary(run_dir)
     line = f"test accuracy: {100 * facts['test_accuracy']:.2f}% ({round(20 * facts['test_accuracy'])}/20)"
-    assert job.stdout.rstrip().endswith(line)
-    assert (facts["world_size"], facts["parameters"], facts["trainable_parameters"]) == (ranks, 11_181_632, 14_720)
+    assert printed.rstrip().endswith(line)
+    assert facts["world_size"] == finished.ranks
+    assert (facts["parameters"], facts["trainable_parameters"]) == (11_181_632, 14_720)
     assert (facts["train_images"], facts["valid_images"], facts["test_images"]) == (80, 20, 20)
     for name in ("config.toml", "plots/learning_curves.png", "plots/confusion_matrix.png"):
-        assert (tmp_path / "run" / name).stat().st_size > 0
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
-    assert checkpoint_file(tmp_path / "run", "best.json").exists()
-    kinds = [json.loads(line)["event"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert (run_dir / name).stat().st_size > 0
+    assert list((run_dir / "tensorboard").iterdir())
+    assert checkpoint_file(run_dir, "best.json").exists()
+    kinds = [json.loads(line)["event"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["start", "train", "valid", "checkpoint", "test", "end"]
 
 
-def test_over_mpi_training_goes_before_horovods_thread() -> None:
+def test_frozen_weights_stay_bit_identical(finished: Finished, weights: Path) -> None:
+    before, after = load_file(weights), checkpoint.load(checkpoint_file(finished.run_dir)).model
+    convolutions = [name for name, tensor in before.items() if tensor.ndim == 4]
+    assert len(convolutions) == 20
+    assert all(torch.equal(before[name].float(), after[name]) for name in convolutions)
+    assert not torch.equal(before["bn1.weight"], after["bn1.weight"])
+
+
+def test_a_rank_imports_what_it_uses(trained: Path) -> None:
+    """No rank what training does not need; matplotlib and tensorboard rank 0 alone."""
+    main, other = (set(json.loads((trained.parent / f"imported-{rank}.json").read_text())) for rank in (0, 1))
+    assert {"torch", "horovod.torch", "mpi4py.MPI"} <= other
+    assert not (main | other) & {"torch._dynamo", "torchvision", "h5py"}
+    assert {"matplotlib", "tensorboard"} <= main
+    assert not other & {"matplotlib", "tensorboard"}
+
+
+def test_over_mpi_training_goes_before_horovods_thread(warm: str) -> None:
     program = """if True:
         import os
         from hvd_eurosat.cluster import job
@@ -58,58 +104,50 @@ def test_over_mpi_training_goes_before_horovods_thread() -> None:
             print(of_ranks)
         job.leave_together(0)
     """
-    job = run([*LAUNCHERS["mpirun"], "2", sys.executable, "-c", program])
+    job = run([*LAUNCHERS["mpirun"], "2", warm, "-c", program])
     nicer = min(12, 19 - os.nice(0))
     assert job.stdout.strip() == f"[{nicer}, {nicer}]", job.stderr
 
 
 @pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
-def test_ranks_share_values_of_any_size(launcher: str) -> None:
+def test_ranks_share_values_of_any_size(warm: str, tmp_path: Path, launcher: str) -> None:
     program = """if True:
+        import json, pathlib, sys
         import torch
         from hvd_eurosat.cluster import job
         world = job.join()
         large = torch.arange(2_500_000).view(2, -1)  # 20 MB: several messages
         of_main = world.from_main({"large": large, "none": None} if world.is_main else "another")
         of_all = world.gather(large[:, : 1000 * world.rank].T.clone())  # nothing of rank 0
-        same = torch.equal(of_main["large"], large) and of_main["none"] is None
-        print("same", same and all(torch.equal(t, large[:, : 1000 * n].T) for n, t in enumerate(of_all)), len(of_all))
+        same = [torch.equal(of_main["large"], large), of_main["none"] is None]
+        same += [torch.equal(t, large[:, : 1000 * n].T) for n, t in enumerate(of_all)]
+        pathlib.Path(sys.argv[1], str(world.rank)).write_text(json.dumps(same))
         job.leave_together(0)
     """
-    job = run([*LAUNCHERS[launcher], "3", sys.executable, "-c", program])
-    assert job.stdout.split() == ["same", "True", "3"] * 3, job.stdout + job.stderr
+    job = run([*LAUNCHERS[launcher], "3", warm, "-c", program, str(tmp_path)])
+    assert job.returncode == 0, job.stderr
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)] == [[True] * 5] * 3
 
 
 def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
     return [(e["epoch"], e["loss"], e["accuracy"]) for e in events(run_dir, kind)]
 
 
-def test_frozen_weights_stay_bit_identical(launch: Launch, data: Path, weights: Path, tmp_path: Path) -> None:
-    assert launch("mpirun", 2, "train", *small(data, tmp_path, model__weights=weights, train__epochs=1)).returncode == 0
-    before, after = load_file(weights), checkpoint.load(checkpoint_file(tmp_path)).model
-    convolutions = [name for name, tensor in before.items() if tensor.ndim == 4]
-    assert len(convolutions) == 20
-    assert all(torch.equal(before[name].float(), after[name]) for name in convolutions)
-    assert not torch.equal(before["bn1.weight"], after["bn1.weight"])
-
-
-def test_same_seed_same_bits_and_resume(launch: Launch, data: Path, tmp_path: Path) -> None:
+def test_same_seed_same_bits_and_resume(launch: Launch, data: Path, trained: Path, tmp_path: Path) -> None:
     """Two epochs at once, again, and one epoch resumed to two: the same weights and history."""
-    for name in ("once", "again"):
-        flags = small(data, tmp_path / name, model__trainable="all", train__epochs=2)
-        assert launch("mpirun", 2, "train", *flags).returncode == 0
-    for epochs in (1, 2):
-        flags = small(data, tmp_path / "resumed", model__trainable="all", train__epochs=epochs)
+    for name, epochs in (("again", 2), ("resumed", 1), ("resumed", 2)):
+        flags = small(data, tmp_path / name, **{**TRAINED, "train__epochs": epochs})
         job = launch("mpirun", 2, "train", *flags)
         assert job.returncode == 0, job.stderr
     assert "resuming after epoch 1" in job.stdout
-    states = {name: checkpoint.load(checkpoint_file(tmp_path / name)) for name in ("once", "again", "resumed")}
+    once = checkpoint.load(checkpoint_file(trained))
     for name in ("again", "resumed"):
-        assert all(torch.equal(t, states[name].model[key]) for key, t in states["once"].model.items()), name
-        assert torch.equal(states["once"].rank_buffers, states[name].rank_buffers)
+        state = checkpoint.load(checkpoint_file(tmp_path / name))
+        assert all(torch.equal(t, state.model[key]) for key, t in once.model.items()), name
+        assert torch.equal(once.rank_buffers, state.rank_buffers)
         assert len(events(tmp_path / name, "start")) == 1
         for kind in ("train", "valid"):
-            assert curve(tmp_path / name, kind) == curve(tmp_path / "once", kind)
+            assert curve(tmp_path / name, kind) == curve(trained, kind)
 
 
 def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Path) -> None:
@@ -127,18 +165,17 @@ def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Pat
     assert f"the earlier run is now in {tmp_path / 'run.1'}" in anew.stderr
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
-def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(
-    launch: Launch, data: Path, tmp_path: Path, launcher: str
-) -> None:
+def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(launch: Launch, data: Path, tmp_path: Path) -> None:
+    """horovodrun without --gloo starts mpirun, so that one number of ranks shows it all."""
     curves = []
-    for ranks in (1, 2, 4):
+    for launcher, ranks in (("mpirun", 1), ("mpirun", 2), ("mpirun", 4), ("horovodrun", 4)):
         keys = {"model__trainable": "head", "train__epochs": 3, "train__batch_size": 24 // ranks, "data__max_shift": 3}
-        job = launch(launcher, ranks, "train", *small(data, tmp_path / str(ranks), **keys))
+        run_dir = tmp_path / f"{launcher}-{ranks}"
+        job = launch(launcher, ranks, "train", *small(data, run_dir, **keys))
         assert job.returncode == 0, job.stderr
-        curves.append([e["loss"] for kind in ("train", "valid") for e in events(tmp_path / str(ranks), kind)])
-    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
-    assert curves[0] == pytest.approx(curves[2], abs=1e-5)
+        curves.append([e["loss"] for kind in ("train", "valid") for e in events(run_dir, kind)])
+    for other in curves[1:]:
+        assert curves[0] == pytest.approx(other, abs=1e-5)
     assert curves[0][2] < curves[0][0] - 0.01
 
 
@@ -147,7 +184,7 @@ def test_other_ways_to_add_gradients_up(
     launch: Launch, data: Path, trained: Path, tmp_path: Path, keys: dict[str, str], near: float
 ) -> None:
     flags = {f"optim__{key}": value for key, value in keys.items()}
-    flags = small(data, tmp_path, model__trainable="all", train__epochs=2, valid__batch_size=8, **flags)
+    flags = small(data, tmp_path, **TRAINED, **flags)
     job = launch("mpirun", 2, "train", *flags)
     assert job.returncode == 0, job.stderr
     losses, exact = ([event["loss"] for event in events(run_dir, "train")] for run_dir in (tmp_path, trained))
@@ -155,23 +192,27 @@ def test_other_ways_to_add_gradients_up(
     assert losses == pytest.approx(exact, abs=near)
 
 
+@pytest.mark.long
 def test_compiled_it_learns_the_same(launch: Launch, data: Path, tmp_path: Path) -> None:
     """On images of two sizes, where torch by itself would compile for one."""
     (tmp_path / "sitecustomize.py").write_text("import torch._dynamo\ntorch._dynamo.config.recompile_limit = 1\n")
-    curves = []
-    for compiled in ("false", "true"):
-        keys = {"train__epochs": 2, "train__start_size": 48, "train__compile": compiled, "optim__lr": 1e-4}
-        job = launch("mpirun", 2, "train", *small(data, tmp_path / compiled, **keys), PYTHONPATH=str(tmp_path))
-        assert job.returncode == 0, job.stderr
-        curves.append([e["loss"] for kind in ("train", "valid") for e in events(tmp_path / compiled, kind)])
+    keys = {"train__epochs": 2, "train__start_size": 48, "optim__lr": 1e-4}
+    assert launch("mpirun", 2, "train", *small(data, tmp_path / "plain", **keys)).returncode == 0
+    flags = small(data, tmp_path / "compiled", **keys, train__compile="true")
+    job = run(command("mpirun", 2, "train", *flags), PYTHONPATH=str(tmp_path))
+    assert job.returncode == 0, job.stderr
     assert ", compiled" in job.stdout
     assert "recompile_limit" not in job.stderr
-    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    plain, compiled = (
+        [e["loss"] for kind in ("train", "valid") for e in events(tmp_path / name, kind)]
+        for name in ("plain", "compiled")
+    )
+    assert plain == pytest.approx(compiled, abs=1e-4)
 
 
-def test_where_one_rank_has_no_compiler_none_compiles(data: Path, tmp_path: Path) -> None:
+def test_where_one_rank_has_no_compiler_none_compiles(warm: str, data: Path, tmp_path: Path) -> None:
     flags = small(data, tmp_path, train__epochs=1, train__compile="true")
-    one, two = command("mpirun", 1, "train", *flags), command("python", 1, "train", *flags)
+    one, two = (command(launcher, 1, "train", *flags, python=warm) for launcher in ("mpirun", "python"))
     job = run([*one, ":", "-np", "1", "env", "CXX=/nowhere/g++", *two])
     assert job.returncode == 0, job.stderr
     assert f", not compiled: {socket.gethostname()} has no working /nowhere/g++" in job.stdout
@@ -192,7 +233,7 @@ def test_resuming_from_a_file_in_another_run_directory(
     launch: Launch, data: Path, trained: Path, tmp_path: Path
 ) -> None:
     first = checkpoint_file(trained)
-    flags = small(data, tmp_path / "run", model__trainable="all", train__epochs=3, valid__batch_size=8)
+    flags = small(data, tmp_path / "run", **{**TRAINED, "train__epochs": 3})
     job = launch("mpirun", 2, "train", *flags, "--run.resume", str(first))
     assert job.returncode == 0, job.stderr
     assert [e["epoch"] for e in events(tmp_path / "run", "train")] == [1, 2, 3]
@@ -202,27 +243,12 @@ def test_resuming_from_a_file_in_another_run_directory(
 
 def test_training_with_sharded_validation(launch: Launch, data: Path, trained: Path, tmp_path: Path) -> None:
     """Two runs of the same bits: one validates on rank 0, one on both."""
-    flags = small(data, tmp_path, model__trainable="all", train__epochs=2, valid__batch_size=8, valid__sharded="true")
+    flags = small(data, tmp_path, **TRAINED, valid__sharded="true")
     assert launch("mpirun", 2, "train", *flags).returncode == 0
     mine, theirs = (curve(run_dir, "valid") for run_dir in (tmp_path, trained))
     for (_, loss, accuracy), (_, other_loss, other_accuracy) in zip(mine, theirs, strict=True):
         assert accuracy == other_accuracy
         assert loss == pytest.approx(other_loss, rel=1e-6)
-
-
-def test_sharded_validation_counts_the_same(data: Path, trained: Path, tmp_path: Path) -> None:
-    """20 images in batches of 7: on 4 ranks the last has none."""
-    keys = {"valid__batch_size": 7, "model__trainable": "all", "model__weights": checkpoint_file(trained)}
-    found = []
-    for ranks in (1, 2, 3, 4):
-        program = [sys.executable, "-m", "tests.parallel.validate", *small(data, tmp_path, **keys)]
-        job = run([*LAUNCHERS["mpirun"], str(ranks), *program])
-        assert job.returncode == 0, job.stderr
-        found += [line.split()[1:] for line in job.stdout.splitlines() if line.startswith("validation ")]
-    assert len(found) == 8
-    losses, correct = zip(*((float(loss), int(count)) for loss, count in found), strict=True)
-    assert losses == pytest.approx([losses[0]] * 8, rel=1e-6)
-    assert set(correct) == {correct[0]}
 
 
 def test_saved_statistics_are_the_average_over_the_ranks(trained: Path) -> None:
@@ -232,19 +258,6 @@ def test_saved_statistics_are_the_average_over_the_ranks(trained: Path) -> None:
     assert saved.rank_buffers.shape[0] == 2
     assert not torch.equal(saved.rank_buffers[0], saved.rank_buffers[1])
     assert torch.equal(Statistics(model).flat, saved.rank_buffers.mean(0))
-
-
-def test_evaluate_counts_the_same_on_any_number_of_ranks(launch: Launch, data: Path, trained: Path) -> None:
-    best = checkpoint_file(trained, "best.json")
-    for split in ("train", "valid", "test"):
-        lines = set()
-        for ranks in (1, 2, 3):
-            job = launch("mpirun", ranks, "evaluate", "--checkpoint", best, "--data.root", data, "--split", split)
-            assert job.returncode == 0, job.stderr
-            lines.add(job.stdout.splitlines()[-1])
-        assert len(lines) == 1, lines
-    facts = summary(trained)
-    assert lines == {f"test accuracy: {100 * facts['test_accuracy']:.2f}% ({round(20 * facts['test_accuracy'])}/20)"}
 
 
 def test_images_grow_during_training(launch: Launch, data: Path, tmp_path: Path) -> None:

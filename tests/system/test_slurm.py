@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 
 from tests.parallel.conftest import events, small, summary
-from tests.parallel.test_stragglers import SLOW
 from tests.system.conftest import need
 from tests.system.hosts import Host
 from tests.system.slurm import Slurm, cluster
 
 TRAIN = "launch/slurm/train.sbatch"
+SLOW = """
+import time
+from hvd_eurosat.training.step import Step
+prepare = Step._prepare
+Step._prepare = lambda *arguments: time.sleep(0.5) or prepare(*arguments)
+"""
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
