@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from hvd_eurosat.training import checkpoint
 from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small, survivors, unlabelled
+from tests.waiting import Moment
 
 STEP = "hvd_eurosat.training.step:Step.__call__"
 SAVE = "hvd_eurosat.training.checkpoint:CheckpointFolder.add"
@@ -26,16 +27,21 @@ EPOCHS, STEPS = 3, 4
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that has ended, `late` seconds after its fault."""
+    """A job that has ended, `late` seconds after its last fault, in `unhindered` of which cores were not short.
+
+    finished: whether its last run is.
+    """
 
     returncode: int
     output: str
+    finished: bool
     late: float
+    unhindered: float
 
     @property
     def errors(self) -> list[str]:
         """The error lines, without the launcher's own words."""
-        lines = [line.strip() for line in unlabelled(self.output).splitlines()]
+        lines = [line.strip() for line in self.output.splitlines()]
         return [line for line in lines if line.startswith("error: ")]
 
 
@@ -85,42 +91,52 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(data: Path, run_dir: Path, **keys: object) -> list[str]:
     """Of a run of EPOCHS epochs of STEPS steps on 2 ranks."""
-    return small(data, run_dir, **{"train__epochs": EPOCHS, "run__watchdog_seconds": 60, **keys})
+    keys = {"train__epochs": EPOCHS, "data__image_size": 32, "run__watchdog_seconds": 60, **keys}
+    return small(data, run_dir, **keys)
 
 
 @pytest.fixture(scope="session")
 def inject(data: Path) -> Inject:
-    """inject(run_dir, fault, launcher, ranks, **keys): the job with that fault, once it has ended."""
+    """inject(faults, launcher, ranks, **keys): the job of those runs, each with its fault (inject.py), ended."""
 
-    def start(
-        run_dir: Path, fault: str = "0 0 os:getpid exit", launcher: str = "mpirun", ranks: int = 2, **keys: object
-    ) -> Ended:
-        job = launched(launcher, ranks, "tests.faults.inject", *flags(data, run_dir, **keys))
-        done = subprocess.run(
-            job, env=environment(FAULT=fault), capture_output=True, text=True, timeout=300, check=False
-        )
-        deadline = time.monotonic() + 10
-        while survivors(run_dir) and time.monotonic() < deadline:
+    def start(faults: Mapping[Path, str], launcher: str = "mpirun", ranks: int = 2, **keys: object) -> Ended:
+        first = next(iter(faults))
+        job = launched(launcher, ranks, "tests.faults.inject", *flags(data, first, **keys))
+        variables = environment(FAULTS=json.dumps({str(run_dir): fault for run_dir, fault in faults.items()}))
+        done = subprocess.run(job, env=variables, capture_output=True, text=True, timeout=300, check=False)
+        deadline = time.monotonic() + 60
+        while survivors(first) and time.monotonic() < deadline:
             time.sleep(0.1)
-        ended = time.time()
-        happened = run_dir.parent / "fault"
-        assert "0 0" in fault or happened.exists(), done.stderr
-        late = ended - float(happened.read_text()) if happened.exists() else 0.0
-        happened.unlink(missing_ok=True)
-        print(f"{launcher}, rank call function action: {fault}: ended after {late:.1f} s with {done.returncode}")
-        assert not survivors(run_dir)
-        return Ended(done.returncode, done.stdout + done.stderr, late)
+        late = unhindered = 0.0
+        for run_dir, fault in faults.items():
+            if fault:
+                happened = run_dir.with_suffix(".fault")
+                assert happened.exists(), done.stdout + done.stderr
+                moment = Moment(*json.loads(happened.read_text()))
+                late, unhindered = moment.passed(), moment.unhindered()
+                happened.unlink()
+            print(f"{launcher}, {fault or 'no fault'}: ended {late:.1f} s later with {done.returncode}")
+        assert not survivors(first)
+        output, finished = unlabelled(done.stdout + done.stderr), (run_dir / "summary.json").exists()
+        return Ended(done.returncode, output, finished, late, unhindered)
 
     return start
 
 
 @pytest.fixture(scope="session")
-def undisturbed(inject: Inject, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The fingerprint of the run that nothing happened to."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = inject(run_dir)
+def done(inject: Inject, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, str]:
+    """A job that was asked to stop when all was done, and its run's fingerprint."""
+    run_dir = tmp_path_factory.mktemp("done") / "run"
+    job = inject({run_dir: f"1 1 {STEP} usr1-at-the-very-end"})
+    return job, fingerprint(run_dir)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(done: tuple[Ended, str]) -> str:
+    """The fingerprint of the run to which nothing happened before all was done."""
+    job, found = done
     assert job.returncode == 0, job.output
-    return fingerprint(run_dir)
+    return found
 
 
 def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:

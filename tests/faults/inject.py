@@ -1,7 +1,9 @@
-"""The training job with a fault in it: FAULT="rank call_number function action" and train's own arguments.
+"""Training runs with faults in them, one after another in one job: FAULTS, and train's own arguments.
 
-The fault happens on `rank` just before the call_number-th call of `function` (module:qualified.name). It is a real
-one: the process stops, dies, sleeps, sends itself or its launcher a signal, or its numbers go wrong.
+FAULTS is JSON: of each run's directory "rank call_number function action", or "". The fault happens on `rank` just
+before the call_number-th call of `function` (module:qualified.name). It is a real one: the process stops, dies, sleeps,
+sends itself or its launcher a signal, or its numbers go wrong. When it happened is in <run directory>.fault, and the
+samples of each step, a line for each rank, in <run directory>.samples.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -29,10 +32,12 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.run import plots
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.train import train
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.step import Step
+from tests.waiting import now
 
 HOURS = 10_000
 SLOW = "tc qdisc add dev eth0 root tbf rate 1mbit burst 32kbit latency 400ms"
@@ -56,15 +61,16 @@ def nan_loss(step: Step, *_: object) -> None:
     step._network = lambda images: (setattr(step, "_network", network), network(images) * float("nan"))[1]
 
 
-def disk() -> Path:
-    """The file system of the run directory."""
-    run_dir = Path(sys.argv[sys.argv.index("--run.dir") + 1])
-    return run_dir.parent
+def run_dir() -> Path:
+    """Of the run in progress."""
+    return Path(os.environ["RUN_DIR"])
 
 
 def fill(*_: object, for_good: bool = False) -> None:
-    """Another's file takes all the room that is left; for one save, or for good."""
-    other = disk() / "other"
+    """Another's file takes all the room that the first save has left; for one save, or for good."""
+    while not (run_dir() / "checkpoints" / "best.json").exists():
+        time.sleep(0.1)
+    other = run_dir().with_name("other")
     with contextlib.suppress(OSError), other.open("wb") as file:
         while True:
             file.write(bytes(2**16))
@@ -98,7 +104,7 @@ class AtTheVeryEnd:
 
 def happens() -> None:
     """The fault, now."""
-    (disk() / "fault").write_text(str(time.time()))
+    run_dir().with_suffix(".fault").write_text(json.dumps(now()))
 
 
 def linger(*_: object, before: float, after: float) -> None:
@@ -134,7 +140,7 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "work-slowly-and-term-all": functools.partial(linger, before=ENDING_GRACE + 1, after=1.0),
     "fill": fill,
     "fill-for-good": functools.partial(fill, for_good=True),
-    "remove": lambda *_: shutil.rmtree(disk() / "run"),
+    "remove": lambda *_: shutil.rmtree(run_dir()),
     "cut": lambda *_: network("ip", "link", "set", "eth0", "down"),
     "slow-link": lambda *_: network(*SLOW.split()),
     "nan": nan_loss,
@@ -143,8 +149,8 @@ ACTIONS: dict[str, Callable[..., object]] = {
 }
 
 
-def plant(rank: str, call_number: int, function: str, action: str) -> None:
-    """Put the fault into the code."""
+def plant(call_number: str, function: str, action: str) -> None:
+    """Put the fault into the code of this rank."""
     module_name, _, path = function.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
@@ -156,7 +162,7 @@ def plant(rank: str, call_number: int, function: str, action: str) -> None:
     def faulty(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call_number:
+        if calls == int(call_number):
             happens()
             ACTIONS[action](*arguments)
         return original(*arguments, **keywords)
@@ -165,25 +171,36 @@ def plant(rank: str, call_number: int, function: str, action: str) -> None:
 
 
 def tell_samples() -> None:
-    """From here on the indices of the samples of every step are written down, a line for each rank."""
+    """From here on the indices of the samples of every step are written down."""
     step = Step.__call__
 
     @functools.wraps(step)
     def told(self: Step, batch: Batch, *arguments: Any) -> None:
         step(self, batch, *arguments)
-        with (disk() / "samples").open("a") as file:
+        with run_dir().with_suffix(".samples").open("a") as file:
             print(*batch.indices[batch.weights > 0].tolist(), file=file)
 
     Step.__call__ = told  # type: ignore[method-assign]
 
 
+def leave_out_plots() -> None:
+    """They take longer to draw than a run here takes to train."""
+    plots.learning_curves = plots.confusion_matrix = lambda *_: None  # type: ignore[assignment]
+
+
 def main(world: World, config: Config) -> int:
-    """train, on the chosen rank with the fault."""
-    rank, number, function, action = os.environ["FAULT"].split()
+    """train, run after run, each with its fault, until one does not end with 0."""
     tell_samples()
-    if rank == str(world.rank) and not (disk() / "fault").exists():  # elastic jobs come here more than once
-        plant(rank, int(number), function, action)
-    return train(world, config)
+    leave_out_plots()
+    for directory, fault in json.loads(os.environ["FAULTS"]).items():
+        os.environ["RUN_DIR"] = directory
+        rank, *what = fault.split() or [""]
+        if rank == str(world.rank) and not run_dir().with_suffix(".fault").exists():  # elastic jobs come here again
+            plant(*what)
+        run = config.run.model_copy(update={"dir": run_dir()})
+        if status := train(world, config.model_copy(update={"run": run})):
+            return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 
 from hvd_eurosat.errors import STOPPED
-from tests.faults.conftest import EPOCHS, SAVE, STEP, STEPS, Inject, environment, events, fingerprint, flags, launched
-from tests.parallel.conftest import summary
+from tests.faults.conftest import (
+    EPOCHS,
+    SAVE,
+    STEP,
+    STEPS,
+    Ended,
+    Inject,
+    environment,
+    events,
+    fingerprint,
+    flags,
+    launched,
+)
+from tests.parallel.conftest import summary, wait_for
+from tests.waiting import side_by_side
 
 WATCHDOG = 10
 EVALUATE = "hvd_eurosat.training.metrics:_evaluate"
@@ -26,144 +42,221 @@ PHASES = {
 slow = pytest.mark.slow
 
 
-def resumed(inject: Inject, run_dir: Path, undisturbed: str) -> None:
-    """Started again, the run ends as if nothing had happened."""
-    job = inject(run_dir)
+class Case(NamedTuple):
+    """A fault in a job of 2 ranks, which saves every so many steps (0: every epoch)."""
+
+    fault: str
+    launcher: str = "mpirun"
+    checkpoint_steps: int = 0
+
+
+KILLED = {
+    "quick": {"killed": Case(f"1 {STEPS + 3} {STEP} kill", checkpoint_steps=1)},
+    "slow": {
+        "killed-horovodrun": Case(f"1 {STEPS + 3} {STEP} kill", "horovodrun", 1),
+        # mpirun without our launchers gives its ranks a second, in which nothing can be saved here
+        "mpirun-kills": Case(f"0 {STEPS + 3} {STEP} term-launcher-and-sleep", checkpoint_steps=1),
+    },
+}
+STOPPED_BY_REQUEST = {
+    "quick": {
+        "usr1-mpirun": Case(f"0 {STEPS + 2} {STEP} usr1-launcher"),
+        "term-one": Case(f"1 {STEPS + 3} {STEP} term"),
+        "term-all": Case(f"1 {STEPS + 3} {STEP} work-slowly-and-term-all"),
+        "usr1-early": Case("1 1 hvd_eurosat.run.journal:Journal.find_start usr1"),
+    },
+    "slow": {
+        "usr1-one": Case(f"1 {STEPS + 2} {STEP} usr1", "horovodrun"),
+        "usr1-horovodrun": Case(f"0 {STEPS + 2} {STEP} usr1-launcher", "horovodrun"),
+        "usr1-gloo": Case(f"1 {STEPS + 2} {STEP} usr1", "gloo"),
+        "usr1-elastic": Case(f"1 {STEPS + 2} {STEP} usr1", "elastic"),
+        "usr1-validation": Case(f"0 2 {EVALUATE} usr1"),
+        "usr1-test": Case(f"0 {EPOCHS + 1} {EVALUATE} usr1"),
+    },
+}
+STOPPED_WHILE_SAVING = {
+    "step": Case(f"0 1 {SAVE} term-all-and-write-slowly", checkpoint_steps=1),
+    "epoch": Case(f"0 1 {SAVE} term-all-later-and-write-slowly", checkpoint_steps=STEPS),  # the next save is due
+}
+
+
+class Found(NamedTuple):
+    """Jobs that have ended, and the directories of their runs."""
+
+    jobs: dict[str, Ended]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=["quick", pytest.param("slow", marks=slow)])
+def speed(request: pytest.FixtureRequest) -> str:
+    """Which of the cases."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def ended(inject: Inject, tmp_path_factory: pytest.TempPathFactory, speed: str) -> Found:
+    """Jobs that are killed, or asked to stop."""
+    folder = tmp_path_factory.mktemp("ended")
+    cases = KILLED[speed] | STOPPED_BY_REQUEST[speed] | (STOPPED_WHILE_SAVING if speed == "quick" else {})
+    jobs = [
+        partial(inject, {folder / name: case.fault}, case.launcher, run__checkpoint_steps=case.checkpoint_steps)
+        for name, case in cases.items()
+    ]
+    return Found(dict(zip(cases, side_by_side(jobs, at_once=2), strict=True)), folder)
+
+
+def test_a_rank_is_killed(ended: Found, speed: str) -> None:
+    for name in KILLED[speed]:
+        job = ended.jobs[name]
+        assert job.returncode != 0, name
+        assert job.unhindered < 5, name
+
+
+def test_asked_to_stop(ended: Found, speed: str) -> None:
+    for name, case in STOPPED_BY_REQUEST[speed].items():
+        job = ended.jobs[name]
+        assert job.returncode == (1 if case.launcher in ("gloo", "elastic") else STOPPED), f"{name}: {job.output}"
+        assert job.unhindered < 10, name
+        assert "stopped on request at step" in job.output, name
+        assert not job.finished, name
+
+
+@pytest.mark.parametrize("speed", ["quick"], indirect=True)
+def test_asked_to_stop_while_a_save_takes_long(ended: Found) -> None:
+    """Within an epoch, and at its end."""
+    for name in STOPPED_WHILE_SAVING:
+        job = ended.jobs[name]
+        assert job.returncode == STOPPED, f"{name}: {job.output}"
+        assert "stopped on request at step" in job.output, name
+
+
+def test_killed_or_stopped_and_resumed(inject: Inject, ended: Found, undisturbed: str) -> None:
+    """Started again, every run ends as if nothing had happened."""
+    run_dirs = [ended.folder / name for name in ended.jobs]
+    job = inject(dict.fromkeys(run_dirs, ""))
     assert job.returncode == 0, job.output
-    assert fingerprint(run_dir) == undisturbed
-
-
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun", marks=slow)])
-def test_a_rank_is_killed(inject: Inject, tmp_path: Path, undisturbed: str, launcher: str) -> None:
-    job = inject(tmp_path / "run", f"1 {STEPS + 3} {STEP} kill", launcher, run__checkpoint_steps=1)
-    assert job.returncode != 0
-    assert job.late < 5
-    resumed(inject, tmp_path / "run", undisturbed)
-
-
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("gloo", marks=slow)])
-@pytest.mark.parametrize("action", ["stop", pytest.param("sleep", marks=slow), "gil"])
-def test_a_rank_hangs(inject: Inject, tmp_path: Path, launcher: str, action: str) -> None:
-    fault = f"1 {STEPS + 2} {STEP} {action}"
-    job = inject(tmp_path / "run", fault, launcher, run__watchdog_seconds=WATCHDOG)
-    assert job.returncode != 0
-    assert WATCHDOG - 1 < job.late < WATCHDOG + 5
-    named = [error for error in job.errors if "rank 1 of 2" in error]
-    assert "made no progress for" in named[0]
-    assert f"in epoch 2, step {STEPS + 2}; its threads:" in named[0]
-    assert "line" in job.output
-    assert "inject.py" in job.output
+    assert {run_dir.name: fingerprint(run_dir) for run_dir in run_dirs} == dict.fromkeys(ended.jobs, undisturbed)
 
 
 @slow
-@pytest.mark.parametrize("action", ["stop", "sleep"])
-@pytest.mark.parametrize("phase", ["validation", "test"])
-def test_rank_0_hangs_while_the_others_wait(inject: Inject, tmp_path: Path, phase: str, action: str) -> None:
-    job = inject(tmp_path / "run", f"0 {PHASES[phase]} {action}", run__watchdog_seconds=WATCHDOG)
-    assert job.returncode != 0
-    assert WATCHDOG - 1 < job.late < WATCHDOG + 5
-    assert any("rank 0 of 2" in error and phase in error for error in job.errors)
+def test_one_process_is_asked_to_stop(inject: Inject, tmp_path: Path) -> None:
+    job = inject({tmp_path / "run": f"0 {STEPS + 2} {STEP} term"}, "python", 1)
+    assert job.returncode == STOPPED, job.output
+    assert job.unhindered < 10
+    assert "stopped on request at step" in job.output
+    assert not job.finished
 
 
-def test_a_rank_of_an_elastic_job_hangs(inject: Inject, tmp_path: Path) -> None:
+def test_asked_to_stop_when_all_is_done(done: tuple[Ended, str]) -> None:
+    """That its bits are those of an undisturbed run, the resumed runs show."""
+    job, _ = done
+    assert job.returncode == 0, job.output
+    assert "at the very end" in job.output
+
+
+@slow
+def test_asked_to_stop_when_all_is_done_over_gloo(inject: Inject, tmp_path: Path, undisturbed: str) -> None:
+    job = inject({tmp_path / "run": f"1 1 {STEP} usr1-at-the-very-end"}, "gloo")
+    assert job.returncode == 0, job.output
+    assert "at the very end" in job.output
+    assert fingerprint(tmp_path / "run") == undisturbed
+
+
+HANGS = {
+    "quick": {"stop": "mpirun", "gil": "mpirun", "elastic-stop": "elastic"},
+    "slow": {"sleep": "mpirun", "gloo-stop": "gloo", "gloo-sleep": "gloo", "gloo-gil": "gloo"},
+}
+
+
+@pytest.fixture(scope="module")
+def hung(inject: Inject, tmp_path_factory: pytest.TempPathFactory, speed: str) -> Found:
+    """Jobs in which rank 1 hangs."""
+    folder = tmp_path_factory.mktemp("hung")
+    jobs = []
+    for name, launcher in HANGS[speed].items():
+        fault = f"1 {STEPS + 2} {STEP} {name.rpartition('-')[2]}"
+        # The others' meeting again is not to be taken for hanging.
+        ranks, patience = (3, 2 * WATCHDOG) if launcher == "elastic" else (2, WATCHDOG)
+        jobs.append(partial(inject, {folder / name: fault}, launcher, ranks, run__watchdog_seconds=patience))
+    return Found(dict(zip(HANGS[speed], side_by_side(jobs, at_once=3), strict=True)), folder)
+
+
+def patience(error: str) -> int:
+    """For how many seconds a rank was idle that was ended."""
+    found = re.search(r"made no progress for (\d+) s", error)
+    assert found, error
+    return int(found[1])
+
+
+def test_a_rank_hangs(hung: Found, speed: str) -> None:
+    for name, launcher in HANGS[speed].items():
+        if launcher == "elastic":
+            continue
+        job = hung.jobs[name]
+        assert job.returncode != 0, name
+        assert job.late > WATCHDOG - 1, name
+        assert job.unhindered < WATCHDOG + 5, name
+        named = [error for error in job.errors if "rank 1 of 2" in error]
+        assert patience(named[0]) >= WATCHDOG, name
+        assert f"in epoch 2, step {STEPS + 2}; its threads:" in named[0]
+        assert "line" in job.output, name
+        assert "inject.py" in job.output, name
+
+
+@pytest.mark.parametrize("speed", ["quick"], indirect=True)
+def test_a_rank_of_an_elastic_job_hangs(hung: Found) -> None:
     """Its watchdog ends it, and the others go on."""
-    patience = 2 * WATCHDOG  # the others' meeting again is not to be taken for hanging
-    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} stop", "elastic", 3, run__watchdog_seconds=patience)
+    job, run_dir = hung.jobs["elastic-stop"], hung.folder / "elastic-stop"
     assert job.returncode == 0, job.output
     (named,) = job.errors
     assert "rank 1 of 3" in named
-    assert f"made no progress for {patience}" in named
-    assert summary(tmp_path / "run")["world_size"] == 2
-    assert [event["epoch"] for event in events(tmp_path / "run", "train")] == list(range(1, EPOCHS + 1))
+    assert patience(named) >= 2 * WATCHDOG
+    assert summary(run_dir)["world_size"] == 2
+    assert [event["epoch"] for event in events(run_dir, "train")] == list(range(1, EPOCHS + 1))
+
+
+@slow
+@pytest.mark.parametrize("phase", ["validation", "test"])
+def test_rank_0_hangs_while_the_others_wait(inject: Inject, tmp_path: Path, phase: str) -> None:
+    jobs = [
+        partial(inject, {tmp_path / action: f"0 {PHASES[phase]} {action}"}, run__watchdog_seconds=WATCHDOG)
+        for action in ("stop", "sleep")
+    ]
+    for job in side_by_side(jobs, at_once=2):
+        assert job.returncode != 0
+        assert job.late > WATCHDOG - 1
+        assert job.unhindered < WATCHDOG + 5
+        assert any("rank 0 of 2" in error and phase in error for error in job.errors)
 
 
 @pytest.mark.parametrize("action", ["fail", pytest.param("exit", marks=slow)])
 @pytest.mark.parametrize("phase", [pytest.param(p, marks=() if p in ("mid-epoch", "test") else slow) for p in PHASES])
-def test_one_rank_fails(inject: Inject, tmp_path: Path, data: Path, phase: str, action: str) -> None:
+def test_one_rank_fails(inject: Inject, tmp_path: Path, phase: str, action: str) -> None:
     cache = {"data__cache_dir": tmp_path / "cache"}
     rank = 1 if phase in ("first step", "mid-epoch") else 0
-    job = inject(tmp_path / "run", f"{rank} {PHASES[phase]} {action}", **cache)
+    job = inject({tmp_path / "run": f"{rank} {PHASES[phase]} {action}"}, **cache)
     assert job.returncode == 1
-    assert job.late < 5
+    assert job.unhindered < 5
     assert len(job.errors) == 1, job.output
     assert job.errors[0].startswith(f"error: the run failed (rank {rank} on ")
     assert ("planted" in job.output) == (action == "fail")
 
 
 def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:
-    job = inject(tmp_path / "run", f"0 2 {SAVE} fail")
+    job = inject({tmp_path / "run": f"0 2 {SAVE} fail"})
     assert job.returncode == 1
     assert "planted" in job.output
     assert job.errors == [error for error in job.errors if "(rank 0 on" in error]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "fault", "status"),
-    [
-        ("mpirun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75),
-        ("mpirun", f"1 {STEPS + 3} {STEP} term", 75),
-        ("mpirun", f"1 {STEPS + 3} {STEP} work-slowly-and-term-all", 75),
-        ("mpirun", "1 1 hvd_eurosat.run.journal:Journal.find_start usr1", 75),
-        pytest.param("horovodrun", f"1 {STEPS + 2} {STEP} usr1", 75, marks=slow),
-        pytest.param("horovodrun", f"0 {STEPS + 2} {STEP} usr1-launcher", 75, marks=slow),
-        pytest.param("gloo", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
-        pytest.param("elastic", f"1 {STEPS + 2} {STEP} usr1", 1, marks=slow),
-        pytest.param("python", f"0 {STEPS + 2} {STEP} term", 75, marks=slow),
-        pytest.param("mpirun", f"0 2 {EVALUATE} usr1", 75, marks=slow),
-        pytest.param("mpirun", f"0 {EPOCHS + 1} {EVALUATE} usr1", 75, marks=slow),
-    ],
-)
-def test_asked_to_stop(
-    inject: Inject, tmp_path: Path, undisturbed: str, launcher: str, fault: str, status: int
-) -> None:
-    ranks = 1 if launcher == "python" else 2
-    job = inject(tmp_path / "run", fault, launcher, ranks)
-    assert job.returncode == status, job.output
-    assert job.late < 10
-    assert "stopped on request at step" in job.output
-    assert not (tmp_path / "run" / "summary.json").exists()
-    if ranks == 2:
-        resumed(inject, tmp_path / "run", undisturbed)
-
-
-@pytest.mark.parametrize(("steps", "when"), [(1, "term-all"), (STEPS, "term-all-later")])
-def test_asked_to_stop_while_a_save_takes_long(
-    inject: Inject, tmp_path: Path, undisturbed: str, steps: int, when: str
-) -> None:
-    """Within an epoch, and at its end, where the next save is due."""
-    fault = f"0 1 {SAVE} {when}-and-write-slowly"
-    job = inject(tmp_path / "run", fault, run__checkpoint_steps=steps)
-    assert job.returncode == STOPPED, job.output
-    assert "stopped on request at step" in job.output
-    resumed(inject, tmp_path / "run", undisturbed)
-
-
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("gloo", marks=slow)])
-def test_asked_to_stop_when_all_is_done(inject: Inject, tmp_path: Path, undisturbed: str, launcher: str) -> None:
-    job = inject(tmp_path / "run", f"1 1 {STEP} usr1-at-the-very-end", launcher)
-    assert job.returncode == 0, job.output
-    assert "at the very end" in job.output
-    assert fingerprint(tmp_path / "run") == undisturbed
-
-
-@slow
-def test_mpirun_kills_its_ranks(inject: Inject, tmp_path: Path, undisturbed: str) -> None:
-    """Told to end, mpirun without our launchers gives them a second, in which nothing can be saved here."""
-    fault = f"0 {STEPS + 3} {STEP} term-launcher-and-sleep"
-    job = inject(tmp_path / "run", fault, run__checkpoint_steps=1)
-    assert job.returncode != 0
-    assert job.late < 5
-    resumed(inject, tmp_path / "run", undisturbed)
-
-
 @slow
 def test_other_ranks_go_on_with_the_epoch(inject: Inject, tmp_path: Path) -> None:
     """4, 2 and 3 ranks train each sample once."""
-    for ranks, fault in ((4, f"0 1 {STEP} usr1"), (2, f"0 1 {STEP} usr1"), (3, "0 0 os:getpid exit")):
-        keys = {"train__epochs": 1, "train__batch_size": 5, "run__outfile": tmp_path / "log.txt"}
-        job = inject(tmp_path / "run", fault, "mpirun", ranks, **keys)
+    keys = {"train__epochs": 1, "train__batch_size": 5, "run__outfile": tmp_path / "log.txt"}
+    for ranks, fault in ((4, f"0 1 {STEP} usr1"), (2, f"0 1 {STEP} usr1"), (3, "")):
+        job = inject({tmp_path / "run": fault}, "mpirun", ranks, **keys)
         assert job.returncode == (0 if ranks == 3 else STOPPED), job.output
-    samples = (tmp_path / "samples").read_text().split()
+    samples = (tmp_path / "run.samples").read_text().split()
     assert sorted(map(int, samples)) == list(range(80))
     steps = (tmp_path / "log_train.txt").read_text().splitlines()[1:]
     assert [line.split()[2] for line in steps] == ["1", "2", "3", "4", "5", "6"]
@@ -173,18 +266,29 @@ def test_other_ranks_go_on_with_the_epoch(inject: Inject, tmp_path: Path) -> Non
 def test_stop_and_resume_at_every_step(data: Path, tmp_path: Path, ranks: int) -> None:
     arguments = flags(data, tmp_path / "runs", train__epochs=1, data__max_shift=2)
     job = launched("mpirun", ranks, "tests.faults.every_step", *arguments)
-    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     prints = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("fingerprint")]
     assert len(prints) == 1 + -(-80 // (10 * ranks))
     assert len(set(prints)) == 1
 
 
-def test_a_loss_is_not_a_number_on_one_rank(inject: Inject, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wrong(inject: Inject, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Jobs whose numbers go wrong on one rank, the first of two runs."""
+    folder = tmp_path_factory.mktemp("wrong")
+    at = f"{STEPS + 2} {STEP}"
+    both = {folder / "nan": f"1 {at} nan", folder / "flip": f"0 {at} flip"}
+    jobs = {
+        "flip": inject(both, run__verify_interval=1),
+        "flip-frozen": inject({folder / "flip-frozen": f"0 {at} flip-frozen"}, run__verify_interval=1),
+    }
+    return Found(jobs, folder)
+
+
+def test_a_loss_is_not_a_number_on_one_rank(wrong: Found) -> None:
     """The step is skipped on both: its samples do not count, and training goes on."""
-    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} nan", run__verify_interval=1)
-    assert job.returncode == 0, job.output
-    assert summary(tmp_path / "run")["skipped_steps"] == 1
+    assert summary(wrong.folder / "nan")["skipped_steps"] == 1, wrong.jobs["flip"].output
 
 
 @pytest.mark.parametrize(
@@ -194,16 +298,16 @@ def test_a_loss_is_not_a_number_on_one_rank(inject: Inject, tmp_path: Path) -> N
         ("flip-frozen", "weights that do not train changed on rank 0, found at"),
     ],
 )
-def test_a_bit_flips_on_one_rank(inject: Inject, tmp_path: Path, flip: str, error: str) -> None:
-    job = inject(tmp_path / "run", f"0 {STEPS + 2} {STEP} {flip}", run__verify_interval=1)
+def test_a_bit_flips_on_one_rank(wrong: Found, flip: str, error: str) -> None:
+    job = wrong.jobs[flip]
     assert job.returncode == 1
     assert job.errors == [f"error: {error} step {STEPS + 2}"]
 
 
 def test_the_launcher_dies(inject: Inject, tmp_path: Path) -> None:
-    job = inject(tmp_path / "run", f"1 {STEPS + 2} {STEP} kill-launcher")
+    job = inject({tmp_path / "run": f"1 {STEPS + 2} {STEP} kill-launcher"})
     assert job.returncode != 0
-    assert job.late < 5
+    assert job.unhindered < 5
 
 
 WATCHED = """
@@ -222,19 +326,18 @@ def test_the_launcher_dies_and_nobody_reads_what_its_rank_says() -> None:
         assert launcher.stdout
         rank = psutil.Process(int(launcher.stdout.readline()))
         launcher.kill()
-        rank.wait(10)
+        rank.wait(60)
 
 
-def test_a_run_directory_is_used_by_one_job_at_a_time(inject: Inject, data: Path, tmp_path: Path) -> None:
-    first = launched("python", 1, "tests.faults.inject", *flags(data, tmp_path / "run"))
-    fault = f"0 2 {STEP} sleep"
-    with subprocess.Popen(first, env=environment(FAULT=fault)) as running:
-        while not (tmp_path / "fault").exists():
-            assert running.poll() is None
-            time.sleep(0.1)
-        second = launched("python", 1, "hvd_eurosat.train", *flags(data, tmp_path / "run"))
-        refused = subprocess.run(second, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+def test_a_run_directory_is_used_by_one_job_at_a_time(data: Path, tmp_path: Path) -> None:
+    arguments = flags(data, tmp_path / "run", train__epochs=1)
+    faults = json.dumps({str(tmp_path / "run"): f"0 2 {STEP} sleep"})
+    first = launched("python", 1, "tests.faults.inject", *arguments)
+    second = launched("python", 1, "hvd_eurosat.train", *arguments)
+    with subprocess.Popen(first, env=environment(FAULTS=faults)) as running:
+        wait_for(lambda: (tmp_path / "run.fault").exists() or running.poll() is not None)
+        refused = subprocess.run(second, env=environment(), capture_output=True, text=True, timeout=240, check=False)
         running.kill()
     assert refused.returncode == 2
     assert f"is in use by another job (process {running.pid} on " in refused.stderr
-    assert subprocess.run(second, env=environment(), capture_output=True, timeout=120, check=False).returncode == 0
+    assert subprocess.run(second, env=environment(), capture_output=True, timeout=240, check=False).returncode == 0

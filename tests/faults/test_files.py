@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvd_eurosat.config.schema import Config, Optim
+from hvd_eurosat.config.schema import Config, Model, Optim
 from hvd_eurosat.data.packed import open_packed, verify_packed
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import RunError, UserError
@@ -24,7 +24,8 @@ from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.optimiser import build_optimiser
-from tests.faults.conftest import SAVE, STEP, STEPS, Inject, environment, fingerprint, flags, launched
+from hvd_eurosat.weights.loading import load_weights
+from tests.faults.conftest import SAVE, STEP, STEPS, Ended, Inject, fingerprint
 from tests.parallel.conftest import checkpoint_file
 from tests.unit.conftest import Canary
 
@@ -89,7 +90,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_disk_fills_and_has_room_again(inject: Inject, disk: Path, data: Path, undisturbed: str) -> None:
     """Another's file takes all the room before the second save; the third finds room again."""
-    job = inject(disk / "run", f"0 {STEPS + 2} {STEP} fill")
+    job = inject({disk / "run": f"0 {STEPS + 2} {STEP} fill"})
     assert job.returncode == 0, job.output
     assert "No space left on device; training goes on, and the earlier checkpoints are whole" in job.output
     assert str(disk / "run" / "checkpoints") in job.output
@@ -98,7 +99,7 @@ def test_the_disk_fills_and_has_room_again(inject: Inject, disk: Path, data: Pat
 
 
 def test_the_disk_fills_for_good(inject: Inject, disk: Path, data: Path) -> None:
-    job = inject(disk / "run", f"0 2 {SAVE} fill-for-good", train__epochs=5)
+    job = inject({disk / "run": f"0 2 {SAVE} fill-for-good"}, train__epochs=5)
     assert job.returncode == 1
     assert "No space left on device" in job.errors[0]
     checkpoints = CheckpointFolder(disk / "run" / "checkpoints", keep=1)
@@ -109,13 +110,13 @@ def test_the_disk_fills_for_good(inject: Inject, disk: Path, data: Path) -> None
 
 
 def test_too_little_room_is_said_before_training(inject: Inject, disk: Path, data: Path) -> None:
-    job = inject(disk / "run", model__trainable="all")
+    job = inject({disk / "run": ""}, "python", 1, model__trainable="all")
     assert job.returncode == 2
     assert "MB free" in job.errors[0]
 
 
 def test_the_run_directory_is_removed(inject: Inject, tmp_path: Path) -> None:
-    job = inject(tmp_path / "run", f"0 2 {SAVE} remove", run__checkpoint_steps=1)
+    job = inject({tmp_path / "run": f"0 2 {SAVE} remove"}, run__checkpoint_steps=1)
     assert job.returncode == 1
     assert "No such file or directory" in job.errors[0]
     assert not (tmp_path / "run").exists()
@@ -123,14 +124,18 @@ def test_the_run_directory_is_removed(inject: Inject, tmp_path: Path) -> None:
 
 def test_all_checkpoints_damaged(inject: Inject, tmp_path: Path) -> None:
     """The run is not begun again in silence; --run.resume never says that it shall be."""
-    assert inject(tmp_path / "run", train__epochs=1).returncode == 0
+
+    def begin(**keys: object) -> Ended:
+        return inject({tmp_path / "run": ""}, "python", 1, **keys)
+
+    assert begin(train__epochs=1).returncode == 0
     path = checkpoint_file(tmp_path / "run")
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
-        job = inject(tmp_path / "run", train__epochs=2)
+        job = begin(train__epochs=2)
         assert job.returncode == 2
         assert "is whole: " in job.errors[0]
-    assert inject(tmp_path / "run", train__epochs=1, run__resume="never").returncode == 0
+    assert begin(train__epochs=1, run__resume="never").returncode == 0
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -185,17 +190,10 @@ def test_mutated_files_are_a_clean_error(tmp_path: Path, state: Checkpoint, data
     assert refused > 180
 
 
-def test_weights_that_would_run_code(data: Path, tmp_path: Path) -> None:
+def test_weights_that_would_run_code(tmp_path: Path) -> None:
     torch.save({"fc.weight": Canary(tmp_path / "canary")}, tmp_path / "weights.pt")
-    arguments = flags(data, tmp_path / "run", model__weights=tmp_path / "weights.pt")
-    job = subprocess.run(
-        launched("python", 1, "hvd_eurosat.train", *arguments),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert job.returncode == 2
-    assert "not a file of weights" in job.stderr
+    settings = Model(arch="resnet18", weights=str(tmp_path / "weights.pt"))
+    error = error_of(lambda: load_weights(build("resnet18", 10, "bn+head", seed=0), settings))
+    assert isinstance(error, UserError)
+    assert "not a file of weights" in str(error)
     assert not (tmp_path / "canary").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from tests.faults.conftest import STEP, STEPS, environment, flags
 from tests.parallel.conftest import BIN, summary
 from tests.system.conftest import hosts as hosts
 from tests.system.hosts import Host
+from tests.waiting import Moment
 
 pytestmark = pytest.mark.slow
 WATCHDOG = 15
@@ -36,8 +38,10 @@ def links(hosts: dict[str, Host]) -> Iterator[dict[str, Host]]:
 def start(hosts: dict[str, Host], folder: Path, fault: str, *arguments: str) -> subprocess.Popen[str]:
     """The job on hosts a and b, started by mpirun on a."""
     ssh = next(folder.parent.glob("hosts*/bin"))
-    variables = environment(FAULT=fault)
-    forwarded = [word for name in ("FAULT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PATH") for word in ("-x", name)]
+    variables = environment(FAULTS=json.dumps({str(folder / "run"): fault}))
+    forwarded = [
+        word for name in ("FAULTS", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PATH") for word in ("-x", name)
+    ]
     job = [str(BIN / "mpirun"), "-np", "2", "-H", "a:1,b:1", "--bind-to", "none", "--prefix", str(BIN.parent)]
     job += [*forwarded, "--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"]
     return subprocess.Popen(
@@ -58,14 +62,14 @@ def test_a_link_is_cut(links: dict[str, Host], data: Path, tmp_path: Path) -> No
     """The ranks on both sides end, not only those that mpirun still reaches. (mpirun itself may stay.)"""
     arguments = flags(data, tmp_path / "run", run__watchdog_seconds=WATCHDOG)
     job = start(links, tmp_path, f"1 {STEPS + 2} {STEP} cut", *arguments)
-    while not (tmp_path / "fault").exists():
+    while not (tmp_path / "run.fault").exists():
         assert job.poll() is None
         time.sleep(0.1)
     while ranks(links):
         time.sleep(0.1)
-    late = time.time() - float((tmp_path / "fault").read_text())
-    print(f"a link is cut: ranks on both sides gone after {late:.1f} s")
-    assert late < WATCHDOG + 10
+    cut = Moment(*json.loads((tmp_path / "run.fault").read_text()))
+    print(f"a link is cut: ranks on both sides gone after {cut.passed():.1f} s")
+    assert cut.unhindered() < WATCHDOG + 10
     for process in psutil.Process(job.pid).children(recursive=True):
         process.kill()
     _, said = job.communicate()

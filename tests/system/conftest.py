@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.parallel.conftest import data as data
 from tests.system.hosts import Host, Job, network
+from tests.system.image import ROOT, Image
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "sshd": "openssh-server",
     "ssh": "openssh-client",
@@ -57,3 +58,29 @@ def launch(hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory) -> 
     yield start
     left = {name: host.processes() for name, host in hosts.items()}
     assert not any(left.values()), left
+
+
+@pytest.fixture(scope="session", autouse=True)
+def building(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Image] | None]:
+    """The image, where a test is to ask for it: minutes, beside tests that mostly wait."""
+    if not any("image" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    need("buildah", "debootstrap")
+    folder = tmp_path_factory.mktemp("image")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(Image, folder)
+            yield future
+        if not future.exception():
+            future.result().remove()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def image(building: Future[Image]) -> Image:
+    """The built image."""
+    return building.result()

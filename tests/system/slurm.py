@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.parallel.conftest import wait_for
 from tests.system.hosts import DYING_WITH_US, Host, Job
 
 CONFIG = """
@@ -23,6 +24,7 @@ SlurmdSpoolDir={folder}/spool-%n
 TmpFS={folder}/tmp-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -32,10 +34,11 @@ MpiDefault=none
 ReturnToService=2
 KillWait=10
 OverTimeLimit=1
-NodeName=a NodeAddr=10.77.0.1 CPUs=2 State=UNKNOWN
-NodeName=b NodeAddr=10.77.0.2 CPUs=2 State=UNKNOWN
+NodeName=a NodeAddr=10.77.0.1 CPUs={cpus} State=UNKNOWN
+NodeName=b NodeAddr=10.77.0.2 CPUs={cpus} State=UNKNOWN
 PartitionName=main Nodes=a,b Default=YES MaxTime=INFINITE State=UP
 """
+CPUS = 8  # more than there are, for jobs that mostly wait
 WAITING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
 
 
@@ -61,7 +64,7 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", number).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, seconds: float) -> dict[str, str]:
+    def wait(self, number: str, seconds: float = 600) -> dict[str, str]:
         """The job once it has ended."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] in WAITING:
@@ -75,7 +78,7 @@ class Slurm:
 @contextlib.contextmanager
 def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterator[Slurm]:
     """munged, slurmctld and two slurmd, in the foreground of processes that end with us."""
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder))
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, cpus=CPUS))
     for name in ("state", "spool-a", "spool-b", "tmp-a", "tmp-b"):
         (folder / name).mkdir()
     key = folder / "munge.key"
@@ -96,7 +99,7 @@ def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterato
         for number, words in enumerate(daemons):
             with (folder / f"daemon-{number}.log").open("w") as log:
                 started.append(subprocess.Popen([*DYING_WITH_US, *words], stdout=log, stderr=log, env=variables))
-            time.sleep(1)
+            wait_for((folder / "munge.socket").exists)
         slurm = Slurm(hosts["a"], folder, environment)
         _wait_until_idle(slurm)
         yield slurm
@@ -109,8 +112,4 @@ def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterato
 
 
 def _wait_until_idle(slurm: Slurm) -> None:
-    for _ in range(60):
-        if slurm.run("sinfo", "--noheader", "--format=%D %t").stdout.strip() == "2 idle":
-            return
-        time.sleep(1)
-    raise TimeoutError(slurm.run("sinfo").stdout)
+    wait_for(lambda: slurm.run("sinfo", "--noheader", "--format=%D %t").stdout.strip() == "2 idle", 300)

@@ -14,8 +14,8 @@ import pytest
 
 from hvd_eurosat.train import COMMIT_STEPS
 from tests.parallel.conftest import command, events, make_data, run, small, summary
-from tests.system.conftest import ROOT
 from tests.system.hosts import Host
+from tests.system.image import ROOT
 
 pytestmark = pytest.mark.timeout(1200)  # four trainings
 START, LOST, BACK, END = 240, 60, 120, 240  # seconds until three ranks train, two do, three again, and all is done

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from tests.parallel.conftest import events, small, summary
+from tests.parallel.conftest import events, small, summary, wait_for
 from tests.system.conftest import need
 from tests.system.hosts import Host
 from tests.system.slurm import Slurm, cluster
+from tests.waiting import side_by_side
 
+pytestmark = pytest.mark.timeout(1200)  # of Slurm's minutes
 TRAIN = "launch/slurm/train.sbatch"
 SLOW = """
 import time
@@ -35,26 +38,77 @@ def slurm(hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory) -> I
         yield started
 
 
-def output(tmp_path: Path) -> str:
-    return (tmp_path / "job.out").read_text()
+@pytest.fixture(scope="module", autouse=True)
+def limited(slurm: Slurm, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The folder and the jobs of a run with a time limit and of one without, begun anew: minutes, beside the others.
+
+    Slurm looks at its clock twice a minute: the signal comes after 25 to 55 s.
+    """
+    folder = tmp_path_factory.mktemp("limited")
+    (folder / "sitecustomize.py").write_text(SLOW)
+
+    def submit(name: str, *options: str) -> str:
+        flags = small(data, folder / name, train__epochs=30, run__resume="never")
+        environment = f"--export=ALL,PYTHONPATH={folder}"
+        return slurm.submit(*TWO_NODES, *options, environment, f"--output={folder}/job.out", TRAIN, *flags)
+
+    return folder, {"whole": submit("whole"), "cut": submit("cut", "--time=1", "--signal=B:USR1@5")}
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "srun"])
-def test_training_on_two_nodes(slurm: Slurm, data: Path, tmp_path: Path, launcher: str) -> None:
-    flags = small(data, tmp_path / "run", train__epochs=1)
-    options = (*TWO_NODES, f"--output={tmp_path}/job.out", f"--export=ALL,LAUNCHER={launcher},LOCAL_DIR={tmp_path}")
-    job = slurm.wait(slurm.submit(*options, TRAIN, *flags), 180)
-    assert job["JobState"] == "COMPLETED", output(tmp_path)
-    assert job["NodeList"] in ("a,b", "a[b]", "[a-b]")
-    assert "2 ranks (1 on this node)" in output(tmp_path)
-    assert summary(tmp_path / "run")["world_size"] == 2
-    assert list(tmp_path.glob("hvd_eurosat-*/*.npy"))
+def output(folder: Path) -> str:
+    """What a job said, which writes there."""
+    return (folder / "job.out").read_text()
+
+
+# What a rank does before it listens to signals, for as long as this file is there.
+HELD = """
+import pathlib, sys, time
+while sys.orig_argv[1:3] == ["-m", "hvd_eurosat.train"] and pathlib.Path(__file__).exists():
+    time.sleep(0.1)
+"""
+
+
+def ranks_of(run_dir: Path) -> set[int]:
+    """Their process numbers."""
+    commands = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+    return {
+        pid for pid, words in commands.items() if words[1:3] == ["-m", "hvd_eurosat.train"] and str(run_dir) in words
+    }
+
+
+def test_training_on_two_nodes_signalled_before_its_ranks_listen_requeued_finished(
+    slurm: Slurm, data: Path, tmp_path: Path
+) -> None:
+    """By each launcher, at once."""
+
+    def finish(launcher: str) -> None:
+        folder = tmp_path / launcher
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(HELD)
+        environment = f"--export=ALL,LAUNCHER={launcher},LOCAL_DIR={folder},PYTHONPATH={folder}"
+        flags = small(data, folder / "run", train__epochs=1)
+        number = slurm.submit(*TWO_NODES, f"--output={folder}/job.out", environment, TRAIN, *flags)
+        wait_for(lambda: len(ranks_of(folder / "run")) == 2, 300)
+        held = ranks_of(folder / "run")
+        assert slurm.run("scancel", "--batch", "--signal=USR1", number).returncode == 0
+        wait_for(lambda: not held & ranks_of(folder / "run"), 300)
+        (folder / "sitecustomize.py").unlink()
+        job = slurm.wait(number)
+        assert job["JobState"] == "COMPLETED", output(folder)
+        assert job["Restarts"] == "1"
+        assert job["NodeList"] in ("a,b", "a[b]", "[a-b]")
+        assert "2 ranks (1 on this node)" in output(folder)
+        assert "stopped on request" not in output(folder)
+        assert summary(folder / "run")["world_size"] == 2
+        assert list(folder.glob("hvd_eurosat-*/*.npy"))
+
+    side_by_side([partial(finish, launcher) for launcher in ("mpirun", "horovodrun", "srun")], at_once=3)
 
 
 def test_an_elastic_job(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     words = ("launch/elastic.sh", "--interface", "eth0", "train", *small(data, tmp_path / "run", train__epochs=1))
     options = (*TWO_NODES, "--no-kill", f"--output={tmp_path}/job.out")
-    job = slurm.wait(slurm.submit(*options, "--wrap", shlex.join(words)), 180)
+    job = slurm.wait(slurm.submit(*options, "--wrap", shlex.join(words)))
     assert job["JobState"] == "COMPLETED", output(tmp_path)
     assert summary(tmp_path / "run")["world_size"] == 2
 
@@ -62,7 +116,7 @@ def test_an_elastic_job(slurm: Slurm, data: Path, tmp_path: Path) -> None:
 def test_an_array_of_seeds(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     options = ("--array=3", "--ntasks-per-node=1", f"--output={tmp_path}/job.out")
     number = slurm.submit(*options, "launch/slurm/array.sbatch", *small(data, tmp_path / "run", train__epochs=1))
-    assert slurm.wait(f"{number}_3", 120)["JobState"] == "COMPLETED", output(tmp_path)
+    assert slurm.wait(f"{number}_3")["JobState"] == "COMPLETED", output(tmp_path)
     assert "seed = 3" in (tmp_path / "run" / "config.toml").read_text()
 
 
@@ -70,56 +124,27 @@ def losses(run_dir: Path) -> list[tuple[Any, ...]]:
     return [(e["event"], e["epoch"], e["loss"], e["accuracy"]) for k in ("train", "valid") for e in events(run_dir, k)]
 
 
-def test_signalled_before_the_time_limit_saved_requeued_finished(slurm: Slurm, data: Path, tmp_path: Path) -> None:
-    """Also a run that was begun anew. Slurm looks at its clock twice a minute: the signal comes after 25 to 55 s."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
-
-    def submit(name: str, *options: str) -> str:
-        flags = small(data, tmp_path / name, train__epochs=30, run__resume="never")
-        environment = f"--export=ALL,PYTHONPATH={tmp_path}"
-        return slurm.submit(*TWO_NODES, *options, environment, f"--output={tmp_path}/job.out", TRAIN, *flags)
-
-    whole, cut = submit("whole"), submit("cut", "--time=1", "--signal=B:USR1@5")
-    assert slurm.wait(whole, 400)["JobState"] == "COMPLETED", output(tmp_path)
-    job = slurm.wait(cut, 400)
-    assert job["JobState"] == "COMPLETED", output(tmp_path)
-    assert int(job["Restarts"]) >= 1
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun", "srun"])
-def test_signalled_before_its_ranks_listen_requeued_finished(
-    slurm: Slurm, hosts: dict[str, Host], data: Path, tmp_path: Path, launcher: str
-) -> None:
-    options = (*TWO_NODES, f"--output={tmp_path}/job.out", f"--export=ALL,LAUNCHER={launcher}")
-    number = slurm.submit(*options, TRAIN, *small(data, tmp_path / "run", train__epochs=1))
-    deadline = time.monotonic() + 60
-    while not any("/bin/python -m hvd_eurosat.train" in words for words in hosts["b"].processes()):
-        assert time.monotonic() < deadline, output(tmp_path)
-        time.sleep(0.05)
-    assert slurm.run("scancel", "--batch", "--signal=USR1", number).returncode == 0
-    job = slurm.wait(number, 180)
-    assert job["JobState"] == "COMPLETED", output(tmp_path)
-    assert job["Restarts"] == "1"
-    assert "stopped on request" not in output(tmp_path)
-    assert summary(tmp_path / "run")["world_size"] == 2
-
-
 def test_bad_jobs(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     refused = slurm.run("sbatch", "--partition=nope", TRAIN)
     assert refused.returncode != 0
     assert "invalid partition specified: nope" in refused.stderr
-    options = (*TWO_NODES, f"--output={tmp_path}/job.out")
-    job = slurm.wait(slurm.submit(*options, TRAIN, *small(Path("/nowhere"), tmp_path / "run")), 60)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
-    assert output(tmp_path).count("error: ") == 1
-    assert "no data at /nowhere" in output(tmp_path)
-    job = slurm.wait(slurm.submit("--export=ALL,LAUNCHER=nope", *options, TRAIN), 60)
-    assert job["ExitCode"] == "2:0"
-    assert "error: LAUNCHER is mpirun, horovodrun or srun, not 'nope'" in output(tmp_path)
-    job = slurm.wait(slurm.submit("--export=ALL,LAUNCHER=horovodrun,HOROVOD_CONTROLLER=gloo", *options, TRAIN), 60)
-    assert job["ExitCode"] == "2:0"
-    assert "error: horovodrun over Gloo does not wait until its ranks have saved" in output(tmp_path)
+    flags = small(Path("/nowhere"), tmp_path / "run")
+    gloo = "ALL,LAUNCHER=horovodrun,HOROVOD_CONTROLLER=gloo"
+    bad = {
+        "ALL": "no data at /nowhere",
+        "ALL,LAUNCHER=nope": "LAUNCHER is mpirun, horovodrun or srun, not 'nope'",
+        gloo: "horovodrun over Gloo does not wait until its ranks have saved",
+    }
+    numbers = {}
+    for variables in bad:
+        (tmp_path / variables).mkdir()
+        options = (*TWO_NODES, f"--output={tmp_path / variables}/job.out", f"--export={variables}")
+        numbers[variables] = slurm.submit(*options, TRAIN, *flags)
+    for variables, message in bad.items():
+        job = slurm.wait(numbers[variables])
+        assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+        assert output(tmp_path / variables).count("error: ") == 1
+        assert f"error: {message}" in output(tmp_path / variables)
 
 
 def test_ranks_of_srun_without_pmix(slurm: Slurm) -> None:
@@ -128,3 +153,13 @@ def test_ranks_of_srun_without_pmix(slurm: Slurm) -> None:
     assert job.returncode != 0
     found = json.loads(job.stdout)
     assert any("2 ranks, which do not see each other" in finding["what"] for finding in found["findings"]), job.stdout
+
+
+def test_signalled_before_the_time_limit_saved_requeued_finished(
+    slurm: Slurm, limited: tuple[Path, dict[str, str]]
+) -> None:
+    folder, numbers = limited
+    jobs = {name: slurm.wait(number) for name, number in numbers.items()}
+    assert {job["JobState"] for job in jobs.values()} == {"COMPLETED"}, output(folder)
+    assert int(jobs["cut"]["Restarts"]) >= 1
+    assert losses(folder / "cut") == losses(folder / "whole")
