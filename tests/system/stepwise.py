@@ -14,7 +14,7 @@ from hvd_eurosat.config.schema import Config
 from hvd_eurosat.train import train
 from hvd_eurosat.training.step import Step
 
-STEP_SECONDS = 0.3
+STEP_SECONDS = {3: 0.3, 2: 0.6}  # of ranks: what is lost has time to come back before all is done
 one_step = Step.__call__
 
 
@@ -26,7 +26,7 @@ def main(world: World, config: Config) -> int:
         with Path(os.environ["STEPS"]).open("a") as file:
             file.write(f"{time.time()} {world.rank} {world.size} {step._state.step}\n")
         if not Path(os.environ["STEPS"] + ".fast").exists():
-            time.sleep(STEP_SECONDS)
+            time.sleep(STEP_SECONDS[world.size])
 
     Step.__call__ = told  # type: ignore[method-assign]
     return train(world, config)

@@ -13,13 +13,15 @@ from tests.system.conftest import Launch
 from tests.system.hosts import Host
 from tests.system.links import limit
 
+TINY = (*SMALL, "--data.image_size", 32, "--train.batch_size", 10, "--steps", 1)
+
 
 @pytest.mark.parametrize("controller", ["mpi", "gloo"])
 def test_step_over_a_slow_link(
     launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path, controller: str
 ) -> None:
-    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
-    limit(hosts["b"], 0.1)
+    flags = [*TINY, "--data.root", data, "--run.dir", tmp_path]
+    limit(hosts["b"], 0.3)
     try:
         words = ("benchmark", "step", "--hosts", "a:1,b:1", "--interface", "eth0", *flags)
         job = launch("horovodrun", "--hosts", "a:1", *words, timeout=540, HOROVOD_CONTROLLER=controller)
@@ -32,7 +34,7 @@ def test_step_over_a_slow_link(
 
 
 def test_scaling_and_projection_over_hosts(launch: Launch, hosts: dict[str, Host], data: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", tmp_path, "--steps", 1]
+    flags = [*TINY, "--data.root", data, "--run.dir", tmp_path]
     for what in ("scaling", "project"):
         words = ("benchmark", what, "--hosts", "a:1,b:1", "--interface", "eth0", *flags)
         job = launch("horovodrun", "--hosts", "a:1", *words, timeout=540, HOROVOD_CONTROLLER="gloo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.parallel.conftest import command, run
 from tests.parallel.test_doctor import cure_of, report
 from tests.system.conftest import Launch, need
 from tests.system.hosts import Host
+from tests.waiting import side_by_side
 
 DOCTOR = (sys.executable, "-m", "hvd_eurosat.doctor", "--json")
 
@@ -61,12 +63,13 @@ def test_a_bridge_with_the_same_address_on_every_host(launch: Launch, hosts: dic
     try:
         for host in hosts.values():
             assert host.run(["sh", "-c", plant]).returncode == 0
-        job = launch("mpirun", "--hosts", "a:1,b:1", "--interface", "eth0", "doctor", "--json")
-        assert job.returncode == 0, "an interface was named"
-        job = launch("mpirun", "--hosts", "a:1,b:1", "doctor")
+        doctor = partial(launch, "mpirun", "--hosts", "a:1,b:1")
+        jobs = (partial(doctor, "--interface", "eth0", "doctor", "--json"), partial(doctor, "doctor"))
+        named, job = side_by_side(jobs, at_once=2)
     finally:
         for host in hosts.values():
             host.run(["ip", "link", "del", "docker0"])
+    assert named.returncode == 0, "an interface was named"
     assert job.returncode == 1
     assert "could not join within 30 s. It has docker0 172.17.0.1 (bridge), eth0 10.77.0." in job.stderr
     assert "name the one that all hosts share, by launch/mpirun.sh --interface" in job.stderr

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from tests.system.hosts import Host
 from tests.system.image import ROOT
 
 pytestmark = pytest.mark.timeout(1200)  # four trainings
-START, LOST, BACK, END = 240, 60, 120, 240  # seconds until three ranks train, two do, three again, and all is done
+PATIENCE = 300  # seconds, for what docs/reliability.md gives its times of
 
 
 class Told(NamedTuple):
@@ -58,16 +59,16 @@ class Elastic:
         lines = [line.split() for line in self._steps.read_text().splitlines()] if self._steps.exists() else []
         return [Told(float(line[0]), *map(int, line[1:])) for line in lines]
 
-    def seconds_until(self, happens: Callable[[Told], bool], limit: float) -> float:
+    def seconds_until(self, happens: Callable[[Told], bool]) -> float:
         """How long it takes until a step is made that is so."""
         began = time.time()
-        while time.time() < began + limit:
+        while time.time() < began + PATIENCE:
             for told in self.steps():
                 if told.time > began and happens(told):
                     return told.time - began
             assert self.launcher.poll() is None, self.output
             time.sleep(0.1)
-        raise AssertionError(f"not within {limit} s:\n{self.output}")
+        raise AssertionError(f"not within {PATIENCE} s:\n{self.output}")
 
     def hurry(self) -> None:
         """From here on no step is slow."""
@@ -82,7 +83,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(data: Path, run_dir: Path, ranks: int = 3, seed: int = 0) -> list[str]:
     """Of a run of 15 steps an epoch on three ranks, or on others which share the same batch."""
-    keys = {"train__epochs": 20, "train__batch_size": 12 // ranks, "train__seed": seed, "optim__lr": 0.02}
+    keys = {
+        "data__image_size": 32,
+        "train__epochs": 20,
+        "train__batch_size": 12 // ranks,
+        "train__seed": seed,
+        "optim__lr": 0.02,
+    }
     return small(data, run_dir, model__trainable="head", optim__schedule="one_cycle", **keys)
 
 
@@ -101,32 +108,38 @@ def elastic(hosts: dict[str, Host], data: Path, tmp_path: Path) -> Iterator[Elas
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The validation accuracies of runs that nothing happened to."""
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[list[float]]]:
+    """The validation accuracies of runs that nothing happens to, while the others wait."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    for seed in range(3):
-        job = run(command("python", 1, "train", *flags(data, folder / str(seed), 1, seed)))
-        assert job.returncode == 0, job.stderr
-    return [summary(folder / str(seed))["valid_accuracy"] for seed in range(3)]
+
+    def train() -> list[float]:
+        for seed in range(3):
+            job = run(command("python", 1, "train", *flags(data, folder / str(seed), 1, seed)), timeout=900)
+            assert job.returncode == 0, job.stderr
+        return [summary(folder / str(seed))["valid_accuracy"] for seed in range(3)]
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(train)
 
 
 def test_a_host_is_lost_and_comes_back(
-    elastic: Elastic, hosts: dict[str, Host], tmp_path: Path, undisturbed: list[float]
+    elastic: Elastic, hosts: dict[str, Host], tmp_path: Path, undisturbed: Future[list[float]]
 ) -> None:
-    elastic.seconds_until(lambda told: told.ranks == 3 and told.step >= 40, START)
+    elastic.seconds_until(lambda told: told.ranks == 3 and told.step >= 40)
     hosts["c"].run(["ip", "link", "set", "eth0", "down"])
     before = max(told.step for told in elastic.steps())
     hosts["c"].kill_all()
-    lost = elastic.seconds_until(lambda told: told.ranks == 2, LOST)
+    lost = elastic.seconds_until(lambda told: told.ranks == 2)
     first = next(told.step for told in elastic.steps() if told.ranks == 2)
     assert before - first < COMMIT_STEPS
-    elastic.seconds_until(lambda told: told.step >= first + 30, END)
+    elastic.seconds_until(lambda told: told.step >= first + 30)
     hosts["c"].run(["ip", "link", "set", "eth0", "up"])
-    back = elastic.seconds_until(lambda told: told.ranks == 3, BACK)
+    back = elastic.seconds_until(lambda told: told.ranks == 3)
     elastic.hurry()
-    assert elastic.launcher.wait(END) == 0, elastic.output
+    assert elastic.launcher.wait(PATIENCE) == 0, elastic.output
     print(f"a host is lost: two ranks train after {lost:.0f} s; it is back: three do after {back:.0f} s")
     assert [event["epoch"] for event in events(tmp_path / "run", "train")] == list(range(1, 21))
-    accuracy, spread = summary(tmp_path / "run")["valid_accuracy"], max(undisturbed) - min(undisturbed)
-    print(f"validation accuracy {accuracy:.3f}, undisturbed {undisturbed}")
-    assert min(undisturbed) - spread <= accuracy <= max(undisturbed) + spread
+    accuracy, others = summary(tmp_path / "run")["valid_accuracy"], undisturbed.result()
+    print(f"validation accuracy {accuracy:.3f}, undisturbed {others}")
+    spread = max(0.1, max(others) - min(others))  # six of 60 images: three runs do not show all that chance does
+    assert min(others) - spread <= accuracy <= max(others) + spread
