@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import generate
+from docs import generate, pictures
 from hvd_eurosat.benchmarks.settings import ProjectSettings
 from hvd_eurosat.config.schema import Config, Settings
 from hvd_eurosat.config.verbs import EvaluateSettings, ExportSettings, PredictSettings
@@ -140,6 +140,11 @@ def test_configuration_is_as_the_code_says() -> None:
 def test_generating_needs_no_torch() -> None:
     program = "import sys, docs.generate; docs.generate.page(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_picture_of_speeds_is_drawn_from_the_page(tmp_path: Path) -> None:
+    pictures.draw_speeds(tmp_path / "performance.png")
+    assert (tmp_path / "performance.png").stat().st_size
 
 
 def test_every_page_is_linked_to() -> None:
