@@ -40,8 +40,8 @@ A list is `[1, 2, 3]` in a recipe and in the environment, and `1,2,3` on the com
 an error, and so is a value of the wrong kind. Every run writes what it resolved to `config.toml` in its folder.
 `--config` with that file repeats the run. `rmldnn`'s JSON is a recipe, too: see [formats](formats.md#rmldnns-json).
 
-A run that goes on must have the configuration that it began with. Only `train.epochs` and the sections `valid` and
-`run` may change. All ranks must have the same configuration, or the job ends and names the key.
+A run that goes on must have the configuration that it began with. Only `train.epochs`, `data.cache_dir` and the
+sections `valid` and `run` may change. All ranks must have the same configuration, or the job ends and names the key.
 """
 
 
