@@ -19,7 +19,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train bench test test-long test-faults test-system lint format constraints clean
+.PHONY: help setup train bench test test-long test-faults test-system lint format docs pictures constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -61,6 +61,12 @@ lint: setup ## ruff, mypy --strict, shellcheck
 format: setup ## what ruff can put right by itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: setup ## docs/configuration.md, from the code
+	$(BIN)/python -m docs.generate
+
+pictures: setup ## docs/images: network, speed; samples of data/ and curves of runs/scratch (an hour's run) where they are
+	$(BIN)/python -m docs.pictures
 
 constraints: setup ## the newest versions that pyproject.toml allows, into launch/constraints.txt
 	sed -i '/^[^#]/d' launch/constraints.txt

@@ -49,8 +49,8 @@ examples:
   is it all still there, intact?    python -m hvd_eurosat.prepare --verify data
 
 The source holds <Class>/<image> or, already split, train/ valid/ test/<Class>/<image>, with or without one more
-folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. Copies of an image go into its split; an image in folders of
-two classes is refused. The result is train/ valid/ test/<Class>/<image>, with
+folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. Copies of an image share a split; an image in folders of two
+classes is refused. The result is train/ valid/ test/<Class>/<image>, with
 manifest.json (what it is and how it was made) and files.sha256 (for sha256sum -c). It appears whole or not at all.
 """
 
@@ -239,7 +239,7 @@ def _tell_of_copies(written: list[Written], spec: str, presplit: bool) -> None:
     if not presplit and groups:
         copies = sum(len(images) - 1 for images in groups)
         print(
-            f"warning: {copies:,} of {len(written):,} images of {spec} are copies of others, and go into their splits",
+            f"warning: {copies:,} of {len(written):,} images of {spec} are copies of others; copies share a split",
             file=sys.stderr,
         )
     places = [[split for split in SPLITS if any(i.item.split == split for i in images)] for images in groups]
@@ -312,7 +312,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 def _refuse_taken(out: Path) -> None:
     if out.is_mount():
-        raise UserError(f"{out} is a mount point, which cannot be put in place whole: give a folder in it")
+        raise UserError(f"{out} is a mount point, which cannot be replaced as a whole: name a folder in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: give another --out or remove it first")
 

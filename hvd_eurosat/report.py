@@ -205,7 +205,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run", required=True)
 
     def verb(name: str, does: str, more: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=does, description=f"{does}. {more}", allow_abbrev=False)
+        return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}", allow_abbrev=False)
 
     sample = verb(
         "samples",

@@ -7,11 +7,12 @@
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
 #   --hostfile FILE    the same as lines: host slots=N (or host:N)
-#   --np N             the number of ranks; default: all slots.
+#   --np N             the number of ranks; default: all slots
 #   --interface NAME   the network interface that the hosts share; needed where they have several
 #   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
 #
-# Without hosts they are those of the Slurm job, or this one. Hosts are reached by ssh without a password and have the project, its .venv included, in the same place.
+# Without hosts they are those of the Slurm job, or this one. Hosts are reached by ssh without a password and have the
+# project, its .venv included, in the same place.
 # MPIRUN names another mpirun than the .venv's. At SIGTERM and SIGUSR1 the ranks save and end with 75.
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -161,7 +161,7 @@ def refuse(launcher: Launcher, settings: ProjectSettings, before: Mapping[str, A
     fitted = [before.get(mode, {}).get("fit", {}).get("gloo") for mode in MODES]
     if settings.link and fitted != [launcher.gloo] * len(MODES):
         over = "Gloo" if launcher.gloo else "MPI"
-        raise UserError(f"project --link checks a model that is there: fit it over {over} first, without --link")
+        raise UserError(f"--link only checks a model: fit it first, by project over {over} without --link")
 
 
 def project(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
-from pydantic_settings import CliSettingsSource
+from pydantic_settings import CliSettingsSource, SettingsError
 
 from hvd_eurosat.config import rmldnn
 from hvd_eurosat.config.jsonfile import read_json
@@ -23,6 +24,18 @@ else:
     import tomli as tomllib
 
 S = TypeVar("S", bound=Settings)
+
+METAVARS = {
+    "Path": "PATH",
+    "int": "N",
+    "float": "X",
+    "str": "TEXT",
+    "bool": "true|false",
+    "tuple[Path,...]": "PATH …",
+    "tuple[int,...]": "N,N,…",
+    "tuple[float,...]": "X,X,…",
+    "tuple[float,float,float]": "X,X,X",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,8 +59,15 @@ def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
 
     Raises UserError, naming the key, on anything unknown or of a wrong type.
     """
-    parser = _Parser(prog=f"python -m hvd_eurosat.{verb}", description=schema.__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog=f"python -m hvd_eurosat.{verb}",
+        usage=_usage(schema),
+        description=inspect.cleandoc(schema.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     cli = CliSettingsSource[argparse.ArgumentParser](schema, root_parser=parser)
+    _plainly(parser)
     _refuse_unknown_environment()
     flags = vars(parser.parse_args(list(argv)))
     values = _read_recipe(Path(flags["config"]), verb) if flags.get("config") else {}
@@ -55,6 +75,23 @@ def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
         return schema(_cli_settings_source=cli(parsed_args=flags), **values)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
+    except SettingsError:
+        given = ", ".join(sorted(name for name in os.environ if name.startswith(ENV_PREFIX)))
+        raise UserError(f"environment variables {given}: one is a list, which is written [1, 2, 3]") from None
+
+
+def _usage(schema: type[Settings]) -> str:
+    """What must be given, and how the rest is."""
+    required = [f"--{name} …" for name, field in schema.model_fields.items() if field.is_required()]
+    return " ".join(["%(prog)s [--config FILE]", *required, "[--KEY VALUE …]"])
+
+
+def _plainly(parser: argparse.ArgumentParser) -> None:
+    """Types and defaults in the words of a help page, where pydantic writes Python."""
+    for action in parser._actions:
+        action.metavar = METAVARS.get(str(action.metavar), action.metavar)
+        for nothing in (" (default: None)", " (default: ())", " (default: )"):
+            action.help = (action.help or "").replace(nothing, "")
 
 
 def _read_recipe(path: Path, verb: str) -> dict[str, Any]:

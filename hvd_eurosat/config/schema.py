@@ -44,7 +44,7 @@ class Section(BaseModel):
 
 
 class Place(Section):
-    """Where the images are. Another key of [data], set for train in the environment, is none of this verb's."""
+    """Where the images are. What else [data] holds in a recipe or the environment is for training, and ignored here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -266,7 +266,14 @@ class Settings(BaseSettings):
 
 
 class Config(Settings):
-    """Everything that a run depends on."""
+    """Train a land-cover classifier on one rank or many: mpirun, horovodrun or Slurm says how many. Most people need:
+
+    --config recipes/finetune.toml       a recipe: which weights train, how, and for how long
+    --data.root data/EuroSAT_RGB         images in train/ valid/ test/, as python -m hvd_eurosat.prepare makes them
+    --model.weights FILE                 what to start from, where that is not ImageNet: a file of yours, or none
+    --train.epochs 5                     passes over the images; --train.batch_size is per rank
+    --run.dir runs/first                 the folder for all that the run writes; the same command goes on from there
+    """
 
     data: Data = Data()
     model: Model = Model()

@@ -60,6 +60,34 @@ def test_help_shows_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{key}" in text for key in Config().flat())
+    for python in ("None", "tuple[", "Path", "()"):
+        assert python not in text
+
+
+def test_help_begins_with_what_most_people_need(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(["--help"])
+    usage, _, what, _, *needed = capsys.readouterr().out.splitlines()[:9]
+    assert usage == "usage: python -m hvd_eurosat.train [--config FILE] [--KEY VALUE …]"
+    assert what.startswith("Train a land-cover classifier")
+    flags = [line.split()[0] for line in needed]
+    assert flags == ["--config", "--data.root", "--model.weights", "--train.epochs", "--run.dir"]
+
+
+def test_help_says_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        verbs.evaluate(["--help"])
+    assert capsys.readouterr().out.startswith(
+        "usage: python -m hvd_eurosat.evaluate [--config FILE] --checkpoint … [--KEY VALUE …]\n"
+    )
+
+
+def test_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVD_EUROSAT_OPTIM__MILESTONES", "[3, 4]")
+    assert load([]).optim.milestones == (3, 4)
+    monkeypatch.setenv("HVD_EUROSAT_OPTIM__MILESTONES", "3,4")
+    with pytest.raises(UserError, match=r"HVD_EUROSAT_OPTIM__MILESTONES: one is a list, which is written \[1, 2, 3\]"):
+        load([])
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_copies_stay_together(tmp_path: Path, grow: Grow, run: Run, options: Seq
         shutil.copy(path, path.with_name(f"{'Az'[number % 2]}_{path.name}"))
     status, stdout, stderr = run(source, *options)
     assert (status, stdout.splitlines()[-1][:10]) == (0, "108 images")
-    assert stderr == f"warning: 54 of 108 images of {source} are copies of others, and go into their splits\n"
+    assert stderr == f"warning: 54 of 108 images of {source} are copies of others; copies share a split\n"
     assert all(len(splits) == 1 for splits in splits_of(tmp_path / "out").values())
     counts = manifest(tmp_path / "out")["counts"]
     before = manifest(tmp_path / "out-before")["counts"]
