@@ -12,6 +12,7 @@ BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
 BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
+TWO     = --numprocesses 2 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
 SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
@@ -35,10 +36,10 @@ train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (default: one pe
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
 
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
-	$(BIN)/python -m pytest -m "not slow and not long" tests/unit tests/parallel tests/faults $(ARGS)
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 
-test-long: setup ## the jobs that compile, minutes
-	$(BIN)/python -m pytest -m long tests/parallel $(ARGS)
+test-long: setup ## what `make test` leaves out for its length: jobs that compile, more mutated files
+	$(BIN)/python -m pytest -m long tests/parallel tests/unit $(ARGS)
 
 test-faults: setup ## the whole fault suite (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults $(ARGS)

@@ -554,7 +554,8 @@ for seed in range(int(seeds)):
 """
 
 
-def test_a_thousand_mutated_hdf5_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [200, pytest.param(1000, marks=pytest.mark.long)])
+def test_mutated_hdf5_files(tmp_path: Path, count: int) -> None:
     """The reader's process ends well (0), with its clean error (2), or at its limits; never in a traceback."""
     for name, group in (("weights.h5", "/"), ("whole.h5", "/model_weights")):
         with h5py.File(tmp_path / name, "w") as archive:
@@ -569,14 +570,14 @@ def test_a_thousand_mutated_hdf5_files(tmp_path: Path) -> None:
         group = archive.create_group("layers/conv2d/vars")
         group.attrs["name"], group["0"] = "conv1_conv", np.ones((7, 7, 3, 64), np.float32)
     files = [str(tmp_path / name) for name in ("weights.h5", "whole.h5", "keras3.h5")]
-    arguments = [sys.executable, "-c", FUZZ, str(tmp_path / "mutated.h5"), "1000", *files]
+    arguments = [sys.executable, "-c", FUZZ, str(tmp_path / "mutated.h5"), str(count), *files]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=500, check=True)
     ends = [int(line) for line in done.stdout.split()]
-    assert len(ends) == 1000
-    assert ends.count(0) > 100
-    assert ends.count(2) > 300
+    assert len(ends) == count
+    assert ends.count(0) > 0.1 * count
+    assert ends.count(2) > 0.3 * count
     assert all(end < 0 for end in ends if end not in (0, 2))
-    assert sum(end < 0 for end in ends) < 30
+    assert sum(end < 0 for end in ends) < 0.03 * count
 
 
 def test_weights_of_norms_without_scale(tmp_path: Path) -> None:
