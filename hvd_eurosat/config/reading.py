@@ -72,7 +72,11 @@ def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
     flags = vars(parser.parse_args(list(argv)))
     values = _read_recipe(Path(flags["config"]), verb) if flags.get("config") else {}
     try:
-        return schema(_cli_settings_source=cli(parsed_args=flags), **values)
+        source = cli(parsed_args=flags)
+    except SettingsError as error:
+        raise UserError(f"{str(error).splitlines()[0]} (a list is written [1, 2, 3])") from None
+    try:
+        return schema(_cli_settings_source=source, **values)
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
     except SettingsError:

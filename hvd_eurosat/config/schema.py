@@ -201,7 +201,8 @@ class Run(Section):
     """folder of the run; default: runs/<name of the recipe file>"""
     resume: str = "auto"
     """auto continues from the newest checkpoint of run.dir if there is one, never starts anew, or a checkpoint FILE; a
-    run that does not go on with the one in run.dir sets it aside as run.dir.1, and what that left elsewhere likewise"""
+    run that does not go on with the one in run.dir sets it aside as run.dir.1, and what lies where it writes outside of
+    run.dir in a folder earlier.1 there"""
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
@@ -220,7 +221,7 @@ class Run(Section):
     outfile: UserPath | None = None
     """x.txt gives x_train.txt, a line for each step, and x_test.txt, one for each validation (rmldnn's logs)"""
     predictions: UserPath | None = None
-    """folder for output_1.h5 and predictions.csv of the test images, in the end"""
+    """folder for output_1.h5 and predictions.csv of the test images, in the end; a finished run writes them again"""
 
     @property
     def path(self) -> Path:

@@ -138,29 +138,30 @@ class RunDirectory:
         self._make_folders()  # which may have been within run.dir
 
     def _set_outside_aside(self) -> None:
-        """What another run left outside of run.dir: what is at X goes into a folder X.1, or X.2, ..."""
+        """What another run left outside of run.dir goes into a folder earlier.1, earlier.2, ... beside it."""
         numbered, predictions, logs = (getattr(self._config.run, key) for key in OUTSIDE)
         if numbered:
-            self._move_aside(numbered, sorted(numbered.glob("model_checkpoint_*")))
+            self._move_aside(sorted(numbered.glob("model_checkpoint_*")))
         if predictions:
-            self._move_aside(predictions, [predictions / HDF5, predictions / CSV])
+            self._move_aside([predictions / HDF5, predictions / CSV])
         if logs:  # copied, for those of a run that begins with another's checkpoint are cut off there
-            self._move_aside(logs, outfile.filled(logs), shutil.copy2)
+            self._move_aside(outfile.filled(logs), copied=True)
 
-    def _move_aside(
-        self, place: Path, files: Sequence[Path], move: Callable[[Path, Path], object] = shutil.move
-    ) -> None:
+    def _move_aside(self, files: Sequence[Path], copied: bool = False) -> None:
+        """Within their folder, which may be a mounted one. What this run begins with is left there as well."""
         there = [path for path in files if path.exists()]
         if not there:
             return
-        aside = free_name(place)
+        given = [Path(path).expanduser() for path in (self._config.model.weights, self._config.run.resume)]
+        begun = {path.with_suffix(suffix).resolve() for path in given for suffix in (".pt", ".json")}
+        aside = free_name(there[0].with_name("earlier"))
         try:
             aside.mkdir()
             for path in there:
-                move(path, aside / path.name)
+                (shutil.copy2 if copied or path.resolve() in begun else shutil.move)(path, aside / path.name)
         except OSError as error:
-            raise UserError(f"cannot set {place} aside as {aside}: {error.strerror}") from None
-        self._report(f"what an earlier run left at {place} is now in {aside}")
+            raise UserError(f"cannot set {there[0]} aside in {aside}: {error.strerror}") from None
+        self._report(f"what an earlier run left in {aside.parent} is now in {aside}")
 
     def check_space(self, wanted: int) -> None:
         """Raise UserError unless the disk has room for so many bytes."""
@@ -248,6 +249,7 @@ class RunDirectory:
         run = self._config.run
         lacking = []
         if run.numbered_checkpoints:
+            make_folder(run.numbered_checkpoints, "run.numbered_checkpoints")
             self.checkpoints.copy_numbered()
             epochs = range(run.checkpoint_interval, self.finished_epochs() + 1, run.checkpoint_interval)
             missing = [epoch for epoch in epochs if not self.checkpoints.numbered_path(epoch).exists()]

@@ -20,7 +20,7 @@ from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
-from hvd_eurosat.training.files import make_folder, replacing, write_text
+from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.weights.loading import load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
@@ -173,9 +173,11 @@ def _network(settings: Model, classes: int, seed: int) -> LandCoverResNet:
 
 
 def holds(path: Path, checkpoint: Checkpoint) -> bool:
-    """Whether FILE.pt is this very checkpoint, whole."""
+    """Whether FILE.pt is this very checkpoint, whole, whatever the clock said."""
     try:
-        return path.with_suffix(".json").exists() and _same(vars(load(path)), vars(checkpoint))
+        if not path.with_suffix(".json").exists():
+            return False
+        return _same(*({**vars(one), "seconds": 0.0} for one in (load(path), checkpoint)))
     except UserError:
         return False
 
@@ -290,8 +292,6 @@ class CheckpointFolder:
         path = self.folder / f"{checkpoint.name}.pt"
         self._write_frozen(checkpoint)
         if not holds(path, checkpoint):
-            if path.with_suffix(".json").exists():  # of another checkpoint
-                path.with_suffix(".json").unlink()
             write(checkpoint, path, self._frozen)
         self._point_at_newest_and_best()
         if self._numbered and self._is_numbered(checkpoint):
@@ -314,7 +314,6 @@ class CheckpointFolder:
                     whole = load(self.path(record))
                 except UserError:  # a damaged one
                     continue
-                make_folder(copy.parent, "run.numbered_checkpoints")
                 write(whole, copy, frozen=None)
 
     def _is_numbered(self, saved: Checkpoint | Record) -> bool:
@@ -361,7 +360,9 @@ class CheckpointFolder:
 
 
 def _set_aside(path: Path, error: UserError, report: Callable[[str], None]) -> None:
+    parts = [part for part in (path.with_suffix(".json"), path) if part.exists()]
+    if not parts:  # another file's word for it, which would be taken again and again
+        raise RunError(str(error))
     report(f"{error}; it is set aside as {path.name}.damaged")
-    for part in (path.with_suffix(".json"), path):
-        if part.exists():
-            part.rename(f"{part}.damaged")
+    for part in parts:
+        part.rename(f"{part}.damaged")

@@ -187,7 +187,7 @@ def _compare(layers: dict[str, Layer], expected: Layer) -> None:
     if layer.kind != expected.kind:
         raise ValueError(f"not a ResNet-50: {layer.name} is a {_shown(layer.kind)}, expected {expected.kind}")
     if layer.kind == "InputLayer":
-        _image_size(layer)
+        _input_shape(layer)
     for key, value in {**COMMON.get(layer.kind, {}), **expected.settings}.items():
         found = layer.settings.get(key, OPTIONAL.get(key))
         if key == "activation" and found == "log_softmax_v2":  # TensorFlow's name for it
@@ -201,13 +201,19 @@ def _compare(layers: dict[str, Layer], expected: Layer) -> None:
         raise ValueError(f"{layer.name} follows {_shown(layer.inputs)}, expected {_shown(expected.inputs)}")
 
 
+def _input_shape(layer: Layer) -> tuple[Any, ...]:
+    shape = layer.settings.get("batch_input_shape", layer.settings.get("batch_shape"))
+    if isinstance(shape, tuple) and len(shape) == 4 and shape[3] == 3:
+        return shape
+    raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, 3]")
+
+
 def _image_size(layer: Layer) -> int | None:
     """The side of the images that an InputLayer takes, None for any."""
-    shape = layer.settings.get("batch_input_shape", layer.settings.get("batch_shape"))
-    if isinstance(shape, tuple) and len(shape) == 4 and shape[1] == shape[2] and shape[3] == 3:
-        side = shape[1]
-        if side is None or (type(side) is int and side > 0):
-            return side
+    shape = _input_shape(layer)
+    side = shape[1]
+    if side == shape[2] and (side is None or (type(side) is int and side > 0)):
+        return side
     raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, 3]")
 
 

@@ -106,6 +106,7 @@ def test_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--optim.warmup_epochs", "9", "--optim.schedule_epochs", "9"],
             "optim.warmup_epochs must be below optim.schedule_epochs (9)",
         ),
+        (["--optim.milestones", "[1,"], "encountered for optim.milestones: Missing end delimiter"),
         (["--optim.schedule", "multistep"], "optim.schedule multistep wants optim.milestones"),
         (
             ["--optim.schedule", "multistep", "--optim.milestones", "5,9", "--optim.warmup_epochs", "5"],
