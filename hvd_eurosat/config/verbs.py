@@ -1,4 +1,4 @@
-"""What evaluate, predict and export are told."""
+"""What evaluate, predict, map and export are told."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import CliSuppress
 
 from hvd_eurosat.config.reading import read
-from hvd_eurosat.config.schema import Data, Model, Place, Settings, UserPath
+from hvd_eurosat.config.schema import Data, Model, Number, Place, Probability, Settings, UserPath
 
 
 class EvaluateSettings(Settings):
@@ -48,6 +48,44 @@ class PredictSettings(Settings):
     in log-probabilities"""
 
 
+class MapSettings(Settings):
+    """A land-cover map of whole scenes, larger than memory, over all ranks; the same command goes on with it."""
+
+    checkpoint: UserPath
+    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
+    scene: tuple[UserPath, ...]
+    """scenes; files of one band each are one scene, where their names differ in the band alone"""
+    out: UserPath
+    """folder for the map; of several scenes each gets its own in it"""
+    stride: NonNegativeInt = 0
+    """pixels from window to window, and from map pixel to map pixel; 0: the side of the network's windows"""
+    max_masked: Probability = 0.25
+    """a window with a larger share of masked pixels has no class"""
+    bands: tuple[str, ...] = ()
+    """what the bands of the scene's file are, in its order, where it does not say: B04,B03,B02; - is for another"""
+    offset: Number | None = None
+    """that digital numbers carry and that is subtracted, where no metadata say it: -1000 of products since 2022"""
+    stretch: tuple[Number, Number] | None = None
+    """LOW,HIGH: the digital numbers that become black and white, in place of what the checkpoint's images had"""
+    resolution: PositiveFloat | None = None
+    """metres: bring the scene to pixels of this size first; EuroSAT has 10"""
+    mask: str | None = None
+    """what has no class: SCL (clouds and shadows of an L2A product), a band, or a file of the scene's size"""
+    probabilities: bool = False
+    """write the probabilities of all classes, too: probabilities.tif"""
+    min_area: NonNegativeFloat = 0.0
+    """hectares: in map.geojson smaller areas go to their largest neighbour"""
+    memory: PositiveFloat = 2.0
+    """GB that a rank may take for a scene, beside what the network needs"""
+    batch_size: NonNegativeInt = 0
+    """windows per step; 0: as in the run that saved the checkpoint"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
+    in log-probabilities"""
+    watchdog_seconds: NonNegativeFloat = 600.0
+    """end the job when a rank makes no progress for so long, and name it; 0: never"""
+
+
 class ExportSettings(Settings):
     """A trained network, or one prepared for training, in the formats of other tools."""
 
@@ -71,6 +109,11 @@ def evaluate(argv: Sequence[str]) -> EvaluateSettings:
 def predict(argv: Sequence[str]) -> PredictSettings:
     """The settings that a command line of `predict` asks for."""
     return read(PredictSettings, _as_list("--input", argv), "predict")
+
+
+def map_scenes(argv: Sequence[str]) -> MapSettings:
+    """The settings that a command line of `map` asks for."""
+    return read(MapSettings, _as_list("--scene", argv), "map")
 
 
 def export(argv: Sequence[str]) -> ExportSettings:

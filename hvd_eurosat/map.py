@@ -1,0 +1,143 @@
+"""A land-cover map of whole scenes: rasters, areas, polygons, a picture and a page to click on.
+
+python -m hvd_eurosat.map --checkpoint runs/finetune/checkpoints/best.json --scene scene.tif --out maps/scene
+"""
+
+from __future__ import annotations
+
+from hvd_eurosat.cluster.command_line import answer
+from hvd_eurosat.config import verbs
+
+if __name__ == "__main__":
+    answer(verbs.map_scenes)  # before the imports below, which take seconds
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from hvd_eurosat.cluster import job
+from hvd_eurosat.cluster.signals import StopRequest
+from hvd_eurosat.cluster.world import SharedError, World
+from hvd_eurosat.config.verbs import MapSettings
+from hvd_eurosat.errors import STOPPED, Stopped
+from hvd_eurosat.run.display import Display
+from hvd_eurosat.scene.mapping import Network, map_blocks
+from hvd_eurosat.scene.parts import Parts
+from hvd_eurosat.scene.plan import Plan, make_plan, scenes_in
+from hvd_eurosat.scene.products import write_products
+from hvd_eurosat.scene.result import Area
+from hvd_eurosat.scene.source import Scene, SceneOptions, open_scene
+from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.precision import precision_of
+from hvd_eurosat.training.stragglers import slow_ranks
+
+WRITING_PATIENCE = 10  # times watchdog_seconds
+
+
+def main(world: World, settings: MapSettings) -> int:
+    """Map the scenes one after the other, each over all ranks. Returns the job's exit status."""
+    world.watch(settings.watchdog_seconds)
+    stop, display = StopRequest(), Display(world.is_main)
+    saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
+    precision = precision_of(settings.precision, saved.precision)
+    network = Network(saved.build_model(world.device).eval(), saved, precision, world.device)
+    scenes = world.on_main(lambda: scenes_in(settings))
+    failed = 0
+    for out, paths in scenes.items():
+        try:
+            map_scene(world, network, settings, paths, out, display, stop)
+        except Stopped:
+            display.say(f"stopped: the same command goes on with what is missing in {out}")
+            return STOPPED
+        except SharedError as error:
+            if len(scenes) == 1:
+                raise
+            display.fail(f"{error}; the other scenes are mapped")
+            failed += 1
+    if failed:
+        display.fail(f"{failed} of {len(scenes)} scenes could not be mapped")
+    return 1 if failed else 0
+
+
+def map_scene(
+    world: World,
+    network: Network,
+    settings: MapSettings,
+    paths: Sequence[str],
+    out: Path,
+    display: Display,
+    stop: Callable[[], bool],
+) -> None:
+    """One scene into one folder, or what is missing there of its map. Collective. Raises Stopped on all ranks."""
+    began = time.perf_counter()
+    world.tick(f"opening {paths[0]}")
+    options = SceneOptions(settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask)
+    with world.together(lambda: open_scene(paths, network.saved.inputs, options)) as scene:
+        plan = world.together(lambda: make_plan(scene, network.saved, network.precision.name, settings, paths))
+        world.agree("scene", plan.work)
+        parts = Parts(out)
+        try:
+            if not world.on_main(lambda: parts.begin(plan.work, world.tick)):
+                display.say(f"the map in {out} is finished")
+                return
+            for warning in scene.warnings:
+                display.warn(warning)
+            map_windows(world, network, scene, plan, parts, display, stop)
+            world.tick("writing the map", WRITING_PATIENCE)
+            run = {"ranks": world.size, "device": world.device.type, "mapping_seconds": time.perf_counter() - began}
+            known = world.on_main(lambda: write_products(scene, network.saved, plan, parts, settings, run, world.tick))
+            display.say(summary(known, plan, out, network.precision.name, time.perf_counter() - began))
+        finally:
+            parts.close()
+
+
+def map_windows(
+    world: World, network: Network, scene: Scene, plan: Plan, parts: Parts, display: Display, stop: Callable[[], bool]
+) -> None:
+    """All blocks that are not there yet, by whichever rank is free. Collective. Raises Stopped on all ranks."""
+    display.start(scene.name, len(plan.blocks), "block")
+
+    def progress() -> None:
+        if display.is_due():
+            display.show(parts.done(), f"{plan.block_windows:,} windows each")
+
+    try:
+        while todo := world.on_main(lambda: parts.missing(len(plan.blocks))):
+            world.tick(f"mapping {scene.name}")
+            work = world.together(lambda: map_blocks(world, network, scene, plan, parts, todo, stop, progress))
+            if world.sum(torch.tensor(float(stop()))) > 0:
+                raise Stopped
+            name_stragglers(world, work, display)
+            world.on_main(parts.release)
+    finally:
+        display.end()
+
+
+def name_stragglers(world: World, work: tuple[int, float], display: Display) -> None:
+    """Warn of ranks that take much longer for a window than the others, which do the more of them. Collective."""
+    ranks = world.gather((socket.gethostname(), *work))
+    if not all(windows for _, windows, _ in ranks):
+        return
+    share = sum(windows for _, windows, _ in ranks) / len(ranks)
+    for slow in slow_ranks([(host, seconds / windows * share) for host, windows, seconds in ranks]):
+        display.warn(f"rank {slow['rank']} ({slow['host']}) was {slow['slower']:.0%} slower than the other ranks")
+
+
+def summary(known: Sequence[Area], plan: Plan, out: Path, precision: str, seconds: float) -> str:
+    """The classes that there are, by their area, and what was done."""
+    there = sorted((area for area in known if area.name and area.windows), key=lambda area: -(area.share or 0))
+    width = max((len(area.name or "") for area in there), default=0)
+    lines = [f"{'class':<{width}}   share      hectares  confidence"] if there else []
+    for area in there:
+        hectares = "" if area.hectares is None else f"{area.hectares:,.0f}"
+        lines.append(f"{area.name:<{width}}  {area.share:6.1%}  {hectares:>12}  {area.confidence or 0:9.0f}%")
+    rows, columns = plan.windows.shape
+    rate = rows * columns / seconds
+    return "\n".join([*lines, f"{rows:,} x {columns:,} windows in {out}, {precision}, {rate:,.0f} windows/s"])
+
+
+if __name__ == "__main__":
+    job.run(verbs.map_scenes, main)
