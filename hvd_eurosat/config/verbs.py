@@ -64,13 +64,14 @@ class MapSettings(Settings):
     bands: tuple[str, ...] = ()
     """what the bands of the scene's file are, in its order, where it does not say: B04,B03,B02; - is for another"""
     offset: Number | None = None
-    """that digital numbers carry and that is subtracted, where no metadata say it: -1000 of products since 2022"""
+    """what digital numbers carry, where no metadata say it: 1000 of products since January 2022, 0 of older ones"""
     stretch: tuple[Number, Number] | None = None
     """LOW,HIGH: the digital numbers that become black and white, in place of what the checkpoint's images had"""
     resolution: PositiveFloat | None = None
     """metres: bring the scene to pixels of this size first; EuroSAT has 10"""
     mask: str | None = None
-    """what has no class: SCL (clouds and shadows of an L2A product), a band, or a file of the scene's size"""
+    """pixels that do not count: SCL (clouds and shadows of an L2A product), SCL=3,8,9 (these of its classes), another
+    band, or a file"""
     probabilities: bool = False
     """write the probabilities of all classes, too: probabilities.tif"""
     min_area: NonNegativeFloat = 0.0
