@@ -138,13 +138,14 @@ def _of_listing(files: Listing, names: Sequence[str], rasters: Rasters) -> Found
         raise UserError(f"{files.path} has {kinds}: name the scene's files, and the bands with --bands")
     if names:
         raise UserError(f"the bands of {files.path} have their names in those of the files: leave --bands out")
+    root = files.path.resolve() if top == "." else PurePosixPath(top)
     if described_by:
         metadata = read_metadata(files.read(described_by), str(files.path / described_by))
     else:
-        metadata = _metadata_of(files.path / "any") if files.path.is_dir() else None
-    root = files.path if top == "." else PurePosixPath(top)
+        above = metadata_above(files.path / "any") if files.path.is_dir() else None
+        metadata, root = _metadata_at(above), above.parent if above else root
     name = root.name.removesuffix(".SAFE").removesuffix(".zip")
-    return Found(name, places, metadata, _level(metadata, [str(root.name), *images]), others)
+    return Found(name, places, metadata, _level(metadata, [root.name, *images]), others)
 
 
 def _refuse_several_granules(files: Listing, images: Iterable[str]) -> None:
@@ -166,7 +167,7 @@ def _of_files(paths: Sequence[Path | str], names: Sequence[str], rasters: Raster
         if name and name != UNNAMED:
             places.setdefault(name, []).append(Place(path, index, metres_of_file(Path(path).stem)))
     first = Path(paths[0])
-    metadata = None if str(first).startswith("/vsi") else _metadata_of(first)
+    metadata = None if str(first).startswith("/vsi") else _metadata_at(metadata_above(first))
     name = first.stem if len(paths) == 1 else without_band(first.stem) or first.resolve().parent.name
     unnamed = [f"band {index} of {Path(path).name}" for path, index in slots]
     return Found(name, places, metadata, _level(metadata, [Path(path).name for path in paths]), unnamed)
@@ -201,9 +202,8 @@ def _own_name(dataset: Dataset, path: str, index: int) -> str | None:
     return text  # some name of its own, for --mask
 
 
-def _metadata_of(path: Path) -> Metadata | None:
-    above = metadata_above(path)
-    return read_metadata(Listing(above.parent, {}).read(above.name), str(above)) if above else None
+def _metadata_at(path: Path | None) -> Metadata | None:
+    return read_metadata(Listing(path.parent, {}).read(path.name), str(path)) if path else None
 
 
 def _level(metadata: Metadata | None, names: Iterable[str]) -> str | None:

@@ -148,7 +148,7 @@ def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Sce
 
     Raises UserError for what is not there, damaged or unsafe, and for what is not known, with the flag that says it.
     """
-    path = " ".join(what)
+    path = what[0] if len(what) == 1 else f"{what[0]} and {len(what) - 1} more"
     with ExitStack() as resources:
         rasters = Rasters()
         resources.callback(rasters.close)
