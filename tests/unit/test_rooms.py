@@ -23,11 +23,12 @@ ORDER = [
     {"weights"},
     {"training"},
     {"run"},
+    {"scene"},
     {"benchmarks", "diagnosis"},
     {"train", "prepare", "evaluate", "predict", "export", "report", "benchmark", "doctor"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-HEAVY = {"torch", "torchvision", "horovod", "mpi4py", "matplotlib", "h5py", "tensorboard"}
+HEAVY = {"torch", "torchvision", "horovod", "mpi4py", "matplotlib", "h5py", "tensorboard", "rasterio"}
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
 MODULES = """
 import json, runpy, sys

@@ -1,0 +1,149 @@
+"""Opening rasters with suspicion: local files of three formats, in pieces that fit into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+from rasterio._err import CPLE_BaseError
+from rasterio.enums import ColorInterp, Interleaving
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.scene.markup import MAX_BYTES, elements
+
+SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
+MAGIC = {
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+}
+MAX_BLOCK = 512 << 20  # bytes of what must be read at once
+MAX_NESTED = 4  # VRTs in VRTs
+LEADS_AWAY = re.compile(r"\w{2,}:|.*/vsi(?!zip/|tar/|gzip/)", re.S)
+# Rasters are local files: nothing is fetched, no code in a VRT runs, and GDAL's cache has a bound (in bytes).
+OPTIONS = {
+    "GDAL_CACHEMAX": 256 << 20,
+    "GDAL_VRT_ENABLE_PYTHON": "NO",
+    "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
+    "CPL_LOG": os.devnull,  # libtiff's chatter
+}
+Dataset = Any  # of rasterio, which has no types
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Around all that touches a raster: what GDAL makes of damaged bytes becomes a UserError that names the file."""
+    try:
+        with warnings.catch_warnings(), rasterio.Env(**OPTIONS):
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            yield
+    except (RasterioError, CPLE_BaseError, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UserError(f"{shown(path)} cannot be read: it is damaged or cut short ({reason})") from None
+
+
+def zipped(archive: Path, member: str) -> str:
+    """A zip's member as GDAL knows it."""
+    return f"/vsizip/{{{archive.resolve()}}}/{member}"
+
+
+def shown(path: str) -> str:
+    """A path as a person knows it."""
+    found = re.fullmatch(r"/vsizip/\{(.*)\}/(.*)", path, re.S)
+    return f"{found[2]} in {found[1]}" if found else path
+
+
+def open_raster(path: str) -> Dataset:
+    """An open dataset. Raises UserError for what is not there, of another format, unsafe, or too large a piece."""
+    driver = _driver(path)
+    if driver == "VRT":
+        _check_vrt(Path(path), MAX_NESTED)
+    with reading(path):
+        dataset = rasterio.open(path, driver=driver, sharing=False)
+    try:
+        with reading(path):
+            _check(dataset, path)
+    except UserError:
+        dataset.close()
+        raise
+    return dataset
+
+
+def _driver(path: str) -> str:
+    if path.startswith("/vsizip/"):
+        return "JP2OpenJPEG" if path.lower().endswith(".jp2") else "GTiff"
+    head = _head(Path(path), 4096)
+    for magic, driver in MAGIC.items():
+        if head.startswith(magic):
+            return driver
+    if b"<VRTDataset" in head:
+        return "VRT"
+    raise UserError(f"{path} is no GeoTIFF, JPEG 2000 or VRT: gdal_translate makes a GeoTIFF of other rasters")
+
+
+def _head(path: Path, count: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_vrt(path: Path, depth: int) -> None:
+    """Raise UserError unless its sources are files on this machine."""
+    if depth < 0:
+        raise UserError(f"{path} is a VRT of VRTs of VRTs, or of itself: gdal_translate makes a GeoTIFF of it")
+    found = elements(_head(path, MAX_BYTES + 1), str(path), ("SourceFilename", "SourceDataset"))
+    for source, beside in {(text, attributes.get("relativeToVRT") == "1") for _, attributes, text in found}:
+        if LEADS_AWAY.match(source):
+            raise UserError(f"{path} takes pixels from {source[:200]}, and only files on this machine are read")
+        file = path.parent / source if beside else Path(source)
+        if source.startswith("/vsi"):
+            continue
+        if not file.is_file():
+            raise UserError(f"{path} takes pixels from {file}, which is not there")
+        if b"<VRTDataset" in _head(file, 4096):
+            _check_vrt(file, depth - 1)
+
+
+def _check(dataset: Dataset, path: str) -> None:
+    if not dataset.count:
+        raise UserError(f"{shown(path)} has no bands of its own: name one of its parts")
+    if ColorInterp.palette in dataset.colorinterp:
+        raise UserError(f"{shown(path)} has the colours of a palette: gdal_translate -expand rgb makes bands of them")
+    together = dataset.count if dataset.interleaving == Interleaving.pixel else 1
+    for (height, width), name in zip(dataset.block_shapes, dataset.dtypes, strict=True):
+        if name.startswith("c"):
+            raise UserError(f"{shown(path)} holds complex numbers, which are no reflectances")
+        size = height * width * np.dtype(name).itemsize * together
+        if size > MAX_BLOCK:
+            raise UserError(
+                f"{shown(path)} can be read in pieces of {size / 1e9:,.1f} GB only: "
+                "gdal_translate -co TILED=YES makes tiles of it"
+            )
+    if dataset.driver == "GTiff" and not path.startswith("/vsi"):
+        _check_length(dataset, path)
+
+
+def _check_length(dataset: Dataset, path: str) -> None:
+    """Raise UserError where the first or last blocks of a band lie behind the end of the file."""
+    length = os.path.getsize(path)
+    for band, (height, width) in zip(dataset.indexes, dataset.block_shapes, strict=True):
+        last = (dataset.width - 1) // width, (dataset.height - 1) // height
+        for column, row in {(0, 0), last}:
+            offset, size = (
+                dataset.get_tag_item(f"BLOCK_{what}_{column}_{row}", "TIFF", bidx=band) for what in ("OFFSET", "SIZE")
+            )
+            if offset and size and int(offset) + int(size) > length:
+                raise UserError(f"{path} is cut short: it should have {int(offset) + int(size):,} bytes at least")
