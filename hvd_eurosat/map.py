@@ -22,7 +22,7 @@ from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.verbs import MapSettings
-from hvd_eurosat.errors import STOPPED, Stopped
+from hvd_eurosat.errors import STOPPED, Stopped, UserError
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.scene.mapping import Network, map_blocks
 from hvd_eurosat.scene.parts import Parts
@@ -75,7 +75,7 @@ def map_scene(
     began = time.perf_counter()
     world.tick(f"opening {paths[0]}")
     options = SceneOptions(settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask)
-    with world.together(lambda: open_scene(paths, network.saved.inputs, options)) as scene:
+    with world.together(lambda: open_scene(paths, network.saved.wants, options)) as scene:
         plan = world.together(lambda: make_plan(scene, network.saved, network.precision.name, settings, paths))
         world.agree("scene", plan.work)
         parts = Parts(out)
@@ -101,19 +101,35 @@ def map_windows(
     display.start(scene.name, len(plan.blocks), "block")
 
     def progress() -> None:
+        world.tick()
         if display.is_due():
             display.show(parts.done(), f"{plan.block_windows:,} windows each")
 
     try:
         while todo := world.on_main(lambda: parts.missing(len(plan.blocks))):
             world.tick(f"mapping {scene.name}")
-            work = world.together(lambda: map_blocks(world, network, scene, plan, parts, todo, stop, progress))
+            work = share(world, lambda: map_blocks(world, network, scene, plan, parts, todo, stop, progress))
             if world.sum(torch.tensor(float(stop()))) > 0:
                 raise Stopped
             name_stragglers(world, work, display)
             world.on_main(parts.release)
+    except SharedError:
+        world.on_main(parts.discard)
+        raise
     finally:
         display.end()
+
+
+def share(world: World, work: Callable[[], tuple[int, float]]) -> tuple[int, float]:
+    """As World.together does, but no rank waits for another's pulse before all are done. Collective."""
+    done, error = (0, 0.0), None
+    try:
+        done = work()
+    except UserError as raised:
+        error = str(raised)
+    if errors := [one for one in world.gather(error) if one]:
+        raise SharedError(errors[0])
+    return done
 
 
 def name_stragglers(world: World, work: tuple[int, float], display: Display) -> None:

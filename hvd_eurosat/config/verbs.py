@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ class MapSettings(Settings):
     """pixels that do not count: SCL (clouds and shadows of an L2A product), SCL=3,8,9 (these of its classes), another
     band, or a file"""
     probabilities: bool = False
-    """write the probabilities of all classes, too: probabilities.tif"""
+    """write the probabilities of all classes, too: probabilities.tif; --probabilities alone is true"""
     min_area: NonNegativeFloat = 0.0
     """hectares: in map.geojson smaller areas go to their largest neighbour"""
     memory: PositiveFloat = 2.0
@@ -114,12 +115,23 @@ def predict(argv: Sequence[str]) -> PredictSettings:
 
 def map_scenes(argv: Sequence[str]) -> MapSettings:
     """The settings that a command line of `map` asks for."""
-    return read(MapSettings, _as_list("--scene", argv), "map")
+    words = [re.sub(r"^--(max|min)-(masked|area)\b", r"--\1_\2", word) for word in argv]
+    return read(MapSettings, _as_list("--scene", _switch("--probabilities", words)), "map")
 
 
 def export(argv: Sequence[str]) -> ExportSettings:
     """The settings that a command line of `export` asks for."""
     return read(ExportSettings, argv, "export")
+
+
+def _switch(flag: str, argv: Sequence[str]) -> list[str]:
+    """`flag` alone as `flag true`."""
+    words = list(argv)
+    if flag in words:
+        value = words.index(flag) + 1
+        if value == len(words) or words[value].startswith("--"):
+            words.insert(value, "true")
+    return words
 
 
 def _as_list(flag: str, argv: Sequence[str]) -> list[str]:

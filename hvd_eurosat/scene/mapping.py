@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.data.augment import normalise, shrink
+from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.scene.parts import NONE, Parts
 from hvd_eurosat.scene.plan import Plan
@@ -27,6 +28,7 @@ from hvd_eurosat.training.precision import Precision
 
 T = TypeVar("T")
 R = TypeVar("R")
+TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,44 @@ def map_blocks(
 ) -> tuple[int, float]:
     """Do this rank's blocks; returns its windows, and the seconds it took for them.
 
-    Where `stop` comes true it leaves between two batches, and so do the other ranks after their blocks.
+    Where `stop` comes true, or a block cannot be read, all ranks leave between two batches. Raises UserError.
     """
     windows, began = 0, time.perf_counter()
     mine = parts.claimed(todo, world.rank, world.size)
-    for read in ahead(lambda index: read_block(scene, plan, plan.blocks[index]), mine):
-        values = classify(world, network, plan, read, stop, progress)
-        if values is None:
-            parts.stop()
-            break
-        parts.write(read.block.index, values, read.preview)
-        windows += len(values)
+    try:
+        for read in ahead(lambda index: read_block(scene, plan, plan.blocks[index]), mine, world.tick):
+            values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
+            if values is None:
+                parts.stop()
+                break
+            parts.write(read.block.index, values, read.preview)
+            windows += len(values)
+    except UserError:
+        parts.stop()
+        raise
     return windows, time.perf_counter() - began
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """The function's results in order; a thread has the next one ready while this one is worked with."""
+def ahead(function: Callable[[T], R], items: Iterable[T], tick: Callable[[], None]) -> Iterator[R]:
+    """The function's results in order; a thread has the next one ready while this one is worked with.
+
+    `tick` is called while there is none yet.
+    """
     with ThreadPoolExecutor(1) as pool:
         waiting: Future[R] | None = None
         for item in items:
             coming = pool.submit(function, item)
             if waiting:
-                yield waiting.result()
+                yield _result(waiting, tick)
             waiting = coming
         if waiting:
-            yield waiting.result()
+            yield _result(waiting, tick)
+
+
+def _result(coming: Future[R], tick: Callable[[], None]) -> R:
+    while not wait([coming], TICK_SECONDS).done:
+        tick()
+    return coming.result()
 
 
 def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
@@ -142,7 +157,6 @@ def _summed(values: NDArray[np.integer], step: int, axis: int) -> NDArray[np.uin
 
 @torch.no_grad()
 def classify(
-    world: World,
     network: Network,
     plan: Plan,
     read: Read,
@@ -166,7 +180,6 @@ def classify(
             places = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
             answers.append(answer(network, cut(pixels, *places, windows.side)))
         progress()
-        world.tick()
     if len(rows):
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
     return values

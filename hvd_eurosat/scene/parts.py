@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.training.files import make_folder, replacing, write_text
 
-FOLDER, WORK, DONE = ".parts", "work.json", "map.json"
+FOLDER, WORK, DONE, STOP = ".parts", "work.json", "map.json", "stop"
+LOOK_SECONDS = 0.5
 LOCK_SECONDS = 10.0  # the ranks of a job that was killed are gone by then
 NONE = 255  # of classes and percents: the window has none
 Work = dict[str, Any]
@@ -36,6 +37,7 @@ class Parts:
         self.out = out
         self.folder = out / FOLDER
         self._lock: Any = None
+        self._look, self._stopped = 0.0, False
 
     def begin(self, work: Work, tick: Callable[[], None]) -> bool:
         """On rank 0: make the folder ready for this work, new or begun; False where the map is finished already.
@@ -85,7 +87,7 @@ class Parts:
 
     def release(self) -> None:
         """On rank 0: forget claims, and that a rank was asked to stop."""
-        for path in (*self.folder.glob("*.claim"), *self.folder.glob(".*.part.*"), self.folder / "stop"):
+        for path in (*self.folder.glob("*.claim"), *self.folder.glob(".*.part.*"), self.folder / STOP):
             path.unlink(missing_ok=True)
 
     def missing(self, blocks: int) -> list[int]:
@@ -100,8 +102,6 @@ class Parts:
         """The blocks that this rank gets of `todo`, claimed one by one: of its own share, then of the others'."""
         start = rank * len(todo) // ranks
         for index in (*todo[start:], *todo[:start]):
-            if (self.folder / "stop").exists():
-                return
             if self._claim(index):
                 yield index
 
@@ -115,9 +115,16 @@ class Parts:
         return True
 
     def stop(self) -> None:
-        """Ask all ranks to stop after the block that they are at."""
+        """Ask all ranks to stop."""
         with contextlib.suppress(OSError):  # a full disk, say: then the others go on
-            (self.folder / "stop").touch()
+            (self.folder / STOP).touch()
+
+    def is_stopped(self) -> bool:
+        """Whether any rank has asked so, half a second ago or earlier."""
+        if time.monotonic() > self._look:
+            self._look = time.monotonic() + LOOK_SECONDS
+            self._stopped = (self.folder / STOP).exists()
+        return self._stopped
 
     def write(self, index: int, values: Values, preview: Values) -> None:
         """A block is done."""
@@ -139,6 +146,12 @@ class Parts:
         """On rank 0, when map.json is written: the parts go."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
+
+    def discard(self) -> None:
+        """On rank 0, where the scene turned out to be bad: nothing is left of it."""
+        self.finish()
+        with contextlib.suppress(OSError):
+            self.out.rmdir()
 
     def close(self) -> None:
         """Another job may use the folder."""

@@ -132,7 +132,7 @@ def test_a_map_pixel_is_the_middle_of_its_window(turn: Affine, side: int, stride
 
 
 def test_what_cannot_be_windowed_is_refused() -> None:
-    with pytest.raises(UserError, match="s.tif has 63 x 500 pixels, and the network's window 64 x 64"):
+    with pytest.raises(UserError, match=r"s.tif has 63 x 500 pixels, and the network's window 64 x 64"):
         check(Grid(UTM, NORTH_UP, 63, 500), 64, 64, "s.tif")
     with pytest.raises(UserError, match="--stride 65 leaves gaps between windows of 64 pixels: give 64 or less"):
         check(Grid(UTM, NORTH_UP, 500, 500), 64, 65, "s.tif")
@@ -157,7 +157,7 @@ def test_memory_bounds_a_block_and_what_does_not_fit_is_refused() -> None:
         assert windows.COPIES * (block.bottom - block.top) * 10_980 * 4 < memory * 1e9
     with pytest.raises(UserError, match=r"--memory 0.1: tile.jp2 in 683 x 683 windows takes \d.* GB a process"):
         block_rows(tile, 3, 10, 512, 0.1, "tile.jp2")
-    with pytest.raises(UserError, match="--memory 2: sparse.tif in 15,625 x 15,625 windows takes"):
+    with pytest.raises(UserError, match=r"--memory 2: sparse.tif in 15,625 x 15,625 windows takes"):
         block_rows(Windows(10**6, 10**6, 64, 64), 3, 10, 256, 2.0, "sparse.tif")
 
 
@@ -202,12 +202,12 @@ def test_the_next_block_is_read_while_this_one_is_worked_with() -> None:
         events.append(f"read {n}")
         return n
 
-    for n in mapping.ahead(read, range(3)):
+    for n in mapping.ahead(read, range(3), lambda: None):
         if n < 2:
             while f"read {n + 1}" not in events:
                 pass
         events.append(f"worked {n}")
-    assert events == ["read 0", "read 1", "worked 0", "read 2", "worked 1", "worked 2"] or len(events) == 6
+    assert [event for event in events if event.startswith("worked")] == ["worked 0", "worked 1", "worked 2"]
 
 
 @pytest.mark.parametrize("stride", [SIDE, 8])
@@ -216,7 +216,7 @@ def test_every_window_is_what_predict_says_of_its_cut_out(
 ) -> None:
     pixels = noise(150, 210)
     scene = scene_file(tmp_path / "scene.tif", pixels)
-    assert map_of("--scene", scene, "--out", tmp_path / "map", "--stride", stride, "--probabilities", "true") == 0
+    assert map_of("--scene", scene, "--out", tmp_path / "map", "--stride", stride, "--probabilities") == 0
     one = Windows(150, 210, SIDE, stride)
     (tmp_path / "patches").mkdir()
     for row, y in enumerate(one.tops):
@@ -261,7 +261,7 @@ def test_windows_with_too_much_masked_have_no_class(tmp_path: Path, map_of: Map)
     classes = raster(tmp_path / "map" / "classes.tif")
     assert np.argwhere(classes == NONE).tolist() == [[0, 0], [0, 2]]
     assert (raster(tmp_path / "map" / "confidence.tif") == NONE).tolist() == (classes == NONE).tolist()
-    assert map_of("--scene", scene, "--out", tmp_path / "all", "--max_masked", 0.99) == 0
+    assert map_of("--scene", scene, "--out", tmp_path / "all", "--max-masked", 0.99) == 0
     assert (raster(tmp_path / "all" / "classes.tif") == NONE).sum() == 1
 
 
@@ -293,7 +293,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, network: Path) -> Path:
         patch.setattr(World, "watch", lambda world, seconds: None)
         world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
         scene = scene_file(folder / "scene.tif", noise(200, 300))
-        words = ["--checkpoint", network, "--scene", scene, "--out", folder / "map", "--probabilities", "true"]
+        words = ["--checkpoint", network, "--scene", scene, "--out", folder / "map", "--probabilities"]
         assert maps.main(world, verbs.map_scenes([*map(str, words)])) == 0
     return folder / "map"
 
@@ -432,7 +432,7 @@ def test_a_finished_map_is_not_made_again_and_another_not_over_it(
     with pytest.raises(SharedError, match="holds a map with another stride, 32 and not 16: give a new folder"):
         map_of(*words, "--stride", 16)
     scene_file(scene, noise(100, 100, seed=1))
-    with pytest.raises(SharedError, match="holds a map with another .*of the scene"):
+    with pytest.raises(SharedError, match=r"holds a map with another .*of the scene"):
         map_of(*words)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "map").iterdir()} == before
 
