@@ -22,7 +22,7 @@ from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.scene.parts import NONE, Parts
 from hvd_eurosat.scene.plan import Plan
 from hvd_eurosat.scene.source import Scene
-from hvd_eurosat.scene.windows import Block
+from hvd_eurosat.scene.windows import Block, slice_rows
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.precision import Precision
 
@@ -109,7 +109,7 @@ def _result(coming: Future[R], tick: Callable[[], None]) -> R:
 
 def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
     """A block, read along the blocks of the file, so that each of those is decoded once."""
-    width, step = scene.grid.width, scene.rows_per_block
+    width, step = scene.grid.width, slice_rows(scene.rows_per_block)
     pixels = np.empty((len(scene.bands), block.bottom - block.top, width), np.uint8)
     masked = np.empty(pixels.shape[1:], np.bool_)
     cuts = [block.top, *range((block.top // step + 1) * step, block.bottom, step), block.bottom]

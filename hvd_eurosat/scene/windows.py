@@ -20,6 +20,7 @@ BLOCKS = 16  # of a small scene, so that several ranks have work
 COPIES = 5  # of a block at a time: read, for its preview, waiting, with the network, and one to spare
 MASK_BYTES = 1  # beside a pixel's bands
 READING = 16  # bytes a value takes while it is made grey
+SLICE = 256  # pixel rows are read at a time, or a block of the file
 CACHE = 1 / 8  # of the memory is for decoded blocks of the file
 GIGABYTE = 10**9
 
@@ -112,17 +113,22 @@ def blocks(windows: Windows, rows: int) -> list[Block]:
     return found
 
 
+def slice_rows(file_rows: int) -> int:
+    """Pixel rows that are read at a time: whole blocks of the file, of so many rows each."""
+    return file_rows * math.ceil(SLICE / file_rows)
+
+
 def block_rows(windows: Windows, bands: int, classes: int, file_rows: int, memory: float, path: str) -> int:
     """Rows of windows in a block: enough for the network, few enough for all ranks and for `memory` (in GB).
 
-    It does not depend on the number of ranks. file_rows: pixel rows in a block of the file. Raises UserError where
-    `memory` does not suffice.
+    It does not depend on the number of ranks. file_rows: pixel rows in a block of the file. Raises UserError, which
+    names the scene's path, where `memory` does not suffice.
     """
     rows, columns = windows.shape
     again = windows.side - windows.stride
     wanted = max(math.ceil(WINDOWS / columns), math.ceil(again / OVERLAP / windows.stride))
     wanted = min(wanted, math.ceil(rows / BLOCKS))
-    reading = min(file_rows, windows.height) * windows.width * bands * READING
+    reading = min(slice_rows(file_rows), windows.height) * windows.width * bands * READING
     room = memory * GIGABYTE * (1 - CACHE) - reading
     pixel_rows = int(room / (windows.width * (bands + MASK_BYTES) * COPIES))
     possible = (pixel_rows - windows.side) // windows.stride + 1
