@@ -13,8 +13,10 @@ if __name__ == "__main__":
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,39 +87,47 @@ def map_scene(
                 return
             for warning in scene.warnings:
                 display.warn(warning)
-            map_windows(world, network, scene, plan, parts, display, stop)
+            windows = map_windows(world, network, scene, plan, parts, display, stop)
+            run: dict[str, Any] = {"ranks": world.size, "device": world.device.type, "windows": windows}
+            run["seconds"] = time.perf_counter() - began
             world.tick("writing the map", WRITING_PATIENCE)
-            run = {"ranks": world.size, "device": world.device.type, "mapping_seconds": time.perf_counter() - began}
             known = world.on_main(lambda: write_products(scene, network.saved, plan, parts, settings, run, world.tick))
-            display.say(summary(known, plan, out, network.precision.name, time.perf_counter() - began))
+            display.say(summary(known, plan, out, network.precision.name, run))
         finally:
             parts.close()
 
 
 def map_windows(
     world: World, network: Network, scene: Scene, plan: Plan, parts: Parts, display: Display, stop: Callable[[], bool]
-) -> None:
-    """All blocks that are not there yet, by whichever rank is free. Collective. Raises Stopped on all ranks."""
-    display.start(scene.name, len(plan.blocks), "block")
+) -> int:
+    """All blocks that are not there yet, by whichever rank is free; returns their windows. Collective.
+
+    Raises Stopped on all ranks, and SharedError where the scene cannot be read.
+    """
+    todo, done = world.on_main(lambda: parts.missing(len(plan.blocks))), 0
+    there = len(plan.blocks) - len(todo)
+    display.start(scene.name, len(todo), "block")
 
     def progress() -> None:
         world.tick()
         if display.is_due():
-            display.show(parts.done(), f"{plan.block_windows:,} windows each")
+            display.show(parts.done() - there, f"of {plan.block_windows:,} windows")
 
     try:
-        while todo := world.on_main(lambda: parts.missing(len(plan.blocks))):
+        while todo:
             world.tick(f"mapping {scene.name}")
-            work = share(world, lambda: map_blocks(world, network, scene, plan, parts, todo, stop, progress))
+            work = partial(map_blocks, world, network, scene, plan, parts, todo, stop, progress)
+            done += stragglers_named(world, share(world, work), display)
             if world.sum(torch.tensor(float(stop()))) > 0:
                 raise Stopped
-            name_stragglers(world, work, display)
             world.on_main(parts.release)
+            todo = world.on_main(lambda: parts.missing(len(plan.blocks)))  # a job that was killed may claim to the last
     except SharedError:
         world.on_main(parts.discard)
         raise
     finally:
         display.end()
+    return done
 
 
 def share(world: World, work: Callable[[], tuple[int, float]]) -> tuple[int, float]:
@@ -132,17 +142,18 @@ def share(world: World, work: Callable[[], tuple[int, float]]) -> tuple[int, flo
     return done
 
 
-def name_stragglers(world: World, work: tuple[int, float], display: Display) -> None:
-    """Warn of ranks that take much longer for a window than the others, which do the more of them. Collective."""
+def stragglers_named(world: World, work: tuple[int, float], display: Display) -> int:
+    """Warn of ranks that took much longer for a window than the others; returns the windows of all. Collective."""
     ranks = world.gather((socket.gethostname(), *work))
-    if not all(windows for _, windows, _ in ranks):
-        return
-    share = sum(windows for _, windows, _ in ranks) / len(ranks)
-    for slow in slow_ranks([(host, seconds / windows * share) for host, windows, seconds in ranks]):
-        display.warn(f"rank {slow['rank']} ({slow['host']}) was {slow['slower']:.0%} slower than the other ranks")
+    total = sum(windows for _, windows, _ in ranks)
+    if all(windows for _, windows, _ in ranks):
+        alike = [(host, seconds / windows * total / len(ranks)) for host, windows, seconds in ranks]
+        for slow in slow_ranks(alike):
+            display.warn(f"rank {slow['rank']} ({slow['host']}) was {slow['slower']:.0%} slower than the other ranks")
+    return total
 
 
-def summary(known: Sequence[Area], plan: Plan, out: Path, precision: str, seconds: float) -> str:
+def summary(known: Sequence[Area], plan: Plan, out: Path, precision: str, run: Mapping[str, Any]) -> str:
     """The classes that there are, by their area, and what was done."""
     there = sorted((area for area in known if area.name and area.windows), key=lambda area: -(area.share or 0))
     width = max((len(area.name or "") for area in there), default=0)
@@ -151,8 +162,8 @@ def summary(known: Sequence[Area], plan: Plan, out: Path, precision: str, second
         hectares = "" if area.hectares is None else f"{area.hectares:,.0f}"
         lines.append(f"{area.name:<{width}}  {area.share:6.1%}  {hectares:>12}  {area.confidence or 0:9.0f}%")
     rows, columns = plan.windows.shape
-    rate = rows * columns / seconds
-    return "\n".join([*lines, f"{rows:,} x {columns:,} windows in {out}, {precision}, {rate:,.0f} windows/s"])
+    rate = f"{run['windows'] / run['seconds']:,.0f} windows/s"
+    return "\n".join([*lines, f"{rows:,} x {columns:,} windows in {out}, {precision}, {rate}"])
 
 
 if __name__ == "__main__":

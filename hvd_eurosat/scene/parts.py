@@ -47,6 +47,7 @@ class Parts:
         make_folder(self.out, "--out")
         self._check(work)
         if (self.out / DONE).exists():
+            self.finish()  # where a job was killed at its very end
             return False
         make_folder(self.folder, "--out")
         self._take_lock(tick)
@@ -86,8 +87,9 @@ class Parts:
             time.sleep(0.2)
 
     def release(self) -> None:
-        """On rank 0: forget claims, and that a rank was asked to stop."""
-        for path in (*self.folder.glob("*.claim"), *self.folder.glob(".*.part.*"), self.folder / STOP):
+        """On rank 0: forget claims, that a rank was asked to stop, and what a killed job had begun to write."""
+        partial = [path for folder in (self.out, self.folder) for path in folder.glob(".*") if path.is_file()]
+        for path in (*self.folder.glob("*.claim"), *partial, self.folder / STOP):
             path.unlink(missing_ok=True)
 
     def missing(self, blocks: int) -> list[int]:
