@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from rasterio.enums import ColorInterp, Interleaving
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.scene import jpeg2000
 from hvd_eurosat.scene.markup import MAX_BYTES, elements
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
@@ -28,6 +31,7 @@ MAGIC = {
     b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
+ZIPPED = re.compile(r"/vsizip/\{(.*)\}/(.*)", re.S)
 MAX_BLOCK = 512 << 20  # bytes of what must be read at once
 MAX_NESTED = 4  # VRTs in VRTs
 LEADS_AWAY = re.compile(r"\w{2,}:|.*/vsi(?!zip/|tar/|gzip/)", re.S)
@@ -45,12 +49,24 @@ Dataset = Any  # of rasterio, which has no types
 def reading(path: str) -> Iterator[None]:
     """Around all that touches a raster: what GDAL makes of damaged bytes becomes a UserError that names the file."""
     try:
-        with warnings.catch_warnings(), rasterio.Env(**OPTIONS):
+        with warnings.catch_warnings(), _undecodable_ignored(), rasterio.Env(**OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
     except (RasterioError, CPLE_BaseError, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"{shown(path)} cannot be read: it is damaged or cut short ({reason})") from None
+
+
+@contextlib.contextmanager
+def _undecodable_ignored() -> Iterator[None]:
+    """rasterio takes GDAL's messages for UTF-8, and prints a traceback, twice, where they quote damaged bytes."""
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, *rest: None if kind is UnicodeDecodeError else hooks[0](kind, *rest)
+    sys.unraisablehook = lambda found: None if found.exc_type is UnicodeDecodeError else hooks[1](found)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
 
 
 def zipped(archive: Path, member: str) -> str:
@@ -60,7 +76,7 @@ def zipped(archive: Path, member: str) -> str:
 
 def shown(path: str) -> str:
     """A path as a person knows it."""
-    found = re.fullmatch(r"/vsizip/\{(.*)\}/(.*)", path, re.S)
+    found = ZIPPED.fullmatch(path)
     return f"{found[2]} in {found[1]}" if found else path
 
 
@@ -69,6 +85,8 @@ def open_raster(path: str) -> Dataset:
     driver = _driver(path)
     if driver == "VRT":
         _check_vrt(Path(path), MAX_NESTED)
+    if driver == "JP2OpenJPEG":
+        _check_jpeg2000(path)
     with reading(path):
         dataset = rasterio.open(path, driver=driver, sharing=False)
     try:
@@ -98,6 +116,21 @@ def _head(path: Path, count: int) -> bytes:
             return file.read(count)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_jpeg2000(path: str) -> None:
+    zipped_in = ZIPPED.fullmatch(path)
+    try:
+        if zipped_in:
+            with zipfile.ZipFile(zipped_in[1]) as archive, archive.open(zipped_in[2]) as member:
+                jpeg2000.check(member, archive.getinfo(zipped_in[2]).file_size, shown(path))
+        else:
+            with open(path, "rb") as file:
+                jpeg2000.check(file, os.path.getsize(path), path)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile lets through whatever damaged bytes lead it to
+        raise UserError(f"cannot read {shown(path)} ({error})") from None
 
 
 def _check_vrt(path: Path, depth: int) -> None:

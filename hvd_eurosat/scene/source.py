@@ -30,7 +30,7 @@ WHOLE = slice(None)
 # thin cirrus.
 SCL_MASKED = (0, 1, 3, 8, 9, 10)
 SAMPLE, PATCH = 3, 96  # places along each side at which a scene is looked at, and pixels of each
-SAMPLE_IF_EMPTY = 12
+SAMPLE_IF_EMPTY = 8
 OTHER_SCALE, NONSENSE = 1.1, 1.9  # ratio of ground sampling distances that is told, and that is refused
 
 
@@ -84,7 +84,8 @@ class Mask:
         """Where pixels are masked. What the layer does not cover is."""
         values, valid = self.layer.read(window)
         masked = values != 0 if self.classes is None else np.isin(values, self.classes)
-        return masked if valid is None else masked | ~valid
+        # Many masks say that 0, their clear sky, is no data: only what was resampled has places that it does not cover.
+        return masked | ~valid if self.layer.alpha and valid is not None else masked
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,10 @@ class Scene:
 
         Masked pixels, those without data too, are 0 in all bands. Raises UserError where a file is damaged.
         """
-        window = Window.from_slices(rows, columns, height=self.grid.height, width=self.grid.width)
-        grey = np.empty((len(self.layers), int(window.height), int(window.width)), np.uint8)
+        top, bottom, _ = rows.indices(self.grid.height)
+        left, right, _ = columns.indices(self.grid.width)
+        window = Window(left, top, right - left, bottom - top)
+        grey = np.empty((len(self.layers), bottom - top, right - left), np.uint8)
         masked = np.zeros(grey.shape[1:], np.bool_)
         empty = np.ones(grey.shape[1:], np.bool_)
         for band, layer in enumerate(self.layers):
@@ -181,6 +184,9 @@ def _wanted(found: Found, name: str, path: str) -> Place:
 def _grid(places: Sequence[Place], names: Sequence[str], rasters: Rasters, resolution: float | None) -> Grid:
     """The finest of the bands' grids, or one of another resolution."""
     grids = [grid_of(rasters(place.file)) for place in places]
+    for grid, place in zip(grids, places, strict=True):
+        if grid.transform.determinant == 0 or not np.isfinite(list(grid.transform)).all():
+            raise UserError(f"{shown(place.file)} has a transform that puts all pixels in one place: it is damaged")
     finest = min(grids, key=lambda grid: abs(grid.transform.determinant))
     for grid, name, place in zip(grids, names, places, strict=True):
         if grid.crs != finest.crs:
@@ -190,8 +196,6 @@ def _grid(places: Sequence[Place], names: Sequence[str], rasters: Rasters, resol
             )
         if not finest.agrees(grid) and (grid.crs is None or not finest.covers(grid)):
             raise UserError(f"{shown(place.file)} ({name}) covers another place than the other bands")
-    if finest.transform.determinant == 0 or not np.isfinite(list(finest.transform)).all():
-        raise UserError(f"{shown(places[0].file)} has a transform that puts all pixels in one place: it is damaged")
     if resolution is None:
         return finest
     with reading(places[0].file):
@@ -208,9 +212,11 @@ def _layer(place: Place, grid: Grid, rasters: Rasters, resources: ExitStack, met
         return Layer(dataset, place.index, place.file)
     with reading(place.file):
         kinds = list(dataset.colorinterp)
-        nothing = dataset.nodatavals[place.index - 1]
-        if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1]:
-            nothing = np.nan if np.dtype(dataset.dtypes[place.index - 1]).kind == "f" else 0
+        nothing = None
+        if method == Resampling.bilinear:  # else it would bleed into the pixels beside it
+            nothing = dataset.nodatavals[place.index - 1]
+            if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1]:
+                nothing = np.nan if np.dtype(dataset.dtypes[place.index - 1]).kind == "f" else 0
         view = WarpedVRT(
             dataset,
             crs=grid.crs,
@@ -218,7 +224,7 @@ def _layer(place: Place, grid: Grid, rasters: Rasters, resources: ExitStack, met
             width=grid.width,
             height=grid.height,
             resampling=method,
-            src_nodata=nothing,  # else it would bleed into the pixels beside it
+            src_nodata=nothing,
             add_alpha=ColorInterp.alpha not in kinds,
         )
         resources.callback(view.close)
