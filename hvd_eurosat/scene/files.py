@@ -52,7 +52,7 @@ def reading(path: str) -> Iterator[None]:
         with warnings.catch_warnings(), _undecodable_ignored(), rasterio.Env(**OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
-    except (RasterioError, CPLE_BaseError, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
+    except (RasterioError, CPLE_BaseError, ValueError, ArithmeticError, OSError, MemoryError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"{shown(path)} cannot be read: it is damaged or cut short ({reason})") from None
 
@@ -87,14 +87,10 @@ def open_raster(path: str) -> Dataset:
         _check_vrt(Path(path), MAX_NESTED)
     if driver == "JP2OpenJPEG":
         _check_jpeg2000(path)
-    with reading(path):
-        dataset = rasterio.open(path, driver=driver, sharing=False)
-    try:
-        with reading(path):
-            _check(dataset, path)
-    except UserError:
-        dataset.close()
-        raise
+    with reading(path), contextlib.ExitStack() as opened:
+        dataset = opened.enter_context(rasterio.open(path, driver=driver, sharing=False))
+        _check(dataset, path)
+        opened.pop_all()
     return dataset
 
 

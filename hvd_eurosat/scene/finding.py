@@ -84,13 +84,8 @@ def split_scenes(what: Sequence[str], names: Sequence[str]) -> list[tuple[str, .
     """
     paths = [Path(path) for path in what]
     plain = all(path.is_file() and path.suffix.lower() in SUFFIXES for path in paths)
-    if plain and len(paths) > 1 and len(names) == len(paths):
-        rasters = Rasters()
-        try:
-            if all(len(_indexes(rasters(str(path)))) == 1 for path in paths):
-                return [tuple(what)]
-        finally:
-            rasters.close()
+    if plain and len(paths) > 1 and len(names) == len(paths) and all(map(_has_one_band, paths)):
+        return [tuple(what)]
     scenes: dict[tuple[object, ...], list[str]] = {}
     for text, path in zip(what, paths, strict=True):
         one_band = path.suffix.lower() in SUFFIXES and of_file(path.stem) not in (None, "TCI")
@@ -184,6 +179,11 @@ def _check_names(names: Sequence[str], slots: Sequence[tuple[str, int]]) -> None
         raise UserError(f"--bands names {', '.join(sorted(twice))} twice")
 
 
+def _has_one_band(path: Path) -> bool:
+    with reading(str(path)), open_raster(str(path)) as dataset:
+        return len(_indexes(dataset)) == 1
+
+
 def _indexes(dataset: Dataset) -> list[int]:
     """The bands that are no alpha."""
     return [n for n, kind in zip(dataset.indexes, dataset.colorinterp, strict=True) if kind != ColorInterp.alpha]
@@ -191,8 +191,7 @@ def _indexes(dataset: Dataset) -> list[int]:
 
 def _own_name(dataset: Dataset, path: str, index: int) -> str | None:
     """A band's name by its description, by the colours of the file, or by the name of a file of one band."""
-    with reading(path):
-        text, colours = dataset.descriptions[index - 1], dataset.colorinterp
+    text, colours = dataset.descriptions[index - 1], dataset.colorinterp
     if name := described(text):
         return name
     if set(RGB) <= set(colours):

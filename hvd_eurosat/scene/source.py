@@ -152,7 +152,7 @@ def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Sce
     Raises UserError for what is not there, damaged or unsafe, and for what is not known, with the flag that says it.
     """
     path = what[0] if len(what) == 1 else f"{what[0]} and {len(what) - 1} more"
-    with ExitStack() as resources:
+    with reading(path), ExitStack() as resources:
         rasters = Rasters()
         resources.callback(rasters.close)
         found = find(what, options.bands, rasters)
@@ -198,8 +198,7 @@ def _grid(places: Sequence[Place], names: Sequence[str], rasters: Rasters, resol
             raise UserError(f"{shown(place.file)} ({name}) covers another place than the other bands")
     if resolution is None:
         return finest
-    with reading(places[0].file):
-        return resampled(finest, resolution, shown(places[0].file))
+    return resampled(finest, resolution, shown(places[0].file))
 
 
 def _of_crs(grid: Grid) -> str:
@@ -210,24 +209,23 @@ def _layer(place: Place, grid: Grid, rasters: Rasters, resources: ExitStack, met
     dataset = rasters(place.file)
     if grid.agrees(grid_of(dataset)):
         return Layer(dataset, place.index, place.file)
-    with reading(place.file):
-        kinds = list(dataset.colorinterp)
-        nothing = None
-        if method == Resampling.bilinear:  # else it would bleed into the pixels beside it
-            nothing = dataset.nodatavals[place.index - 1]
-            if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1]:
-                nothing = np.nan if np.dtype(dataset.dtypes[place.index - 1]).kind == "f" else 0
-        view = WarpedVRT(
-            dataset,
-            crs=grid.crs,
-            transform=grid.transform,
-            width=grid.width,
-            height=grid.height,
-            resampling=method,
-            src_nodata=nothing,
-            add_alpha=ColorInterp.alpha not in kinds,
-        )
-        resources.callback(view.close)
+    kinds = list(dataset.colorinterp)
+    nothing = None
+    if method == Resampling.bilinear:  # else it would bleed into the pixels beside it
+        nothing = dataset.nodatavals[place.index - 1]
+        if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1]:
+            nothing = np.nan if np.dtype(dataset.dtypes[place.index - 1]).kind == "f" else 0
+    view = WarpedVRT(
+        dataset,
+        crs=grid.crs,
+        transform=grid.transform,
+        width=grid.width,
+        height=grid.height,
+        resampling=method,
+        src_nodata=nothing,
+        add_alpha=ColorInterp.alpha not in kinds,
+    )
+    resources.callback(view.close)
     alpha = kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else view.count
     return Layer(view, place.index, place.file, alpha)
 
@@ -280,8 +278,7 @@ def _of_place(path: str, grid: Grid, layers: Sequence[Layer], wants: Inputs, res
         points = "ground control points only (gdalwarp uses them)" if layers[0].dataset.gcps[0] else "none"
         yield f"{path} has no coordinate system, {points}: the map is in pixels"
         return
-    with reading(layers[0].path):
-        distances = ground_distances(grid)
+    distances = ground_distances(grid)
     if distances is None or wants.gsd is None:
         return
     ratio = math.sqrt(distances[0] * distances[1]) / wants.gsd
