@@ -111,7 +111,10 @@ def decide(
             "--stretch LOW,HIGH says which numbers become black and white"
         )
     if offset is not None:
-        return _from_digital([offset] * len(bands), QUANTIFICATION, wants, "--offset")
+        if offset < 0:
+            raise UserError(f"--offset {offset:g}: give {-offset:g}, what the numbers carry (the metadata's, negated)")
+        quantification = product.quantification if product else QUANTIFICATION
+        return _from_digital([offset] * len(bands), quantification, wants, "--offset")
     if product is not None:
         return _by_product(bands, product, wants, path)
     if any((band.scale, band.offset) != (1, 0) for band in bands):

@@ -224,6 +224,7 @@ def test_numbers_that_nothing_explains_are_refused(tmp_path: Path) -> None:
     plain = write_raster(tmp_path / "plain.tif", x, names=NAMES)
     refuses("holds uint16 without metadata.*--offset", plain)
     refuses("leave --offset out", plain, offset=0, stretch=(0, 1))
+    refuses("--offset -1000: give 1000", plain, offset=-1000)
     refuses("the first must be less", plain, stretch=(3000, 0))
     refuses("the network knows 8-bit RGB.*--stretch", plain, wants=PICTURES)
     refuses("the network knows 8-bit RGB.*--stretch", plain, wants=PICTURES, offset=0)
