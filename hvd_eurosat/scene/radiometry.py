@@ -174,12 +174,12 @@ def unlike(grey: NDArray[np.uint8], wants: Inputs) -> str | None:
     """How far the scene's grey values, uint8 [bands, N], lie from the training images'; None where they do not."""
     if wants.quantiles is None or not grey.size:
         return None
+    found = []
     for name, values, quantiles in zip(wants.bands, grey, wants.quantiles, strict=True):
-        darker, brighter = (values < quantiles[LOW]).mean(), (values > quantiles[HIGH]).mean()
-        share, word = max((darker, "darker"), (brighter, "brighter"))
-        if share > FAR:
-            return (
-                f"{share:.0%} of the pixels are {word} in {name} than 95 % of those of the training images "
-                f"(median {np.median(values):.0f} of 255, theirs {quantiles[LEVELS.index(0.5)]:.0f})"
-            )
-    return None
+        medians = f"(median {np.median(values):.0f} of 255, theirs {quantiles[LEVELS.index(0.5)]:.0f})"
+        found.append(((values < quantiles[LOW]).mean(), "darker", name, medians))
+        found.append(((values > quantiles[HIGH]).mean(), "brighter", name, medians))
+    share, word, name, medians = max(found)
+    if share <= FAR:
+        return None
+    return f"{share:.0%} of the pixels are {word} in {name} than 95 % of those of the training images {medians}"

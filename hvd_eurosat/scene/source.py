@@ -31,6 +31,7 @@ WHOLE = slice(None)
 SCL_MASKED = (0, 1, 3, 8, 9, 10)
 SAMPLE, PATCH = 3, 96  # places along each side at which a scene is looked at, and pixels of each
 SAMPLE_IF_EMPTY = 8
+LEAST_RED = 0.87  # of blue's spread; EuroSAT's classes have from 0.9 (forest) to 2.3, and 1.7 in all
 OTHER_SCALE, NONSENSE = 1.1, 1.9  # ratio of ground sampling distances that is told, and that is refused
 
 
@@ -167,7 +168,7 @@ def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Sce
         warnings = [
             *_of_kind(path, bands, layers, wants, options, found),
             *_of_place(path, grid, layers, wants, options.resolution),
-            *_of_sample(path, sample, grey, wants),
+            *_of_sample(path, sample, grey, wants, given=bool(options.bands)),
         ]
         kept = resources.pop_all()
     return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, kept)
@@ -289,12 +290,17 @@ def _of_place(path: str, grid: Grid, layers: Sequence[Layer], wants: Inputs, res
         yield f"{path} has {size}: --resolution {wants.gsd:g} resamples it"
 
 
-def _of_sample(path: str, sample: NDArray[Any], grey: Rule, wants: Inputs) -> Iterator[str]:
-    """Warnings of values that are not like the training images'."""
+def _of_sample(path: str, sample: NDArray[Any], grey: Rule, wants: Inputs, given: bool) -> Iterator[str]:
+    """Warnings of values that are not like the training images', or of bands whose names, as given, seem swapped."""
     if not sample.size:
         yield f"{path} has no data at any place that was looked at"
-    elif far := unlike(np.stack([grey(values, band) for band, values in enumerate(sample)]), wants):
+        return
+    looks = np.stack([grey(values, band) for band, values in enumerate(sample)])
+    if far := unlike(looks, wants):
         yield f"{path}: {far}: is it another kind of image, or the offset another?"
+    spread = dict(zip(map(canonical, wants.bands), looks.std(1), strict=True))
+    if given and spread.get("B04", 0) < LEAST_RED * spread.get("B02", 0):
+        yield f"{path}: blue varies more than red, which is rare: are --bands in the file's order?"
 
 
 def _sample(layers: Sequence[Layer], grid: Grid) -> NDArray[Any]:

@@ -259,7 +259,7 @@ def test_signed_numbers(tmp_path: Path) -> None:
 
 def test_what_is_not_like_the_training_images_is_warned_of(tmp_path: Path) -> None:
     wants = inputs_of(EUROSAT_CLASSES).measured(numbers(0, (10, 64, 64, 3), 60, 120).astype(np.uint8))
-    for low, high, words in ((60, 120, None), (1, 30, "darker in B04"), (150, 255, "brighter in B04")):
+    for low, high, words in ((60, 120, None), (1, 30, "darker in"), (150, 255, "brighter in")):
         x = numbers(1, (3, 64, 64), low, high).astype(np.uint8)
         with opened(write_raster(tmp_path / "a.tif", x, colours=RGB), wants=wants) as scene:
             assert [words in warning for warning in scene.warnings] == [True] * bool(words)
@@ -634,6 +634,10 @@ def test_real_scenes(name: str, bands: str) -> None:
         values, masked = scene.read(slice(None))
         assert scene.rule["level"] == "L2A"
         assert any("is L2A" in warning for warning in scene.warnings)
+        assert not any("--bands" in warning for warning in scene.warnings)
+    swapped = tuple(bands.replace("B02", "x").replace("B04", "B02").replace("x", "B04").split())
+    with opened(path, wants=EUROSAT, offset=0, bands=swapped) as scene:
+        assert any("are --bands in the file's order?" in warning for warning in scene.warnings)
     assert masked.mean() < 0.001
     assert np.median(values[1]) > np.median(values[2])  # vegetation is greener than blue
     bright = values.sum(0) > np.quantile(values.sum(0), 0.9)
