@@ -60,12 +60,13 @@ class Layer:
         with reading(self.path):
             values = self.dataset.read(self.index, window=window)
             flags = set(self.dataset.mask_flag_enums[self.index - 1])
+            nothing = self.dataset.nodatavals[self.index - 1]
             if self.alpha:
                 valid = self.dataset.read(self.alpha, window=window) != 0
-            elif MaskFlags.all_valid in flags:
-                valid = None
+            elif MaskFlags.all_valid in flags or (flags == {MaskFlags.nodata} and nothing == 0):
+                valid = None  # a dark pixel may be 0 in one band: only where all are is there no data
             elif flags == {MaskFlags.nodata}:
-                valid = values != self.dataset.nodatavals[self.index - 1]
+                valid = values != nothing
             else:
                 valid = self.dataset.read_masks(self.index, window=window) != 0
         if values.dtype.kind == "f":
@@ -140,7 +141,7 @@ class Scene:
             empty &= values == 0
             if valid is not None:
                 masked |= ~valid
-        masked |= empty  # what products and EuroSAT have where there is no data
+        masked |= empty
         if self.mask:
             masked |= self.mask.read(window)
         grey[:, masked] = 0
@@ -214,8 +215,9 @@ def _layer(place: Place, grid: Grid, rasters: Rasters, resources: ExitStack, met
     nothing = None
     if method == Resampling.bilinear:  # else it would bleed into the pixels beside it
         nothing = dataset.nodatavals[place.index - 1]
-        if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1]:
-            nothing = np.nan if np.dtype(dataset.dtypes[place.index - 1]).kind == "f" else 0
+        dtype = np.dtype(dataset.dtypes[place.index - 1])
+        if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1] and dtype != np.uint8:
+            nothing = np.nan if dtype.kind == "f" else 0
     view = WarpedVRT(
         dataset,
         crs=grid.crs,
