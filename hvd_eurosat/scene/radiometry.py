@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,8 @@ class Rule:
             return values.astype(np.uint8, copy=False)
         black, white = self.limits[band]
         if values.dtype in (np.uint8, np.int8, np.uint16, np.int16):  # a table is quicker
-            limits = np.iinfo(values.dtype)
-            table = _grey(np.arange(limits.min, limits.max + 1), black, white)
-            unsigned = values.view(f"u{values.itemsize}")
-            return np.roll(table, int(limits.min))[unsigned]
+            table = _table(values.dtype, black, white)
+            return np.take(table, values.view(f"u{values.itemsize}"), mode="wrap")  # a mode that checks nothing
         flat, grey = values.reshape(-1), np.empty(values.size, np.uint8)
         for start in range(0, flat.size, PIECE):
             grey[start : start + PIECE] = _grey(flat[start : start + PIECE], black, white)
@@ -73,6 +72,13 @@ class Rule:
             "offset": self.offsets and dict(zip(named, self.offsets, strict=True)),
             "stretch": self.limits and {name: list(pair) for name, pair in zip(named, self.limits, strict=True)},
         }
+
+
+@lru_cache(maxsize=64)
+def _table(dtype: np.dtype[Any], black: float, white: float) -> NDArray[np.uint8]:
+    """The grey of each number, at its bits' place."""
+    limits = np.iinfo(dtype)
+    return np.roll(_grey(np.arange(limits.min, limits.max + 1), black, white), int(limits.min))
 
 
 def _grey(values: Pixels, black: float, white: float) -> NDArray[np.uint8]:
