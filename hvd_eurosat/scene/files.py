@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import rasterio
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import ColorInterp, Interleaving
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.vrt import WarpedVRT
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene import jpeg2000
+from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.markup import MAX_BYTES, elements
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
@@ -67,6 +69,48 @@ def _undecodable_ignored() -> Iterator[None]:
         yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
+
+
+class Rasters:
+    """The open datasets of a scene, each opened once, and views of them on another grid."""
+
+    def __init__(self) -> None:
+        self._open: dict[object, Dataset] = {}
+
+    def __call__(self, path: str) -> Dataset:
+        """The dataset at a path. Raises UserError."""
+        if path not in self._open:
+            self._open[path] = open_raster(path)
+        return self._open[path]
+
+    def view(self, path: str, grid: Grid, method: Resampling) -> tuple[Dataset, int]:
+        """The dataset at a path as it is on a grid, and the number of its band that says where it has data."""
+        dataset, key = self(path), (path, method)
+        kinds = list(dataset.colorinterp)
+        if key not in self._open:
+            size = {"crs": grid.crs, "transform": grid.transform, "width": grid.width, "height": grid.height}
+            nothing = None if method == Resampling.nearest else _nothing(dataset)
+            alpha = ColorInterp.alpha not in kinds
+            self._open[key] = WarpedVRT(dataset, resampling=method, src_nodata=nothing, add_alpha=alpha, **size)
+        return self._open[key], kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else len(kinds) + 1
+
+    def close(self) -> None:
+        """Close them all, views before what they are of."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _nothing(dataset: Dataset) -> float | None:
+    """The number that says that there is no data, which must not bleed into the pixels beside it."""
+    dtype = np.dtype(dataset.dtypes[0])
+    if dataset.nodata is not None or MaskFlags.all_valid not in dataset.mask_flag_enums[0] or dtype == np.uint8:
+        return None if dataset.nodata is None else float(dataset.nodata)
+    return float("nan") if dtype.kind == "f" else 0.0
+
+
+def indexes(dataset: Dataset) -> list[int]:
+    """The numbers of the bands that are no alpha."""
+    return [n for n, kind in zip(dataset.indexes, dataset.colorinterp, strict=True) if kind != ColorInterp.alpha]
 
 
 def zipped(archive: Path, member: str) -> str:

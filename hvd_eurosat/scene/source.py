@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,15 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.vrt import WarpedVRT
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.windows import Window
 
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.bands import canonical, of_file
-from hvd_eurosat.scene.files import Dataset, reading, shown
-from hvd_eurosat.scene.finding import Found, Place, Rasters, find
+from hvd_eurosat.scene.files import Dataset, Rasters, indexes, reading, shown
+from hvd_eurosat.scene.finding import Found, Place, find
 from hvd_eurosat.scene.grid import Grid, grid_of, ground_distances, resampled
 from hvd_eurosat.scene.radiometry import Band, Rule, decide, unlike
 
@@ -107,7 +105,7 @@ class Scene:
     grey: Rule
     layers: Sequence[Layer]
     mask: Mask | None
-    resources: ExitStack
+    rasters: Rasters
 
     @property
     def rows_per_block(self) -> int:
@@ -122,7 +120,7 @@ class Scene:
 
     def close(self) -> None:
         """Close its files."""
-        self.resources.close()
+        self.rasters.close()
 
     def read(self, rows: slice, columns: slice = WHOLE) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The pixels of some rows and columns of the grid, uint8 [bands, h, w], and where they are masked, bool [h, w].
@@ -154,25 +152,30 @@ def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Sce
     Raises UserError for what is not there, damaged or unsafe, and for what is not known, with the flag that says it.
     """
     path = what[0] if len(what) == 1 else f"{what[0]} and {len(what) - 1} more"
-    with reading(path), ExitStack() as resources:
-        rasters = Rasters()
-        resources.callback(rasters.close)
-        found = find(what, options.bands, rasters)
-        places = [_wanted(found, name, path) for name in wants.bands]
-        grid = _grid(places, wants.bands, rasters, options.resolution)
-        layers = [_layer(place, grid, rasters, resources, Resampling.bilinear) for place in places]
-        mask = _mask(options.mask, found, grid, rasters, resources) if options.mask else None
-        bands = [_band(layer, canonical(name)) for layer, name in zip(layers, wants.bands, strict=True)]
-        sample = _sample(layers, grid)
-        grey = decide(bands, wants, found.metadata, options.offset, options.stretch, sample, path)
-        rule = {**grey.facts(bands), "level": found.level, "inputs": wants.name}
-        warnings = [
-            *_of_kind(path, bands, layers, wants, options, found),
-            *_of_place(path, grid, layers, wants, options.resolution),
-            *_of_sample(path, sample, grey, wants, given=bool(options.bands)),
-        ]
-        kept = resources.pop_all()
-    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, kept)
+    rasters = Rasters()
+    try:
+        with reading(path):
+            return _opened(path, find(what, options.bands, rasters), wants, options, rasters)
+    except BaseException:
+        rasters.close()
+        raise
+
+
+def _opened(path: str, found: Found, wants: Inputs, options: SceneOptions, rasters: Rasters) -> Scene:
+    places = [_wanted(found, name, path) for name in wants.bands]
+    grid = _grid(places, wants.bands, rasters, options.resolution)
+    layers = [_layer(place, grid, rasters, Resampling.bilinear) for place in places]
+    mask = _mask(options.mask, found, grid, rasters) if options.mask else None
+    bands = [_band(layer, canonical(name)) for layer, name in zip(layers, wants.bands, strict=True)]
+    sample = _sample(layers, grid)
+    grey = decide(bands, wants, found.metadata, options.offset, options.stretch, sample, path)
+    rule = {**grey.facts(bands), "level": found.level, "inputs": wants.name}
+    warnings = [
+        *_of_kind(path, bands, layers, wants, options, found),
+        *_of_place(path, grid, layers, wants, options.resolution),
+        *_of_sample(path, sample, grey, wants, given=bool(options.bands)),
+    ]
+    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, rasters)
 
 
 def _wanted(found: Found, name: str, path: str) -> Place:
@@ -207,36 +210,20 @@ def _of_crs(grid: Grid) -> str:
     return grid.crs.to_string()[:60] if grid.crs else "no coordinate system"
 
 
-def _layer(place: Place, grid: Grid, rasters: Rasters, resources: ExitStack, method: Resampling) -> Layer:
+def _layer(place: Place, grid: Grid, rasters: Rasters, method: Resampling) -> Layer:
     dataset = rasters(place.file)
+    if place.alone and len(indexes(dataset)) != 1:
+        raise UserError(f"{shown(place.file)} has {dataset.count} bands and the name of one: give the file itself")
     if grid.agrees(grid_of(dataset)):
         return Layer(dataset, place.index, place.file)
-    kinds = list(dataset.colorinterp)
-    nothing = None
-    if method == Resampling.bilinear:  # else it would bleed into the pixels beside it
-        nothing = dataset.nodatavals[place.index - 1]
-        dtype = np.dtype(dataset.dtypes[place.index - 1])
-        if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1] and dtype != np.uint8:
-            nothing = np.nan if dtype.kind == "f" else 0
-    view = WarpedVRT(
-        dataset,
-        crs=grid.crs,
-        transform=grid.transform,
-        width=grid.width,
-        height=grid.height,
-        resampling=method,
-        src_nodata=nothing,
-        add_alpha=ColorInterp.alpha not in kinds,
-    )
-    resources.callback(view.close)
-    alpha = kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else view.count
+    view, alpha = rasters.view(place.file, grid, method)
     return Layer(view, place.index, place.file, alpha)
 
 
-def _mask(spec: str, found: Found, grid: Grid, rasters: Rasters, resources: ExitStack) -> Mask:
+def _mask(spec: str, found: Found, grid: Grid, rasters: Rasters) -> Mask:
     """What --mask says: a band by name, or a file, and after = the classes, such as SCL=3,8,9."""
     listed = re.fullmatch(r"(.+)=(\d{1,5}(?:,\d{1,5})*)", spec)
-    name = listed[1] if listed else spec
+    name = str(Path(listed[1] if listed else spec).expanduser())
     place = found.place(name)
     if place is None:
         if not Path(name).is_file():
@@ -251,7 +238,7 @@ def _mask(spec: str, found: Found, grid: Grid, rasters: Rasters, resources: Exit
         raise UserError(f"--mask {name} has no coordinate system to bring it to the scene's pixels by")
     is_scl = "SCL" in (canonical(name), of_file(Path(name).stem))
     classes = tuple(map(int, listed[2].split(","))) if listed else SCL_MASKED if is_scl else None
-    return Mask(_layer(place, grid, rasters, resources, Resampling.nearest), classes)
+    return Mask(_layer(place, grid, rasters, Resampling.nearest), classes)
 
 
 def _band(layer: Layer, name: str) -> Band:

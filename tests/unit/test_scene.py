@@ -31,6 +31,7 @@ NAMES = ("B04", "B03", "B02")
 MUTATED = 40  # files of each kind
 MS_BANDS = (*BANDS[:8], *BANDS[9:], "B8A")  # of EuroSAT's 13-band files
 UNMEASURED = EUROSAT.model_copy(update={"quantiles": None})
+RED = UNMEASURED.model_copy(update={"bands": ("B04",)})
 
 
 def opened(*what: Path, wants: Inputs = UNMEASURED, **options: object) -> Scene:
@@ -109,6 +110,8 @@ def test_files_of_one_band_each_name_it(tmp_path: Path) -> None:
         with opened(*what, offset=0) as scene:
             assert scene.bands == NAMES
             np.testing.assert_array_equal(scene.read(slice(None))[0], grey(x))
+    write_raster(tmp_path / "more" / "B04.tif", x)
+    refuses("has 3 bands and the name of one", tmp_path / "more", offset=0, wants=RED)
     renamed = [file.rename(tmp_path / f"{n}.tif") for n, file in enumerate(files)]
     refuses("no band B04", *renamed, offset=0)
     np.testing.assert_array_equal(pixels(*renamed, offset=0, bands=NAMES)[0], grey(x))
