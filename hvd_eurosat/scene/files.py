@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from typing import Any
 import numpy as np
 import rasterio
 from rasterio._err import CPLE_BaseError
-from rasterio.enums import ColorInterp, Interleaving
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.vrt import WarpedVRT
 
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.scene import jpeg2000
+from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.markup import MAX_BYTES, elements
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
@@ -28,6 +33,7 @@ MAGIC = {
     b"\0\0\0\x0cjP  ": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
 }
+ZIPPED = re.compile(r"/vsizip/\{(.*)\}/(.*)", re.S)
 MAX_BLOCK = 512 << 20  # bytes of what must be read at once
 MAX_NESTED = 4  # VRTs in VRTs
 LEADS_AWAY = re.compile(r"\w{2,}:|.*/vsi(?!zip/|tar/|gzip/)", re.S)
@@ -45,12 +51,66 @@ Dataset = Any  # of rasterio, which has no types
 def reading(path: str) -> Iterator[None]:
     """Around all that touches a raster: what GDAL makes of damaged bytes becomes a UserError that names the file."""
     try:
-        with warnings.catch_warnings(), rasterio.Env(**OPTIONS):
+        with warnings.catch_warnings(), _undecodable_ignored(), rasterio.Env(**OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
-    except (RasterioError, CPLE_BaseError, ValueError, TypeError, OSError, MemoryError, OverflowError) as error:
+    except (RasterioError, CPLE_BaseError, ValueError, ArithmeticError, OSError, MemoryError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise UserError(f"{shown(path)} cannot be read: it is damaged or cut short ({reason})") from None
+
+
+@contextlib.contextmanager
+def _undecodable_ignored() -> Iterator[None]:
+    """rasterio takes GDAL's messages for UTF-8, and prints a traceback, twice, where they quote damaged bytes."""
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, *rest: None if kind is UnicodeDecodeError else hooks[0](kind, *rest)
+    sys.unraisablehook = lambda found: None if found.exc_type is UnicodeDecodeError else hooks[1](found)
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+
+
+class Rasters:
+    """The open datasets of a scene, each opened once, and views of them on another grid."""
+
+    def __init__(self) -> None:
+        self._open: dict[object, Dataset] = {}
+
+    def __call__(self, path: str) -> Dataset:
+        """The dataset at a path. Raises UserError."""
+        if path not in self._open:
+            self._open[path] = open_raster(path)
+        return self._open[path]
+
+    def view(self, path: str, grid: Grid, method: Resampling) -> tuple[Dataset, int]:
+        """The dataset at a path as it is on a grid, and the number of its band that says where it has data."""
+        dataset, key = self(path), (path, method)
+        kinds = list(dataset.colorinterp)
+        if key not in self._open:
+            size = {"crs": grid.crs, "transform": grid.transform, "width": grid.width, "height": grid.height}
+            nothing = None if method == Resampling.nearest else _nothing(dataset)
+            alpha = ColorInterp.alpha not in kinds
+            self._open[key] = WarpedVRT(dataset, resampling=method, src_nodata=nothing, add_alpha=alpha, **size)
+        return self._open[key], kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else len(kinds) + 1
+
+    def close(self) -> None:
+        """Close them all, views before what they are of."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def _nothing(dataset: Dataset) -> float | None:
+    """The number that says that there is no data, which must not bleed into the pixels beside it."""
+    dtype = np.dtype(dataset.dtypes[0])
+    if dataset.nodata is not None or MaskFlags.all_valid not in dataset.mask_flag_enums[0] or dtype == np.uint8:
+        return None if dataset.nodata is None else float(dataset.nodata)
+    return float("nan") if dtype.kind == "f" else 0.0
+
+
+def indexes(dataset: Dataset) -> list[int]:
+    """The numbers of the bands that are no alpha."""
+    return [n for n, kind in zip(dataset.indexes, dataset.colorinterp, strict=True) if kind != ColorInterp.alpha]
 
 
 def zipped(archive: Path, member: str) -> str:
@@ -60,7 +120,7 @@ def zipped(archive: Path, member: str) -> str:
 
 def shown(path: str) -> str:
     """A path as a person knows it."""
-    found = re.fullmatch(r"/vsizip/\{(.*)\}/(.*)", path, re.S)
+    found = ZIPPED.fullmatch(path)
     return f"{found[2]} in {found[1]}" if found else path
 
 
@@ -69,14 +129,12 @@ def open_raster(path: str) -> Dataset:
     driver = _driver(path)
     if driver == "VRT":
         _check_vrt(Path(path), MAX_NESTED)
-    with reading(path):
-        dataset = rasterio.open(path, driver=driver, sharing=False)
-    try:
-        with reading(path):
-            _check(dataset, path)
-    except UserError:
-        dataset.close()
-        raise
+    if driver == "JP2OpenJPEG":
+        _check_jpeg2000(path)
+    with reading(path), contextlib.ExitStack() as opened:
+        dataset = opened.enter_context(rasterio.open(path, driver=driver, sharing=False))
+        _check(dataset, path)
+        opened.pop_all()
     return dataset
 
 
@@ -98,6 +156,21 @@ def _head(path: Path, count: int) -> bytes:
             return file.read(count)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _check_jpeg2000(path: str) -> None:
+    zipped_in = ZIPPED.fullmatch(path)
+    try:
+        if zipped_in:
+            with zipfile.ZipFile(zipped_in[1]) as archive, archive.open(zipped_in[2]) as member:
+                jpeg2000.check(member, archive.getinfo(zipped_in[2]).file_size, shown(path))
+        else:
+            with open(path, "rb") as file:
+                jpeg2000.check(file, os.path.getsize(path), path)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile lets through whatever damaged bytes lead it to
+        raise UserError(f"cannot read {shown(path)} ({error})") from None
 
 
 def _check_vrt(path: Path, depth: int) -> None:

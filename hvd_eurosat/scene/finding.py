@@ -11,7 +11,7 @@ from rasterio.enums import ColorInterp
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.bands import UNNAMED, canonical, described, metres_of_file, of_file, without_band
-from hvd_eurosat.scene.files import SUFFIXES, Dataset, open_raster, reading, shown
+from hvd_eurosat.scene.files import SUFFIXES, Dataset, Rasters, indexes, open_raster, reading, shown
 from hvd_eurosat.scene.product import (
     METADATA,
     Listing,
@@ -28,11 +28,15 @@ _LEVEL = re.compile(r"(?<![A-Za-z0-9])(?:MSI)?(L1C|L2A)(?![A-Za-z0-9])", re.I)
 
 @dataclass(frozen=True)
 class Place:
-    """A band: the file's path for GDAL and its number there, from 1. metres: as the file's name says."""
+    """A band: the file's path for GDAL and its number there, from 1.
+
+    metres: as the file's name says. alone: the file's name says that it holds this band and no other.
+    """
 
     file: str
     index: int
     metres: int | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,23 +64,6 @@ class Found:
         return best[0]
 
 
-class Rasters:
-    """The open datasets of a scene, each opened once."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, Dataset] = {}
-
-    def __call__(self, path: str) -> Dataset:
-        if path not in self._open:
-            self._open[path] = open_raster(path)
-        return self._open[path]
-
-    def close(self) -> None:
-        """Close them all."""
-        while self._open:
-            self._open.popitem()[1].close()
-
-
 def split_scenes(what: Sequence[str], names: Sequence[str]) -> list[tuple[str, ...]]:
     """The scenes among paths: files of one band each that differ only in the band's name are one scene.
 
@@ -84,13 +71,8 @@ def split_scenes(what: Sequence[str], names: Sequence[str]) -> list[tuple[str, .
     """
     paths = [Path(path) for path in what]
     plain = all(path.is_file() and path.suffix.lower() in SUFFIXES for path in paths)
-    if plain and len(paths) > 1 and len(names) == len(paths):
-        rasters = Rasters()
-        try:
-            if all(len(_indexes(rasters(str(path)))) == 1 for path in paths):
-                return [tuple(what)]
-        finally:
-            rasters.close()
+    if plain and len(paths) > 1 and len(names) == len(paths) and all(map(_has_one_band, paths)):
+        return [tuple(what)]
     scenes: dict[tuple[object, ...], list[str]] = {}
     for text, path in zip(what, paths, strict=True):
         one_band = path.suffix.lower() in SUFFIXES and of_file(path.stem) not in (None, "TCI")
@@ -128,7 +110,7 @@ def _of_listing(files: Listing, names: Sequence[str], rasters: Rasters) -> Found
     for name in images:
         stem = PurePosixPath(name).stem
         if band := of_file(stem):
-            places.setdefault(band, []).append(Place(files.files[name], 1, metres_of_file(stem)))
+            places.setdefault(band, []).append(Place(files.files[name], 1, metres_of_file(stem), True))
         else:
             others.append(name)
     if not places and len(others) == 1 and not described_by:
@@ -158,7 +140,7 @@ def _refuse_several_granules(files: Listing, images: Iterable[str]) -> None:
 
 def _of_files(paths: Sequence[Path | str], names: Sequence[str], rasters: Rasters) -> Found:
     places: dict[str, list[Place]] = {}
-    slots = [(str(path), index) for path in paths for index in _indexes(rasters(str(path)))]
+    slots = [(str(path), index) for path in paths for index in indexes(rasters(str(path)))]
     given = [canonical(name) for name in names]
     if given:
         _check_names(given, slots)
@@ -184,20 +166,19 @@ def _check_names(names: Sequence[str], slots: Sequence[tuple[str, int]]) -> None
         raise UserError(f"--bands names {', '.join(sorted(twice))} twice")
 
 
-def _indexes(dataset: Dataset) -> list[int]:
-    """The bands that are no alpha."""
-    return [n for n, kind in zip(dataset.indexes, dataset.colorinterp, strict=True) if kind != ColorInterp.alpha]
+def _has_one_band(path: Path) -> bool:
+    with reading(str(path)), open_raster(str(path)) as dataset:
+        return len(indexes(dataset)) == 1
 
 
 def _own_name(dataset: Dataset, path: str, index: int) -> str | None:
     """A band's name by its description, by the colours of the file, or by the name of a file of one band."""
-    with reading(path):
-        text, colours = dataset.descriptions[index - 1], dataset.colorinterp
+    text, colours = dataset.descriptions[index - 1], dataset.colorinterp
     if name := described(text):
         return name
     if set(RGB) <= set(colours):
         return RGB.get(colours[index - 1]) or text
-    if len(_indexes(dataset)) == 1:
+    if len(indexes(dataset)) == 1:
         return of_file(Path(path).stem) or text
     return text  # some name of its own, for --mask
 

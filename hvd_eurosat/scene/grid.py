@@ -73,7 +73,8 @@ def ground_distances(grid: Grid) -> tuple[float, float] | None:
     meridian = normal * (1 - eccentricity) / (1 - eccentricity * sine**2)
     east = [math.radians(value - longitudes[0]) * normal * math.sqrt(1 - sine**2) for value in longitudes]
     north = [math.radians(value - latitudes[0]) * meridian for value in latitudes]
-    return math.hypot(east[1], north[1]), math.hypot(east[2], north[2])
+    distances = math.hypot(east[1], north[1]), math.hypot(east[2], north[2])
+    return distances if min(distances) > 0 else None
 
 
 def resampled(grid: Grid, metres: float, path: str) -> Grid:

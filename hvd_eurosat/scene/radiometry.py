@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,8 @@ class Rule:
             return values.astype(np.uint8, copy=False)
         black, white = self.limits[band]
         if values.dtype in (np.uint8, np.int8, np.uint16, np.int16):  # a table is quicker
-            limits = np.iinfo(values.dtype)
-            table = _grey(np.arange(limits.min, limits.max + 1), black, white)
-            unsigned = values.view(f"u{values.itemsize}")
-            return np.roll(table, int(limits.min))[unsigned]
+            table = _table(values.dtype, black, white)
+            return np.take(table, values.view(f"u{values.itemsize}"), mode="wrap")  # a mode that checks nothing
         flat, grey = values.reshape(-1), np.empty(values.size, np.uint8)
         for start in range(0, flat.size, PIECE):
             grey[start : start + PIECE] = _grey(flat[start : start + PIECE], black, white)
@@ -73,6 +72,13 @@ class Rule:
             "offset": self.offsets and dict(zip(named, self.offsets, strict=True)),
             "stretch": self.limits and {name: list(pair) for name, pair in zip(named, self.limits, strict=True)},
         }
+
+
+@lru_cache(maxsize=64)
+def _table(dtype: np.dtype[Any], black: float, white: float) -> NDArray[np.uint8]:
+    """The grey of each number, at its bits' place."""
+    limits = np.iinfo(dtype)
+    return np.roll(_grey(np.arange(limits.min, limits.max + 1), black, white), int(limits.min))
 
 
 def _grey(values: Pixels, black: float, white: float) -> NDArray[np.uint8]:
@@ -111,7 +117,10 @@ def decide(
             "--stretch LOW,HIGH says which numbers become black and white"
         )
     if offset is not None:
-        return _from_digital([offset] * len(bands), QUANTIFICATION, wants, "--offset")
+        if offset < 0:
+            raise UserError(f"--offset {offset:g}: give {-offset:g}, what the numbers carry (the metadata's, negated)")
+        quantification = product.quantification if product else QUANTIFICATION
+        return _from_digital([offset] * len(bands), quantification, wants, "--offset")
     if product is not None:
         return _by_product(bands, product, wants, path)
     if any((band.scale, band.offset) != (1, 0) for band in bands):
@@ -171,12 +180,12 @@ def unlike(grey: NDArray[np.uint8], wants: Inputs) -> str | None:
     """How far the scene's grey values, uint8 [bands, N], lie from the training images'; None where they do not."""
     if wants.quantiles is None or not grey.size:
         return None
+    found = []
     for name, values, quantiles in zip(wants.bands, grey, wants.quantiles, strict=True):
-        darker, brighter = (values < quantiles[LOW]).mean(), (values > quantiles[HIGH]).mean()
-        share, word = max((darker, "darker"), (brighter, "brighter"))
-        if share > FAR:
-            return (
-                f"{share:.0%} of the pixels are {word} in {name} than 95 % of those of the training images "
-                f"(median {np.median(values):.0f} of 255, theirs {quantiles[LEVELS.index(0.5)]:.0f})"
-            )
-    return None
+        medians = f"(median {np.median(values):.0f} of 255, theirs {quantiles[LEVELS.index(0.5)]:.0f})"
+        found.append(((values < quantiles[LOW]).mean(), "darker", name, medians))
+        found.append(((values > quantiles[HIGH]).mean(), "brighter", name, medians))
+    share, word, name, medians = max(found)
+    if share <= FAR:
+        return None
+    return f"{share:.0%} of the pixels are {word} in {name} than 95 % of those of the training images {medians}"

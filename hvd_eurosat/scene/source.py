@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,15 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.vrt import WarpedVRT
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.windows import Window
 
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.bands import canonical, of_file
-from hvd_eurosat.scene.files import Dataset, reading, shown
-from hvd_eurosat.scene.finding import Found, Place, Rasters, find
+from hvd_eurosat.scene.files import Dataset, Rasters, indexes, reading, shown
+from hvd_eurosat.scene.finding import Found, Place, find
 from hvd_eurosat.scene.grid import Grid, grid_of, ground_distances, resampled
 from hvd_eurosat.scene.radiometry import Band, Rule, decide, unlike
 
@@ -30,7 +28,8 @@ WHOLE = slice(None)
 # thin cirrus.
 SCL_MASKED = (0, 1, 3, 8, 9, 10)
 SAMPLE, PATCH = 3, 96  # places along each side at which a scene is looked at, and pixels of each
-SAMPLE_IF_EMPTY = 12
+SAMPLE_IF_EMPTY = 8
+LEAST_RED = 0.87  # of blue's spread; EuroSAT's classes have from 0.9 (forest) to 2.3, and 1.7 in all
 OTHER_SCALE, NONSENSE = 1.1, 1.9  # ratio of ground sampling distances that is told, and that is refused
 
 
@@ -59,12 +58,13 @@ class Layer:
         with reading(self.path):
             values = self.dataset.read(self.index, window=window)
             flags = set(self.dataset.mask_flag_enums[self.index - 1])
+            nothing = self.dataset.nodatavals[self.index - 1]
             if self.alpha:
                 valid = self.dataset.read(self.alpha, window=window) != 0
-            elif MaskFlags.all_valid in flags:
-                valid = None
+            elif MaskFlags.all_valid in flags or (flags == {MaskFlags.nodata} and nothing == 0):
+                valid = None  # a dark pixel may be 0 in one band: only where all are is there no data
             elif flags == {MaskFlags.nodata}:
-                valid = values != self.dataset.nodatavals[self.index - 1]
+                valid = values != nothing
             else:
                 valid = self.dataset.read_masks(self.index, window=window) != 0
         if values.dtype.kind == "f":
@@ -84,7 +84,8 @@ class Mask:
         """Where pixels are masked. What the layer does not cover is."""
         values, valid = self.layer.read(window)
         masked = values != 0 if self.classes is None else np.isin(values, self.classes)
-        return masked if valid is None else masked | ~valid
+        # Many masks say that 0, their clear sky, is no data: only what was resampled has places that it does not cover.
+        return masked | ~valid if self.layer.alpha and valid is not None else masked
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Scene:
     grey: Rule
     layers: Sequence[Layer]
     mask: Mask | None
-    resources: ExitStack
+    rasters: Rasters
 
     @property
     def rows_per_block(self) -> int:
@@ -119,15 +120,17 @@ class Scene:
 
     def close(self) -> None:
         """Close its files."""
-        self.resources.close()
+        self.rasters.close()
 
     def read(self, rows: slice, columns: slice = WHOLE) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """The pixels of some rows and columns of the grid, uint8 [bands, h, w], and where they are masked, bool [h, w].
 
         Masked pixels, those without data too, are 0 in all bands. Raises UserError where a file is damaged.
         """
-        window = Window.from_slices(rows, columns, height=self.grid.height, width=self.grid.width)
-        grey = np.empty((len(self.layers), int(window.height), int(window.width)), np.uint8)
+        top, bottom, _ = rows.indices(self.grid.height)
+        left, right, _ = columns.indices(self.grid.width)
+        window = Window(left, top, right - left, bottom - top)
+        grey = np.empty((len(self.layers), bottom - top, right - left), np.uint8)
         masked = np.zeros(grey.shape[1:], np.bool_)
         empty = np.ones(grey.shape[1:], np.bool_)
         for band, layer in enumerate(self.layers):
@@ -136,7 +139,7 @@ class Scene:
             empty &= values == 0
             if valid is not None:
                 masked |= ~valid
-        masked |= empty  # what products and EuroSAT have where there is no data
+        masked |= empty
         if self.mask:
             masked |= self.mask.read(window)
         grey[:, masked] = 0
@@ -149,25 +152,30 @@ def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Sce
     Raises UserError for what is not there, damaged or unsafe, and for what is not known, with the flag that says it.
     """
     path = what[0] if len(what) == 1 else f"{what[0]} and {len(what) - 1} more"
-    with ExitStack() as resources:
-        rasters = Rasters()
-        resources.callback(rasters.close)
-        found = find(what, options.bands, rasters)
-        places = [_wanted(found, name, path) for name in wants.bands]
-        grid = _grid(places, wants.bands, rasters, options.resolution)
-        layers = [_layer(place, grid, rasters, resources, Resampling.bilinear) for place in places]
-        mask = _mask(options.mask, found, grid, rasters, resources) if options.mask else None
-        bands = [_band(layer, canonical(name)) for layer, name in zip(layers, wants.bands, strict=True)]
-        sample = _sample(layers, grid)
-        grey = decide(bands, wants, found.metadata, options.offset, options.stretch, sample, path)
-        rule = {**grey.facts(bands), "level": found.level, "inputs": wants.name}
-        warnings = [
-            *_of_kind(path, bands, layers, wants, options, found),
-            *_of_place(path, grid, layers, wants, options.resolution),
-            *_of_sample(path, sample, grey, wants),
-        ]
-        kept = resources.pop_all()
-    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, kept)
+    rasters = Rasters()
+    try:
+        with reading(path):
+            return _opened(path, find(what, options.bands, rasters), wants, options, rasters)
+    except BaseException:
+        rasters.close()
+        raise
+
+
+def _opened(path: str, found: Found, wants: Inputs, options: SceneOptions, rasters: Rasters) -> Scene:
+    places = [_wanted(found, name, path) for name in wants.bands]
+    grid = _grid(places, wants.bands, rasters, options.resolution)
+    layers = [_layer(place, grid, rasters, Resampling.bilinear) for place in places]
+    mask = _mask(options.mask, found, grid, rasters) if options.mask else None
+    bands = [_band(layer, canonical(name)) for layer, name in zip(layers, wants.bands, strict=True)]
+    sample = _sample(layers, grid)
+    grey = decide(bands, wants, found.metadata, options.offset, options.stretch, sample, path)
+    rule = {**grey.facts(bands), "level": found.level, "inputs": wants.name}
+    warnings = [
+        *_of_kind(path, bands, layers, wants, options, found),
+        *_of_place(path, grid, layers, wants, options.resolution),
+        *_of_sample(path, sample, grey, wants, given=bool(options.bands)),
+    ]
+    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, rasters)
 
 
 def _wanted(found: Found, name: str, path: str) -> Place:
@@ -181,6 +189,9 @@ def _wanted(found: Found, name: str, path: str) -> Place:
 def _grid(places: Sequence[Place], names: Sequence[str], rasters: Rasters, resolution: float | None) -> Grid:
     """The finest of the bands' grids, or one of another resolution."""
     grids = [grid_of(rasters(place.file)) for place in places]
+    for grid, place in zip(grids, places, strict=True):
+        if grid.transform.determinant == 0 or not np.isfinite(list(grid.transform)).all():
+            raise UserError(f"{shown(place.file)} has a transform that puts all pixels in one place: it is damaged")
     finest = min(grids, key=lambda grid: abs(grid.transform.determinant))
     for grid, name, place in zip(grids, names, places, strict=True):
         if grid.crs != finest.crs:
@@ -190,46 +201,29 @@ def _grid(places: Sequence[Place], names: Sequence[str], rasters: Rasters, resol
             )
         if not finest.agrees(grid) and (grid.crs is None or not finest.covers(grid)):
             raise UserError(f"{shown(place.file)} ({name}) covers another place than the other bands")
-    if finest.transform.determinant == 0 or not np.isfinite(list(finest.transform)).all():
-        raise UserError(f"{shown(places[0].file)} has a transform that puts all pixels in one place: it is damaged")
     if resolution is None:
         return finest
-    with reading(places[0].file):
-        return resampled(finest, resolution, shown(places[0].file))
+    return resampled(finest, resolution, shown(places[0].file))
 
 
 def _of_crs(grid: Grid) -> str:
     return grid.crs.to_string()[:60] if grid.crs else "no coordinate system"
 
 
-def _layer(place: Place, grid: Grid, rasters: Rasters, resources: ExitStack, method: Resampling) -> Layer:
+def _layer(place: Place, grid: Grid, rasters: Rasters, method: Resampling) -> Layer:
     dataset = rasters(place.file)
+    if place.alone and len(indexes(dataset)) != 1:
+        raise UserError(f"{shown(place.file)} has {dataset.count} bands and the name of one: give the file itself")
     if grid.agrees(grid_of(dataset)):
         return Layer(dataset, place.index, place.file)
-    with reading(place.file):
-        kinds = list(dataset.colorinterp)
-        nothing = dataset.nodatavals[place.index - 1]
-        if nothing is None and MaskFlags.all_valid in dataset.mask_flag_enums[place.index - 1]:
-            nothing = np.nan if np.dtype(dataset.dtypes[place.index - 1]).kind == "f" else 0
-        view = WarpedVRT(
-            dataset,
-            crs=grid.crs,
-            transform=grid.transform,
-            width=grid.width,
-            height=grid.height,
-            resampling=method,
-            src_nodata=nothing,  # else it would bleed into the pixels beside it
-            add_alpha=ColorInterp.alpha not in kinds,
-        )
-        resources.callback(view.close)
-    alpha = kinds.index(ColorInterp.alpha) + 1 if ColorInterp.alpha in kinds else view.count
+    view, alpha = rasters.view(place.file, grid, method)
     return Layer(view, place.index, place.file, alpha)
 
 
-def _mask(spec: str, found: Found, grid: Grid, rasters: Rasters, resources: ExitStack) -> Mask:
+def _mask(spec: str, found: Found, grid: Grid, rasters: Rasters) -> Mask:
     """What --mask says: a band by name, or a file, and after = the classes, such as SCL=3,8,9."""
     listed = re.fullmatch(r"(.+)=(\d{1,5}(?:,\d{1,5})*)", spec)
-    name = listed[1] if listed else spec
+    name = str(Path(listed[1] if listed else spec).expanduser())
     place = found.place(name)
     if place is None:
         if not Path(name).is_file():
@@ -244,7 +238,7 @@ def _mask(spec: str, found: Found, grid: Grid, rasters: Rasters, resources: Exit
         raise UserError(f"--mask {name} has no coordinate system to bring it to the scene's pixels by")
     is_scl = "SCL" in (canonical(name), of_file(Path(name).stem))
     classes = tuple(map(int, listed[2].split(","))) if listed else SCL_MASKED if is_scl else None
-    return Mask(_layer(place, grid, rasters, resources, Resampling.nearest), classes)
+    return Mask(_layer(place, grid, rasters, Resampling.nearest), classes)
 
 
 def _band(layer: Layer, name: str) -> Band:
@@ -274,8 +268,7 @@ def _of_place(path: str, grid: Grid, layers: Sequence[Layer], wants: Inputs, res
         points = "ground control points only (gdalwarp uses them)" if layers[0].dataset.gcps[0] else "none"
         yield f"{path} has no coordinate system, {points}: the map is in pixels"
         return
-    with reading(layers[0].path):
-        distances = ground_distances(grid)
+    distances = ground_distances(grid)
     if distances is None or wants.gsd is None:
         return
     ratio = math.sqrt(distances[0] * distances[1]) / wants.gsd
@@ -286,12 +279,17 @@ def _of_place(path: str, grid: Grid, layers: Sequence[Layer], wants: Inputs, res
         yield f"{path} has {size}: --resolution {wants.gsd:g} resamples it"
 
 
-def _of_sample(path: str, sample: NDArray[Any], grey: Rule, wants: Inputs) -> Iterator[str]:
-    """Warnings of values that are not like the training images'."""
+def _of_sample(path: str, sample: NDArray[Any], grey: Rule, wants: Inputs, given: bool) -> Iterator[str]:
+    """Warnings of values that are not like the training images', or of bands whose names, as given, seem swapped."""
     if not sample.size:
         yield f"{path} has no data at any place that was looked at"
-    elif far := unlike(np.stack([grey(values, band) for band, values in enumerate(sample)]), wants):
+        return
+    looks = np.stack([grey(values, band) for band, values in enumerate(sample)])
+    if far := unlike(looks, wants):
         yield f"{path}: {far}: is it another kind of image, or the offset another?"
+    spread = dict(zip(map(canonical, wants.bands), looks.std(1), strict=True))
+    if given and spread.get("B04", 0) < LEAST_RED * spread.get("B02", 0):
+        yield f"{path}: blue varies more than red, which is rare: are --bands in the file's order?"
 
 
 def _sample(layers: Sequence[Layer], grid: Grid) -> NDArray[Any]:

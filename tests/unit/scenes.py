@@ -44,11 +44,11 @@ def write_raster(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         with rasterio.open(path, "w", height=height, width=width, **(profile | options)) as file:
+            if colours:
+                file.colorinterp = colours
             file.write(pixels)
             for index, name in enumerate(names, start=1):
                 file.set_band_description(index, name)
-            if colours:
-                file.colorinterp = colours
     return path
 
 
