@@ -100,7 +100,7 @@ def parts(out: Path) -> set[str]:
     return {path.name for path in (out / FOLDER).glob("*.part")}
 
 
-def test_killed_five_times_and_started_again(
+def test_a_map_is_killed_five_times_and_goes_on(
     warm: str, launch: Launch, words: list[object], alone: Path, tmp_path: Path
 ) -> None:
     out, rng, done = tmp_path / "map", random.Random(0), set[str]()
@@ -116,7 +116,7 @@ def test_killed_five_times_and_started_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_asked_to_stop(
+def test_a_map_is_asked_to_stop(
     warm: str, launch: Launch, words: list[object], alone: Path, tmp_path: Path, number: int
 ) -> None:
     """One rank is, and all leave with their blocks done."""
