@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from affine import Affine
@@ -74,24 +73,29 @@ class LandCover:
         chosen = np.where(self.classes == NONE, 0, self.classes)
         return np.take_along_axis(self.percents, chosen[None].astype(np.intp), 0)[0]
 
-    def square_metres(self, row: int) -> NDArray[np.float64] | None:
-        """The ground of each window's own part in a row of the map, float64 [columns]; None where there is no CRS.
+    def pixel_square_metres(self, row: float) -> NDArray[np.float64] | None:
+        """The ground of each map pixel in a row, float64 [columns]; None where there is no CRS.
 
         Of projected coordinates in their plane, of degrees on the ellipsoid.
         """
         crs, turn = self.grid.crs, self.transform
         if crs is None:
             return None
+        area = np.full(self.classes.shape[1], abs(turn.determinant))
+        if not crs.is_geographic:
+            return area * crs.linear_units_factor[1] ** 2
+        latitudes = turn.d * (np.arange(len(area)) + 0.5) + turn.e * (row + 0.5) + turn.f
+        return area * square_metres_per_square_degree(latitudes)
+
+    def square_metres(self, row: int) -> NDArray[np.float64] | None:
+        """The same of each window's own part: less where it was moved in."""
+        area = self.pixel_square_metres(row)
+        if area is None:
+            return None
         rows, columns = self.classes.shape
         own_rows, own_columns = (end - count + 1 for end, count in zip(self.windows.ends, (rows, columns), strict=True))
-        own = np.ones(columns)
-        own[-1] = own_columns
-        own *= own_rows if row == rows - 1 else 1
-        own *= abs(turn.determinant)
-        if not crs.is_geographic:
-            return own * crs.linear_units_factor[1] ** 2
-        latitudes = turn.d * (np.arange(columns) + 0.5) + turn.e * (row + 0.5) + turn.f
-        return own * square_metres_per_square_degree(latitudes)
+        area[-1] *= own_columns
+        return area * own_rows if row == rows - 1 else area
 
 
 def square_metres_per_square_degree(latitudes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,8 +154,3 @@ def assemble(parts: Parts, blocks: Sequence[Block], windows: Windows, classes: i
         percents[:, block.first : block.end] = here[..., 1:].transpose(2, 0, 1)
         previews.append(preview)
     return chosen, percents, np.concatenate(previews)
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it."""
-    return list(value) if isinstance(value, tuple) else value

@@ -26,15 +26,13 @@ Ring = NDArray[np.float64]
 
 def write_polygons(cover: LandCover, out: Path, min_area: float) -> None:
     """map.geojson, where areas below `min_area` hectares have gone to the largest neighbour of another class."""
-    rows = range(cover.classes.shape[0])
-    ground = [area for row in rows if (area := cover.square_metres(row)) is not None]
-    if not ground:
+    ground = cover.pixel_square_metres(cover.classes.shape[0] / 2)
+    if ground is None:
         return  # no CRS: no place on Earth
-    middle = float(np.median(ground[len(ground) // 2]))
-    classes = _sieved(cover.classes, math.ceil(min_area * HECTARE / middle))
+    classes = _sieved(cover.classes, math.ceil(min_area * HECTARE / ground[len(ground) // 2]))
     with replacing(out / GEOJSON) as file:
         file.write(b'{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(_features(cover, classes, [float(row.max()) for row in ground])):
+        for number, feature in enumerate(_features(cover, classes)):
             file.write(b",\n" if number else b"\n")
             file.write(json.dumps(feature).encode())
         file.write(b"\n]}\n")
@@ -47,20 +45,20 @@ def _sieved(classes: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
     return sieved
 
 
-def _features(cover: LandCover, classes: NDArray[np.uint8], ground: list[float]) -> Iterator[dict[str, Any]]:
-    """One for each polygon. ground: square metres of a whole window's part in each row."""
-    found = features.shapes(classes, mask=classes != NONE)  # in (column, row)
-    for shape, value in found:
+def _features(cover: LandCover, classes: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
+    """One for each polygon."""
+    ends = np.array(cover.windows.ends)[::-1]
+    for shape, value in features.shapes(classes, mask=classes != NONE):  # in (column, row)
         rings = [np.array(ring) for ring in shape["coordinates"]]
-        ends = np.array(cover.windows.ends)[::-1]
         own = [np.minimum(ring, ends) for ring in rings]
-        row = int(np.clip(rings[0][:, 1].mean(), 0, len(ground) - 1))
+        column, row = own[0][:-1].mean(0)
+        ground = cover.pixel_square_metres(row - 0.5)
         yield {
             "type": "Feature",
             "properties": {
                 "class": cover.names[int(value)],
                 "windows": round(_area(rings)),
-                "hectares": round(_area(own) * ground[row] / HECTARE, 2),
+                "hectares": round(_area(own) * ground[int(column)] / HECTARE, 2),
             },
             "geometry": {"type": "Polygon", "coordinates": [_placed(cover, ring, n > 0) for n, ring in enumerate(own)]},
         }
