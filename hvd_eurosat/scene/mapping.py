@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -148,11 +148,12 @@ def preview(pixels: NDArray[np.uint8], masked: NDArray[np.bool_], block: Block, 
     sizes = [np.diff([*range(0, length, step), length]) for length in shown.shape[1:]]
     means: NDArray[np.uint8] = (sums // (sizes[0][:, None] * sizes[1])).astype(np.uint8)
     means[3] = (means[3] >= 128) * np.uint8(255)
-    return means.transpose(1, 2, 0)
+    return np.ascontiguousarray(means.transpose(1, 2, 0))
 
 
-def _summed(values: NDArray[np.integer], step: int, axis: int) -> NDArray[np.uint32]:
-    return np.add.reduceat(values, range(0, values.shape[axis], step), axis=axis, dtype=np.uint32)
+def _summed(values: NDArray[Any], step: int, axis: int) -> NDArray[np.uint32]:
+    sums: NDArray[np.uint32] = np.add.reduceat(values, range(0, values.shape[axis], step), axis=axis, dtype=np.uint32)
+    return sums
 
 
 @torch.no_grad()
@@ -177,8 +178,8 @@ def classify(
         if stop():
             return None
         if len(batch):
-            places = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
-            answers.append(answer(network, cut(pixels, *places, windows.side)))
+            y, x = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
+            answers.append(answer(network, cut(pixels, y, x, windows.side)))
         progress()
     if len(rows):
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()

@@ -84,4 +84,5 @@ def _mesh(cover: LandCover) -> list[list[list[float]]]:
     places = np.stack(warp.transform(cover.grid.crs, WGS84, xs.ravel(), ys.ravel()), 1)
     if not np.isfinite(places).all():
         return []
-    return places.round(6).reshape(MESH, MESH, 2).tolist()
+    mesh: list[list[list[float]]] = places.round(6).reshape(MESH, MESH, 2).tolist()
+    return mesh

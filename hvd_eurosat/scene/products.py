@@ -46,16 +46,15 @@ def write_products(
     """
     cover = land_cover(scene, saved, plan, parts, settings)
     known = areas(cover)
-    for write in (
-        lambda: write_rasters(cover, parts.out, parts.folder, settings.probabilities),
-        lambda: write_areas(known, parts.out),
-        lambda: write_polygons(cover, parts.out, settings.min_area),
-        lambda: write_picture(cover, known, parts.out),
-        lambda: write_page(cover, known, parts.out),
-        lambda: write_text(parts.out / DONE, json.dumps(document(scene, cover, known, plan, settings, run), indent=2)),
-    ):
-        write()
-        tick()
+    write_rasters(cover, parts.out, parts.folder, settings.probabilities)
+    tick()
+    write_areas(known, parts.out)
+    write_polygons(cover, parts.out, settings.min_area)
+    tick()
+    write_picture(cover, known, parts.out)
+    write_page(cover, known, parts.out)
+    tick()
+    write_text(parts.out / DONE, json.dumps(document(scene, cover, known, plan, settings, run), indent=2) + "\n")
     parts.finish()
     return known
 

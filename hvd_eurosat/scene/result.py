@@ -16,6 +16,7 @@ from hvd_eurosat.scene.windows import Block, Windows
 
 HECTARE = 10_000.0  # square metres
 Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
 # Colours by which people know these classes, near to those of CORINE where it has them.
 COLOURS = {
@@ -71,34 +72,33 @@ class LandCover:
     def confidence(self) -> Bytes:
         """Percents of the chosen class, uint8 [rows, columns], NONE where there is none."""
         chosen = np.where(self.classes == NONE, 0, self.classes)
-        return np.take_along_axis(self.percents, chosen[None].astype(np.intp), 0)[0]
+        of_it: Bytes = np.take_along_axis(self.percents, chosen[None].astype(np.intp), 0)[0]
+        return of_it
 
-    def pixel_square_metres(self, row: float) -> NDArray[np.float64] | None:
-        """The ground of each map pixel in a row, float64 [columns]; None where there is no CRS.
+    def pixel_square_metres(self, row: float) -> Floats:
+        """The ground of each map pixel in a row, float64 [columns]; 1 where there is no CRS.
 
         Of projected coordinates in their plane, of degrees on the ellipsoid.
         """
         crs, turn = self.grid.crs, self.transform
+        columns: Floats = np.arange(self.classes.shape[1], dtype=np.float64) + 0.5
         if crs is None:
-            return None
-        area = np.full(self.classes.shape[1], abs(turn.determinant))
-        if not crs.is_geographic:
-            return area * crs.linear_units_factor[1] ** 2
-        latitudes = turn.d * (np.arange(len(area)) + 0.5) + turn.e * (row + 0.5) + turn.f
-        return area * square_metres_per_square_degree(latitudes)
+            return np.ones(len(columns))
+        unit = abs(turn.determinant)
+        if crs.is_geographic:
+            return unit * square_metres_per_square_degree(turn.d * columns + turn.e * (row + 0.5) + turn.f)
+        return np.full(len(columns), unit * crs.linear_units_factor[1] ** 2)
 
-    def square_metres(self, row: int) -> NDArray[np.float64] | None:
+    def square_metres(self, row: int) -> Floats:
         """The same of each window's own part: less where it was moved in."""
         area = self.pixel_square_metres(row)
-        if area is None:
-            return None
         rows, columns = self.classes.shape
         own_rows, own_columns = (end - count + 1 for end, count in zip(self.windows.ends, (rows, columns), strict=True))
         area[-1] *= own_columns
         return area * own_rows if row == rows - 1 else area
 
 
-def square_metres_per_square_degree(latitudes: NDArray[np.float64]) -> NDArray[np.float64]:
+def square_metres_per_square_degree(latitudes: Floats) -> Floats:
     """On the ellipsoid of WGS 84: the product of its radii of curvature (Snyder 1987, equations 4-18 and 4-20)."""
     eccentricity, radians = FLATTENING * (2 - FLATTENING), np.radians(latitudes)
     density = (1 - eccentricity) * np.cos(radians) / (1 - eccentricity * np.sin(radians) ** 2) ** 2
@@ -122,9 +122,7 @@ def areas(cover: LandCover) -> list[Area]:
     trust = np.bincount(cover.classes.ravel(), weights=cover.confidence.ravel(), minlength=NONE + 1)
     ground = np.zeros(NONE + 1)
     for row, classes in enumerate(cover.classes):
-        square_metres = cover.square_metres(row)
-        weights = np.ones(len(classes)) if square_metres is None else square_metres
-        ground += np.bincount(classes, weights=weights, minlength=NONE + 1)
+        ground += np.bincount(classes, weights=cover.square_metres(row), minlength=NONE + 1)
     total = float(ground[: len(cover.names)].sum())
     known = cover.grid.crs is not None
     found = []

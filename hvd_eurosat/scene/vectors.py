@@ -26,9 +26,9 @@ Ring = NDArray[np.float64]
 
 def write_polygons(cover: LandCover, out: Path, min_area: float) -> None:
     """map.geojson, where areas below `min_area` hectares have gone to the largest neighbour of another class."""
+    if cover.grid.crs is None:
+        return  # no place on Earth
     ground = cover.pixel_square_metres(cover.classes.shape[0] / 2)
-    if ground is None:
-        return  # no CRS: no place on Earth
     classes = _sieved(cover.classes, math.ceil(min_area * HECTARE / ground[len(ground) // 2]))
     with replacing(out / GEOJSON) as file:
         file.write(b'{"type": "FeatureCollection", "features": [')
@@ -84,7 +84,8 @@ def _placed(cover: LandCover, ring: Ring, is_hole: bool) -> list[list[float]]:
     placed = np.stack([longitudes, latitudes], 1)
     if (_signed(placed) < 0) != is_hole:
         placed = placed[::-1]
-    return placed.round(DECIMALS).tolist()
+    found: list[list[float]] = placed.round(DECIMALS).tolist()
+    return found
 
 
 def _densified(ring: Ring) -> Ring:

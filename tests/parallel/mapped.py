@@ -119,7 +119,9 @@ def tile(ms: Path, driver: str, out: Path) -> None:
             plain, "w", **shape, crs="EPSG:32632", transform=TURN, blockxsize=512, blockysize=512
         ) as file:
             for top in range(0, TILE, SIDE):
-                row = [np.rot90(numbers[rng.integers(len(numbers))], rng.integers(4), (1, 2)) for _ in range(count)]
+                row = [
+                    np.rot90(numbers[rng.integers(len(numbers))], int(rng.integers(4)), (1, 2)) for _ in range(count)
+                ]
                 pixels = (np.concatenate(row, 2) * rng.uniform(0.9, 1.1)).astype(np.uint16)[:, : TILE - top, :TILE]
                 file.write(pixels, window=rasterio.windows.Window(0, top, TILE, pixels.shape[1]))
         rasterio.shutil.copy(plain, out, driver=driver, **LIKE[driver])

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
 COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled", "Network.requestWillBeSent")
@@ -23,9 +23,8 @@ COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICa
 class Browser:
     """One page. complaints: exceptions, console messages, what was refused, and whatever was asked of the network."""
 
-    def __init__(self, read: int, write: int) -> None:
-        self._incoming = os.fdopen(read, "rb")
-        self._outgoing = os.fdopen(write, "wb", buffering=0)
+    def __init__(self, incoming: IO[bytes], outgoing: IO[bytes]) -> None:
+        self._incoming, self._outgoing = incoming, outgoing
         self._number = 0
         self._session: str | None = None
         self.complaints: list[dict[str, Any]] = []
@@ -99,7 +98,8 @@ def chromium() -> Iterator[Browser]:
         os.close(theirs_in)
         os.close(theirs_out)
         try:
-            yield Browser(ours_in, ours_out)
+            with os.fdopen(ours_in, "rb") as incoming, os.fdopen(ours_out, "wb", buffering=0) as outgoing:
+                yield Browser(incoming, outgoing)
         finally:
             process.terminate()
             process.wait()
