@@ -5,6 +5,7 @@
 NP     ?= $(shell $(BIN)/python -c 'from hvd_eurosat.cluster.node import ranks_here; print(ranks_here())')
 RECIPE ?= recipes/quickstart.toml
 DATA   ?= sample
+SCENE  ?= data/$(NAME)/scene.tif
 ARGS   ?=
 SAMPLE_RATIOS := 80,10,10
 
@@ -20,7 +21,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train bench test test-long test-faults test-system lint format docs pictures constraints clean
+.PHONY: help setup train map bench test test-long test-faults test-system lint format docs pictures constraints clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -34,6 +35,10 @@ data/$(NAME): | setup
 train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (default: one per GPU, or 2 on cores) and ARGS, into runs/
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.train \
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
+
+map: setup data/$(NAME) ## a map of SCENE (default: the sample's) by the best network of `make train`, into maps/
+	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.map \
+	  --checkpoint runs/$(RUN)/checkpoints/best.json --scene $(SCENE) --out maps/$(basename $(notdir $(SCENE))) $(ARGS)
 
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
@@ -74,5 +79,5 @@ constraints: setup ## the newest versions that pyproject.toml allows, into launc
 	$(BIN)/uv pip compile --universal --python-version 3.10 --all-extras --group horovod-build \
 	  --no-header --no-annotate --no-emit-index-url --quiet pyproject.toml >> launch/constraints.txt
 
-clean: ## remove all that make made, but data/ and runs/
+clean: ## remove all that make made, but data/, runs/ and maps/
 	rm -rf $(BIN:/bin=) $(BIN:/bin=.lock) build hvd_eurosat/model/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache

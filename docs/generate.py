@@ -14,12 +14,19 @@ from typing import Any
 
 from hvd_eurosat.benchmarks.settings import ProjectSettings
 from hvd_eurosat.config.schema import Config, Settings
-from hvd_eurosat.config.verbs import EvaluateSettings, ExportSettings, PredictSettings
+from hvd_eurosat.config.verbs import EvaluateSettings, ExportSettings, MapSettings, PredictSettings
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 BOUNDS = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
 TYPES = {"integer": "whole number", "number": "number", "boolean": "true, false", "string": "text", "object": "table"}
+
+OF_A_VERB: dict[str, type[Settings]] = {
+    "evaluate": EvaluateSettings,
+    "predict": PredictSettings,
+    "map": MapSettings,
+    "export": ExportSettings,
+}
 
 HEAD = """\
 # Configuration
@@ -51,7 +58,7 @@ def page() -> str:
     for name, field in Config.model_fields.items():
         if name != "config":
             parts += [f"## {name}\n", f"{_doc(field.annotation)}\n", *_table(Config, name), ""]
-    for verb, schema in (("evaluate", EvaluateSettings), ("predict", PredictSettings), ("export", ExportSettings)):
+    for verb, schema in OF_A_VERB.items():
         parts += [f"## Keys of {verb} alone\n", *_table(schema), ""]
     parts += ["## Keys of benchmark alone\n", "Its other keys are those of `train`.\n", *_table(ProjectSettings), ""]
     parts += [

@@ -19,6 +19,7 @@ from io import BytesIO
 from pathlib import Path
 
 from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode, in_threads, resize
+from hvd_eurosat.data.inputs import inputs_of
 from hvd_eurosat.data.packed import DISK_FULL, verify_packed
 from hvd_eurosat.data.sources import Item, Source, open_source
 from hvd_eurosat.data.split import Ratios, split_class
@@ -31,6 +32,7 @@ from hvd_eurosat.data.tree import (
     check_classes,
     ignored,
     open_tree,
+    read_manifest,
     sha256_of,
 )
 from hvd_eurosat.errors import RunError, UserError
@@ -133,6 +135,8 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
             ratios=None if presplit else tuple(map(float, options.ratios)),
             digest=hashlib.sha256(listing).hexdigest(),
             skipped=tuple(skipped),
+            inputs=inputs_of(source.layout.classes),
+            extras=_write_extras(source, folder),
         )
         if presplit:
             print(f"note: {spec} is split already and keeps its split", file=sys.stderr)
@@ -152,22 +156,23 @@ def verify(root: Path) -> str:
         tree = open_tree(root)
     except UserError as error:
         raise RunError(str(error)) from None
+    checksums = tree.checksums | read_manifest(root).extras
 
     def compare(path: str) -> str:
         try:
-            return "" if sha256_of(root / path) == tree.checksums[path] else f"{path}: changed"
+            return "" if sha256_of(root / path) == checksums[path] else f"{path}: changed"
         except FileNotFoundError:
             return f"{path}: missing"
         except OSError as error:
             return f"{path}: cannot be read ({error.strerror})"
 
-    flaws = [flaw for flaw in in_threads(compare, tree.checksums, "comparing") if flaw]
-    flaws += [f"{path}: extra" for path in sorted(_listing(root) - tree.checksums.keys() - {MANIFEST, CHECKSUMS})]
+    flaws = [flaw for flaw in in_threads(compare, checksums, "comparing") if flaw]
+    flaws += [f"{path}: extra" for path in sorted(_listing(root) - checksums.keys() - {MANIFEST, CHECKSUMS})]
     packed = sorted((root / ".packed").glob("*.npy"))
     flaws += filter(None, map(_flaw_of_packed, packed))
     if flaws:
         raise RunError(_several(f"{root} is not as it was prepared", flaws))
-    return f"{root}: all {len(tree.checksums):,} files and {len(packed)} packed arrays are as they were written"
+    return f"{root}: all {len(checksums):,} files and {len(packed)} packed arrays are as they were written"
 
 
 def _flaw_of_packed(path: Path) -> str:
@@ -206,6 +211,13 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
     results = list(in_threads(copy, source.layout.items, "checking images"))
     skipped = sorted((r for r in results if isinstance(r, Skipped)), key=lambda bad: bad.file)
     return [r for r in results if isinstance(r, Written)], skipped
+
+
+def _write_extras(source: Source, folder: Path) -> dict[str, str]:
+    """Writes what comes with the source beside its images; the files' sha256 by their names."""
+    for name, data in source.extras.items():
+        (folder / name).write_bytes(data)
+    return {name: hashlib.sha256(data).hexdigest() for name, data in source.extras.items()}
 
 
 def _by_content(written: list[Written]) -> list[list[Written]]:

@@ -16,6 +16,7 @@ from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
+from hvd_eurosat.data.inputs import SAMPLED
 from hvd_eurosat.data.packed import resolve_size
 from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
@@ -62,7 +63,8 @@ def train(world: World, config: Config) -> int:
     details = Details.of(config.model)
     model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed, details)
     model.to(world.device)
-    state = TrainingState(world, config, tree, model, choose(world, config, start))
+    inputs = tree.inputs.measured(images["train"].sample(SAMPLED))
+    state = TrainingState(world, config, tree, model, choose(world, config, start), inputs)
     begin(world, config, state, start)
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)

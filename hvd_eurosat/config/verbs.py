@@ -1,16 +1,17 @@
-"""What evaluate, predict and export are told."""
+"""What evaluate, predict, map and export are told."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import CliSuppress
 
 from hvd_eurosat.config.reading import read
-from hvd_eurosat.config.schema import Data, Model, Place, Settings, UserPath
+from hvd_eurosat.config.schema import Data, Model, Number, Place, Probability, Settings, UserPath
 
 
 class EvaluateSettings(Settings):
@@ -48,6 +49,45 @@ class PredictSettings(Settings):
     and of an exported network"""
 
 
+class MapSettings(Settings):
+    """A land-cover map of whole scenes, larger than memory, over all ranks; the same command goes on with it."""
+
+    checkpoint: UserPath
+    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
+    scene: tuple[UserPath, ...]
+    """scenes; files of one band each are one scene, where their names differ in the band alone"""
+    out: UserPath
+    """folder for the map; of several scenes each gets its own in it"""
+    stride: NonNegativeInt = 0
+    """pixels from window to window, and from map pixel to map pixel; 0: the side of the network's windows"""
+    max_masked: Probability = 0.25
+    """a window with a larger share of masked pixels has no class"""
+    bands: tuple[str, ...] = ()
+    """what the bands of the scene's file are, in its order, where it does not say: B04,B03,B02; - is for another"""
+    offset: Number | None = None
+    """what digital numbers carry, where no metadata say it: 1000 of products since January 2022, 0 of older ones"""
+    stretch: tuple[Number, Number] | None = None
+    """LOW,HIGH: the digital numbers that become black and white, in place of what the checkpoint's images had"""
+    resolution: PositiveFloat | None = None
+    """metres: bring the scene to pixels of this size first; EuroSAT has 10"""
+    mask: str | None = None
+    """pixels that do not count: SCL (clouds and shadows of an L2A product), SCL=3,8,9 (these of its classes), another
+    band, or a file"""
+    probabilities: bool = False
+    """write the probabilities of all classes, too: probabilities.tif; --probabilities alone is true"""
+    min_area: NonNegativeFloat = 0.0
+    """hectares: in map.geojson smaller areas go to their largest neighbour"""
+    memory: PositiveFloat = 2.0
+    """GB that a rank may take for a scene, beside what the network needs"""
+    batch_size: NonNegativeInt = 0
+    """windows per step; 0: as in the run that saved the checkpoint"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
+    in log-probabilities"""
+    watchdog_seconds: NonNegativeFloat = 600.0
+    """end the job when a rank makes no progress for so long, and name it; 0: never"""
+
+
 class ExportSettings(Settings):
     """Write a trained network, or one prepared for training, in the format of another tool."""
 
@@ -73,9 +113,25 @@ def predict(argv: Sequence[str]) -> PredictSettings:
     return read(PredictSettings, _as_list("--input", argv), "predict")
 
 
+def map_scenes(argv: Sequence[str]) -> MapSettings:
+    """The settings that a command line of `map` asks for."""
+    words = [re.sub(r"^--(max|min)-(masked|area)\b", r"--\1_\2", word) for word in argv]
+    return read(MapSettings, _as_list("--scene", _switch("--probabilities", words)), "map")
+
+
 def export(argv: Sequence[str]) -> ExportSettings:
     """The settings that a command line of `export` asks for."""
     return read(ExportSettings, argv, "export")
+
+
+def _switch(flag: str, argv: Sequence[str]) -> list[str]:
+    """`flag` alone as `flag true`."""
+    words = list(argv)
+    if flag in words:
+        value = words.index(flag) + 1
+        if value == len(words) or words[value].startswith("--"):
+            words.insert(value, "true")
+    return words
 
 
 def _as_list(flag: str, argv: Sequence[str]) -> list[str]:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -46,6 +48,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def sample(self, count: int) -> NDArray[np.uint8]:
+        """So many images, or fewer, spread evenly: uint8 [n, S, S, 3]."""
+        return np.asarray(self.images[:: -(-len(self) // count)].cpu())
 
     def batch(self, indices: Tensor, real: int, total: int) -> Batch:
         """The samples at `indices` (int64 [B], on the storage's device), of which the first `real` count."""

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, TiffImagePlugin, TiffTags
 
 SIZE = 64
+SCENE_ROWS, SCENE_COLUMNS = 12, 16  # patches
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.intp]
@@ -225,13 +226,13 @@ SCENES: dict[str, Callable[[np.random.Generator], Array]] = {
 
 
 def _observe(rng: np.random.Generator, ground: Array) -> Image.Image:
-    """The ground as the sensor sees it: light, haze and hue of the day, blur of the optics, noise."""
+    """The ground [H, W, 3] as the sensor sees it: light, haze and hue of the day, blur of the optics, noise."""
     light, haze = rng.lognormal(0, 0.14), rng.uniform(0, 0.25)
     air = np.array((84, 96, 118)) * rng.uniform(0.5, 1.4)
     cast = rng.normal(0, 3, 3) + np.array((1, 0, -1)) * rng.normal(0, 2)
     image = np.clip(ground * light * (1 - haze) + air * haze + cast, 0, 255).astype(np.uint8)
     blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(0.6))
-    noisy = np.asarray(blurred) + rng.normal(0, rng.uniform(0.5, 2), (SIZE, SIZE, 1))
+    noisy = np.asarray(blurred) + rng.normal(0, rng.uniform(0.5, 2), (*ground.shape[:2], 1))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
@@ -247,3 +248,33 @@ def generate(per_class: int = 200, seed: int = 0) -> Iterator[tuple[str, bytes]]
             buffer = io.BytesIO()
             _observe(rng, scene(rng)).save(buffer, "JPEG", quality=95)
             yield f"{name}/{name}_{n}.jpg", buffer.getvalue()
+
+
+def draw_scene(seed: int = 0) -> dict[str, bytes]:
+    """A scene of the classes, SCENE_ROWS x SCENE_COLUMNS patches in one light, and its truth, one pixel a patch.
+
+    scene.tif is uint8 RGB, scene_truth.tif uint8, the class's place in SCENES; both lie somewhere in EPSG:32632.
+    """
+    rng = np.random.default_rng((seed, len(SCENES)))
+    shape = SCENE_ROWS, SCENE_COLUMNS
+    # Neighbours are alike: of smooth random fields, one a class, the highest wins.
+    fields = [Image.fromarray(rng.standard_normal((4, 5), np.float32)) for _ in SCENES]
+    smooth = [np.asarray(field.resize(shape[::-1], Image.Resampling.BICUBIC)) for field in fields]
+    truth = np.argmax(smooth, 0).astype(np.uint8)
+    draw = list(SCENES.values())
+    rows = [np.concatenate([draw[label](rng) for label in row], 1) for row in truth]
+    picture = _observe(rng, np.concatenate(rows, 0))
+    return {"scene.tif": _geotiff(picture, 10), "scene_truth.tif": _geotiff(Image.fromarray(truth), 10 * SIZE)}
+
+
+def _geotiff(image: Image.Image, metres: float) -> bytes:
+    """With the tags of OGC's GeoTIFF 1.1 standard: a pixel's size, the upper left corner, and the CRS EPSG:32632."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype |= {33550: TiffTags.DOUBLE, 33922: TiffTags.DOUBLE, 34735: TiffTags.SHORT}
+    tags[33550] = (metres, metres, 0.0)
+    tags[33922] = (0.0, 0.0, 0.0, 600000.0, 5200000.0, 0.0)
+    # Three keys: a projected CRS, pixels are areas, EPSG's number.
+    tags[34735] = (1, 1, 1, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", tiffinfo=tags, compression="tiff_deflate")
+    return buffer.getvalue()

@@ -4,14 +4,14 @@ import os
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path, PureWindowsPath
 
 from hvd_eurosat.data.images import BadImageError
-from hvd_eurosat.data.sample import generate
+from hvd_eurosat.data.sample import draw_scene, generate
 from hvd_eurosat.data.tree import ignored
 from hvd_eurosat.errors import RunError, UserError
 
@@ -48,12 +48,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Source:
-    """read: the bytes of the file at an item's path, from any thread. It raises BadImageError."""
+    """read: the bytes of the file at an item's path, from any thread. It raises BadImageError.
+
+    extras: other files that come with it, by name.
+    """
 
     name: str
     synthetic: bool
     layout: Layout
     read: Callable[[str], bytes]
+    extras: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @contextmanager
@@ -129,7 +133,7 @@ def _check_name(path: str) -> None:
 
 def _sample(seed: int) -> Source:
     files = dict(generate(seed=seed))
-    return Source("sample", True, lay_out(files, "the sample"), files.__getitem__)
+    return Source("sample", True, lay_out(files, "the sample"), files.__getitem__, draw_scene(seed))
 
 
 def _folder(root: Path, name: str) -> Source:

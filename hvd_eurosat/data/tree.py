@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hvd_eurosat.data.images import BadImageError, decode
+from hvd_eurosat.data.inputs import PICTURES, Inputs, inputs_of
 from hvd_eurosat.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -27,7 +28,11 @@ class Skipped(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json of a prepared folder; seed and ratios are null where the source was already split."""
+    """manifest.json of a prepared folder; seed and ratios are null where the source was already split.
+
+    inputs: what the numbers in the images are; null in folders of before that was noted. extras: the sha256 of files
+    that are no images.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -41,6 +46,8 @@ class Manifest(BaseModel):
     ratios: tuple[float, ...] | None
     digest: str
     skipped: tuple[Skipped, ...] = ()
+    inputs: Inputs | None = None
+    extras: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Tree:
     digest: names this data, 64 hexadecimal digits. image_size: side in pixels that every image must have, without a
     manifest that of the first training image; None where that one is not square or no image.
     checksums: each file's sha256 (empty where unknown) by its path, in the order of (split, class, name).
+    inputs: what the numbers in the images are.
     """
 
     root: Path
@@ -58,6 +66,7 @@ class Tree:
     synthetic: bool
     image_size: int | None
     checksums: dict[str, str] = field(repr=False)
+    inputs: Inputs = PICTURES
 
     def files(self, split: str) -> list[str]:
         """Paths below root, with forward slashes, ordered by class and name."""
@@ -137,7 +146,15 @@ def _prepared(root: Path) -> Tree:
     whole = {path.rpartition("/")[0] for path in checksums} == folders
     if not whole or hashlib.sha256(text).hexdigest() != manifest.digest:
         raise UserError(f"{root / CHECKSUMS} does not fit {MANIFEST} beside it: prepare the data again")
-    return Tree(root, manifest.classes, manifest.digest, manifest.synthetic, manifest.image_size, _ordered(checksums))
+    return Tree(
+        root,
+        manifest.classes,
+        manifest.digest,
+        manifest.synthetic,
+        manifest.image_size,
+        _ordered(checksums),
+        manifest.inputs or inputs_of(manifest.classes),
+    )
 
 
 def _unzipped(root: Path) -> Tree:
@@ -162,7 +179,7 @@ def _unzipped(root: Path) -> Tree:
     classes = check_classes(counts, str(root))
     ordered = _ordered(checksums)
     first = next(path for path in ordered if path.startswith(f"{SPLITS[0]}/"))
-    return Tree(root, classes, listing.hexdigest(), False, _side(root / first), ordered)
+    return Tree(root, classes, listing.hexdigest(), False, _side(root / first), ordered, inputs_of(classes))
 
 
 def _side(path: Path) -> int | None:

@@ -50,13 +50,22 @@ class Display:
         if self._speaks:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
+    def fail(self, text: str) -> None:
+        """A line on standard error, of what could not be done while the rest goes on."""
+        if self._speaks:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+
     def header(self, rows: Mapping[str, str]) -> None:
         """What is about to happen, a line for each fact."""
         self.say("\n".join(f"{name:<13}{value}" for name, value in rows.items()))
 
     def begin(self, epoch: int, epochs: int, steps: int) -> None:
         """A new progress bar for an epoch (from 1)."""
-        self._name, self._steps = f"epoch {epoch}/{epochs}", steps
+        self.start(f"epoch {epoch}/{epochs}", steps)
+
+    def start(self, name: str, steps: int, unit: str = "step") -> None:
+        """A new progress bar for so many steps, or whatever they are."""
+        self._name, self._steps, self._unit = name, steps, unit
         self._began = self._shown = time.perf_counter()
         self._bar.reset(self._task, description=self._name, total=steps, status="")
         self._bar.start()
@@ -68,14 +77,17 @@ class Display:
 
     def progress(self, step: int, sums: Sums, samples: int) -> None:
         """After `step` steps and `samples` samples since `begin`, with the sums of this rank's shard of the epoch."""
+        rate = samples / (time.perf_counter() - self._began)
+        self.show(step, f"loss {sums.loss:.4f}  accuracy {100 * sums.accuracy:.1f}%  {rate:,.0f} images/s")
+
+    def show(self, step: int, status: str) -> None:
+        """After `step` steps since `start`."""
         self._shown = time.perf_counter()
         seconds = self._shown - self._began
-        rate = samples / seconds
-        status = f"loss {sums.loss:.4f}  accuracy {100 * sums.accuracy:.1f}%  {rate:,.0f} images/s"
         self._bar.update(self._task, completed=step, status=status)
         if not self._live:
-            left = seconds / step * (self._steps - step)
-            self.say(f"  {self._name}  step {step}/{self._steps}  {status}  {left:.0f} s left")
+            left = seconds / max(step, 1) * (self._steps - step)
+            self.say(f"  {self._name}  {self._unit} {step}/{self._steps}  {status}  {left:.0f} s left")
 
     def end(self) -> None:
         """The bar goes."""

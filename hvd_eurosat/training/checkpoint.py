@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
+from hvd_eurosat.data.inputs import Inputs, inputs_of
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
@@ -38,7 +39,7 @@ class Checkpoint:
     each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
-    training images' files in pixels, None where unknown.
+    training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted.
     """
 
     model: dict[str, Tensor]
@@ -56,6 +57,7 @@ class Checkpoint:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     image_side: int | None = None
+    inputs: dict[str, Any] | None = None
 
     @property
     def data(self) -> Data:
@@ -64,6 +66,11 @@ class Checkpoint:
         if not data.center_crop or data.resize or not self.image_side:
             return data
         return data.model_copy(update={"resize": self.image_side})
+
+    @property
+    def wants(self) -> Inputs:
+        """What the numbers in its images are: as noted, or known by the classes."""
+        return Inputs.model_validate(self.inputs) if self.inputs else inputs_of(self.classes)
 
     @property
     def metric(self) -> float | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config
+from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.model.convolution import Convolution
@@ -28,13 +29,23 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 class TrainingState:
     """Model, optimiser, BatchNorm statistics, and how far the run has come.
 
-    epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; sums: of this rank.
+    epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; sums: of this rank;
+    inputs: what the numbers in the images are, for whoever uses the network later.
     """
 
-    def __init__(self, world: World, config: Config, tree: Tree, model: LandCoverResNet, precision: Precision) -> None:
+    def __init__(
+        self,
+        world: World,
+        config: Config,
+        tree: Tree,
+        model: LandCoverResNet,
+        precision: Precision,
+        inputs: Inputs | None = None,
+    ) -> None:
         self._world, self._config, self._tree = world, config, tree
         self.model = model
         self.precision = precision
+        self.inputs = inputs
         self.optimiser = build_optimiser(model, config.optim)
         self.statistics = Statistics(model)
         self.sums = Sums(world)
@@ -93,6 +104,7 @@ class TrainingState:
                 digest=self._tree.digest,
                 precision=self.precision.name,
                 image_side=self._tree.image_size,
+                inputs=self.inputs.model_dump(mode="json") if self.inputs else None,
             )
 
     def seal(self) -> None:

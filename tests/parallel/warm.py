@@ -30,7 +30,7 @@ from typing import NoReturn
 
 LIMITS = range(16)  # Linux has so many
 FROM_LAUNCHERS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-VERBS = ("train", "evaluate", "predict", "benchmark", "benchmarks.job", "benchmarks.baseline")
+VERBS = ("train", "evaluate", "predict", "map", "benchmark", "benchmarks.job", "benchmarks.baseline")
 LAZY = (
     "horovod.torch",
     "h5py",
@@ -38,6 +38,7 @@ LAZY = (
     "matplotlib.colors",
     "matplotlib.figure",
     "PIL.Image",
+    "rasterio",
     "torch.utils.tensorboard",
 )
 

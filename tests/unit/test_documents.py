@@ -17,13 +17,20 @@ import pytest
 from docs import generate, pictures
 from hvd_eurosat.benchmarks.settings import ProjectSettings
 from hvd_eurosat.config.schema import Config, Settings
-from hvd_eurosat.config.verbs import EvaluateSettings, ExportSettings, PredictSettings
+from hvd_eurosat.config.verbs import EvaluateSettings, ExportSettings, MapSettings, PredictSettings
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PROSE = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 README_LINES, PARAGRAPH_LINES, SENTENCE_WORDS, LINE_LENGTH = 120, 6, 35, 120
-SCHEMAS: tuple[type[Settings], ...] = (Config, EvaluateSettings, PredictSettings, ExportSettings, ProjectSettings)
+SCHEMAS: tuple[type[Settings], ...] = (
+    Config,
+    EvaluateSettings,
+    PredictSettings,
+    MapSettings,
+    ExportSettings,
+    ProjectSettings,
+)
 SECTIONS = "data|model|optim|train|valid|run"
 FILES = {"h5", "json", "md", "onnx", "pt", "py", "safetensors", "sbatch", "sh", "toml"}
 

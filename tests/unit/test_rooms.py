@@ -23,11 +23,12 @@ ORDER = [
     {"weights"},
     {"training"},
     {"run"},
+    {"scene"},
     {"benchmarks", "diagnosis"},
-    {"train", "prepare", "evaluate", "predict", "export", "report", "benchmark", "doctor"},
+    {"train", "prepare", "evaluate", "predict", "map", "export", "report", "benchmark", "doctor"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-HEAVY = {"torch", "torchvision", "horovod", "mpi4py", "matplotlib", "h5py", "tensorboard"}
+HEAVY = {"torch", "torchvision", "horovod", "mpi4py", "matplotlib", "h5py", "tensorboard", "rasterio"}
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
 MODULES = """
 import json, runpy, sys
@@ -98,7 +99,7 @@ def test_help_is_there_at_once(verb: str) -> None:
     assert not modules & HEAVY
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "map", "export"])
 def test_a_bad_flag_is_refused_at_once(verb: str) -> None:
     status, modules = run(verb, "--nonsense", "1")
     assert status == 2

@@ -1,0 +1,210 @@
+"""From the blocks of a scene to the class of each window, on every rank, with the next block read meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.data.augment import normalise, shrink
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.scene.parts import NONE, Parts
+from hvd_eurosat.scene.plan import Plan
+from hvd_eurosat.scene.source import Scene
+from hvd_eurosat.scene.windows import Block, slice_rows
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.precision import Precision
+
+T = TypeVar("T")
+R = TypeVar("R")
+TICK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in evaluation mode, and how it takes images."""
+
+    model: LandCoverResNet
+    saved: Checkpoint
+    precision: Precision
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Read:
+    """A block as it was read.
+
+    pixels: uint8 [bands, h, w]; classified: bool [rows, columns], the windows that have enough pixels; preview: uint8
+    [H, W, 4], red, green, blue and whether there is anything.
+    """
+
+    block: Block
+    pixels: NDArray[np.uint8]
+    classified: NDArray[np.bool_]
+    preview: NDArray[np.uint8]
+
+
+def map_blocks(
+    world: World,
+    network: Network,
+    scene: Scene,
+    plan: Plan,
+    parts: Parts,
+    todo: list[int],
+    stop: Callable[[], bool],
+    progress: Callable[[], None],
+) -> tuple[int, float]:
+    """Do this rank's blocks; returns its windows, and the seconds it took for them.
+
+    Where `stop` comes true, or a block cannot be read, all ranks leave between two batches. Raises UserError.
+    """
+    windows, began = 0, time.perf_counter()
+    mine = parts.claimed(todo, world.rank, world.size)
+    try:
+        for read in ahead(lambda index: read_block(scene, plan, plan.blocks[index]), mine, world.tick):
+            values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
+            if values is None:
+                parts.stop()
+                break
+            parts.write(read.block.index, values, read.preview)
+            windows += len(values)
+    except UserError:
+        parts.stop()
+        raise
+    return windows, time.perf_counter() - began
+
+
+def ahead(function: Callable[[T], R], items: Iterable[T], tick: Callable[[], None]) -> Iterator[R]:
+    """The function's results in order; a thread has the next one ready while this one is worked with.
+
+    `tick` is called while there is none yet.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[R] | None = None
+        for item in items:
+            coming = pool.submit(function, item)
+            if waiting:
+                yield _result(waiting, tick)
+            waiting = coming
+        if waiting:
+            yield _result(waiting, tick)
+
+
+def _result(coming: Future[R], tick: Callable[[], None]) -> R:
+    while not wait([coming], TICK_SECONDS).done:
+        tick()
+    return coming.result()
+
+
+def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
+    """A block, read along the blocks of the file, so that each of those is decoded once."""
+    width, step = scene.grid.width, slice_rows(scene.rows_per_block)
+    pixels = np.empty((len(scene.bands), block.bottom - block.top, width), np.uint8)
+    masked = np.empty(pixels.shape[1:], np.bool_)
+    cuts = [block.top, *range((block.top // step + 1) * step, block.bottom, step), block.bottom]
+    for first, end in itertools.pairwise(cuts):
+        part = slice(first - block.top, end - block.top)
+        pixels[:, part], masked[part] = scene.read(slice(first, end))
+    tops = plan.windows.tops[block.first : block.end] - block.top
+    counts = masked_counts(masked, tops, plan.windows.lefts, plan.windows.side)
+    classified = counts <= plan.max_masked * plan.windows.side**2
+    return Read(block, pixels, classified, preview(pixels, masked, block, plan.preview_step))
+
+
+def masked_counts(
+    masked: NDArray[np.bool_], tops: NDArray[np.int64], lefts: NDArray[np.int64], side: int
+) -> NDArray[np.int64]:
+    """Masked pixels in each window, int64 [rows, columns]. masked: bool [h, w]; windows begin at tops and lefts."""
+    if not masked.any():
+        return np.zeros((len(tops), len(lefts)), np.int64)
+    columns = np.stack([masked[top : top + side].sum(0, dtype=np.int64) for top in tops])
+    sums = np.pad(columns.cumsum(1), ((0, 0), (1, 0)))
+    counted: NDArray[np.int64] = sums[:, lefts + side] - sums[:, lefts]
+    return counted
+
+
+def preview(pixels: NDArray[np.uint8], masked: NDArray[np.bool_], block: Block, step: int) -> NDArray[np.uint8]:
+    """The block's rows of the scene's preview: means of step x step pixels, uint8 [H, W, 4].
+
+    A preview row is of the block in which it begins; what of it lies beyond the block's end is left out.
+    """
+    first, end = math.ceil(block.top / step), math.ceil(block.next_top / step)
+    rows = slice(first * step - block.top, min(end * step, block.bottom) - block.top)
+    shown = np.concatenate([pixels[:3, rows], ~masked[None, rows] * np.uint8(255)])
+    if first == end:
+        return np.empty((0, math.ceil(shown.shape[2] / step), 4), np.uint8)
+    sums = shown.astype(np.uint32) if step == 1 else _summed(_summed(shown, step, 1), step, 2)
+    sizes = [np.diff([*range(0, length, step), length]) for length in shown.shape[1:]]
+    means: NDArray[np.uint8] = (sums // (sizes[0][:, None] * sizes[1])).astype(np.uint8)
+    means[3] = (means[3] >= 128) * np.uint8(255)
+    return np.ascontiguousarray(means.transpose(1, 2, 0))
+
+
+def _summed(values: NDArray[Any], step: int, axis: int) -> NDArray[np.uint32]:
+    sums: NDArray[np.uint32] = np.add.reduceat(values, range(0, values.shape[axis], step), axis=axis, dtype=np.uint32)
+    return sums
+
+
+@torch.no_grad()
+def classify(
+    network: Network,
+    plan: Plan,
+    read: Read,
+    stop: Callable[[], bool],
+    progress: Callable[[], None],
+) -> NDArray[np.uint8] | None:
+    """Class and percents of each window of a block, uint8 [N, 1 + classes], NONE where it has none; None if stopped.
+
+    The block goes to the device once. Its batches depend on the block alone.
+    """
+    block, windows = read.block, plan.windows
+    pixels = send(read.pixels, network.device)
+    rows, columns = np.nonzero(read.classified)
+    tops, lefts = windows.tops[block.first : block.end][rows] - block.top, windows.lefts[columns]
+    values = np.full((read.classified.size, 1 + network.model.fc.out_features), NONE, np.uint8)
+    answers = []
+    for batch in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / plan.batch_size) or 1):
+        if stop():
+            return None
+        if len(batch):
+            y, x = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
+            answers.append(answer(network, cut(pixels, y, x, windows.side)))
+        progress()
+    if len(rows):
+        values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
+    return values
+
+
+def send(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """A block to the device; to a GPU from pinned memory, so that the host does not wait."""
+    tensor = torch.from_numpy(pixels)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
+    """The windows uint8 [N, bands, side, side] of a block [bands, h, w], wherever they begin (int64 [N])."""
+    bands, height, width = pixels.shape
+    every = pixels.as_strided(
+        (height - side + 1, width - side + 1, bands, side, side), (width, 1, height * width, width, 1)
+    )
+    return every[tops, lefts]
+
+
+def answer(network: Network, images: Tensor) -> Tensor:
+    """The class and the percents of each image uint8 [N, 3, S, S], as uint8 [N, 1 + classes] on its device."""
+    data = network.saved.data
+    with network.precision.autocast(network.device):
+        log_probabilities = network.model(normalise(shrink(images, data.image_size), data))
+    percents = (100 * log_probabilities.float().exp()).round()
+    return torch.cat([log_probabilities.argmax(1, keepdim=True).float(), percents], 1).to(torch.uint8)

@@ -1,0 +1,101 @@
+"""A map as polygons of equal class, in GeoJSON (RFC 7946: longitudes and latitudes of WGS 84)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rasterio import features, warp
+
+from hvd_eurosat.scene.grid import WGS84
+from hvd_eurosat.scene.parts import NONE
+from hvd_eurosat.scene.result import HECTARE, LandCover
+from hvd_eurosat.training.files import replacing
+
+GEOJSON = "map.geojson"
+STEP = 16  # map pixels at most between two points of an edge, which bends where the CRS does
+DECIMALS = 7  # of degrees: a centimetre
+Ring = NDArray[np.float64]
+
+
+def write_polygons(cover: LandCover, out: Path, min_area: float) -> None:
+    """map.geojson, where areas below `min_area` hectares have gone to the largest neighbour of another class."""
+    if cover.grid.crs is None:
+        return  # no place on Earth
+    ground = cover.pixel_square_metres(cover.classes.shape[0] / 2)
+    classes = _sieved(cover.classes, math.ceil(min_area * HECTARE / ground[len(ground) // 2]))
+    with replacing(out / GEOJSON) as file:
+        file.write(b'{"type": "FeatureCollection", "features": [')
+        for number, feature in enumerate(_features(cover, classes)):
+            file.write(b",\n" if number else b"\n")
+            file.write(json.dumps(feature).encode())
+        file.write(b"\n]}\n")
+
+
+def _sieved(classes: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
+    if pixels < 2:
+        return classes
+    sieved: NDArray[np.uint8] = features.sieve(classes, size=pixels, mask=classes != NONE)
+    return sieved
+
+
+def _features(cover: LandCover, classes: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
+    """One for each polygon."""
+    ends = np.array(cover.windows.ends)[::-1]
+    for shape, value in features.shapes(classes, mask=classes != NONE):  # in (column, row)
+        rings = [np.array(ring) for ring in shape["coordinates"]]
+        own = [np.minimum(ring, ends) for ring in rings]
+        column, row = own[0][:-1].mean(0)
+        ground = cover.pixel_square_metres(row - 0.5)
+        yield {
+            "type": "Feature",
+            "properties": {
+                "class": cover.names[int(value)],
+                "windows": round(_area(rings)),
+                "hectares": round(_area(own) * ground[int(column)] / HECTARE, 2),
+            },
+            "geometry": {"type": "Polygon", "coordinates": [_placed(cover, ring, n > 0) for n, ring in enumerate(own)]},
+        }
+
+
+def _area(rings: list[Ring]) -> float:
+    """Of the first without the others, which are its holes."""
+    sizes = [abs(_signed(ring)) for ring in rings]
+    return sizes[0] - sum(sizes[1:])
+
+
+def _signed(ring: Ring) -> float:
+    x, y = ring[:, 0], ring[:, 1]
+    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
+
+
+def _placed(cover: LandCover, ring: Ring, is_hole: bool) -> list[list[float]]:
+    """A ring in longitudes and latitudes, against the clock, holes with it."""
+    points = _densified(ring)
+    longitudes, latitudes = warp.transform(cover.grid.crs, WGS84, *(cover.transform @ points.T))
+    if np.ptp(longitudes) > 180:  # across the date line, where they go on beyond 180
+        longitudes = np.mod(longitudes, 360)
+    placed = np.stack([longitudes, latitudes], 1)
+    if (_signed(placed) < 0) != is_hole:
+        placed = placed[::-1]
+    found: list[list[float]] = placed.round(DECIMALS).tolist()
+    return found
+
+
+def _densified(ring: Ring) -> Ring:
+    """With points at every STEP map pixels, the same ones on both sides of an edge."""
+    pieces = []
+    for start, end in itertools.pairwise(ring):
+        axis = int(abs(end - start).argmax())
+        low, high = sorted((start[axis], end[axis]))
+        between = np.arange(math.floor(low / STEP) + 1, math.ceil(high / STEP)) * STEP
+        more = np.repeat(start[None], len(between), 0)
+        more[:, axis] = between if end[axis] > start[axis] else between[::-1]
+        pieces += [start[None], more]
+    return np.concatenate([*pieces, ring[-1:]])

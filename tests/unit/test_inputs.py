@@ -1,0 +1,91 @@
+"""What the numbers in a set's images are is written down with it, and goes with every checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Model
+from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_CLASSES, PICTURES
+from hvd_eurosat.data.sample import generate
+from hvd_eurosat.data.tree import open_tree, read_manifest
+from hvd_eurosat.model.resnet import build
+from hvd_eurosat.prepare import main
+from hvd_eurosat.train import train
+from hvd_eurosat.training import checkpoint
+from tests.unit.conftest import Grow, saved_checkpoint
+
+
+@pytest.fixture
+def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small one, prepared."""
+    monkeypatch.setattr("hvd_eurosat.data.sources.generate", lambda seed: generate(4, seed))
+    assert main(["--source", "sample", "--out", str(tmp_path / "data")]) == 0
+    return tmp_path / "data"
+
+
+def test_the_manifest_says_what_the_numbers_are(sample: Path, tmp_path: Path, grow: Grow) -> None:
+    assert read_manifest(sample).inputs == open_tree(sample).inputs == EUROSAT
+    photos = grow("photos", {"Cat": 4, "Dog": 4})
+    assert main(["--source", str(photos), "--out", str(tmp_path / "out")]) == 0
+    assert read_manifest(tmp_path / "out").inputs == open_tree(tmp_path / "out").inputs == PICTURES
+
+
+def test_older_folders_and_unprepared_ones_are_known_by_their_classes(sample: Path) -> None:
+    path = sample / "manifest.json"
+    older = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("inputs", "extras")}
+    path.write_text(json.dumps(older))
+    assert open_tree(sample).inputs == EUROSAT
+    path.unlink()
+    assert open_tree(sample).inputs == EUROSAT
+
+
+def test_the_samples_scene_is_verified_with_it(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Image.open(sample / "scene.tif") as scene, Image.open(sample / "scene_truth.tif") as truth:
+        assert (scene.size, scene.mode, truth.size, truth.mode) == ((1024, 768), "RGB", (16, 12), "L")
+    assert main(["--verify", str(sample)]) == 0
+    (sample / "scene.tif").write_bytes(b"x")
+    (sample / "scene_truth.tif").unlink()
+    assert main(["--verify", str(sample)]) == 1
+    said = capsys.readouterr().err
+    assert "scene.tif: changed" in said
+    assert "scene_truth.tif: missing" in said
+
+
+def test_checkpoints_say_what_their_network_takes(alone: World, sample: Path, tmp_path: Path) -> None:
+    keys = {
+        "data.root": sample,
+        "run.dir": tmp_path / "run",
+        "model.arch": "resnet18",
+        "model.weights": "none",
+        "model.trainable": "head",
+        "data.image_size": 32,
+        "train.epochs": 1,
+        "train.batch_size": 8,
+        "train.precision": "fp32",
+    }
+    assert train(alone, load([word for key, value in keys.items() for word in (f"--{key}", str(value))])) == 0
+    wants = checkpoint.load(tmp_path / "run" / "checkpoints" / "best.json").wants
+    assert wants.quantiles is not None
+    assert wants == EUROSAT.model_copy(update={"quantiles": wants.quantiles})
+    assert [len(band) for band in wants.quantiles] == [7, 7, 7]
+    assert all(list(band) == sorted(band) for band in wants.quantiles)
+    assert wants.quantiles != EUROSAT.quantiles
+
+
+def test_older_checkpoints_are_known_by_their_classes(tmp_path: Path) -> None:
+    settings = Model(arch="resnet18", trainable="head")
+    for classes, wants in ((list(EUROSAT_CLASSES), EUROSAT), (["Cat", "Dog"], PICTURES)):
+        model = build("resnet18", len(classes), "head", seed=0)
+        path = saved_checkpoint(tmp_path / "epoch-0003.pt", model, classes, settings)
+        assert checkpoint.load(path).wants == wants
+        content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
+        del content["inputs"]
+        assert checkpoint.Checkpoint(**content).wants == wants
