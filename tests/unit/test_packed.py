@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.packed import open_packed, pack, verify_packed
-from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.prepare import main
 

@@ -26,9 +26,10 @@ import pytest
 from PIL import TiffImagePlugin
 
 from hvd_eurosat.data.images import decode
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.packed import pack
 from hvd_eurosat.data.split import sizes
-from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
 from tests.unit.conftest import EUROSAT, needs_eurosat
