@@ -18,9 +18,9 @@ from io import BytesIO
 from pathlib import Path
 
 from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode_any, in_threads, list_flaws, resize
-from hvd_eurosat.data.layout import SHOWN, SPLITS, is_litter, normal
+from hvd_eurosat.data.layout import SHOWN, SPLITS, Item, is_litter, normal
 from hvd_eurosat.data.packed import DISK_FULL, verify_packed
-from hvd_eurosat.data.sources import Item, Source, open_source
+from hvd_eurosat.data.sources import Source, open_source
 from hvd_eurosat.data.split import Ratios, split_class
 from hvd_eurosat.data.tree import (
     CHECKSUMS,

@@ -222,18 +222,15 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
     where, files = listing.where, find_files(listing)
     depth = files.depth
     if depth == 0:
-        loose = next(name for name in files.images if "/" not in name and _is_image(name, listing))
-        if any("/" in name for name in files.images):
-            raise UserError(f"{where}: {loose} lies outside the class folders")
-        raise UserError(f"{where} has images but no class folders: put each into the folder of its class")
+        raise _no_classes(files, listing, "")
     around = {_around(name, depth) for name in files.images}
     level = _split_level(around, listing)
     empty = {name for name in listing.folders if name.count("/") == depth - 1 and _around(name, depth) in around}
     classes = sorted({name.split("/")[depth - 1] for name in (*files.images, *empty)})
     if level is None and {name.casefold() for name in classes} <= SPLIT_FOLDERS.keys():
-        raise UserError(
-            f"{where} has images in {_folders(classes)} but no class folders there: make one for each class"
-        )
+        raise _no_classes(files, listing, f" in {_folders(classes)}")
+    if len(classes) < least:
+        raise _no_classes(files, listing, "", classes[0])
     _check_depth(files, set(classes), listing)
     items: dict[tuple[str | None, str, str], Item] = {}
     for path in files.images:
@@ -243,8 +240,6 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
         other = items.setdefault((split, item.label, item.name), item)
         if other is not item:
             raise UserError(f"{where}: {other.path} and {path} would both be {item.name} of {item.label}: rename one")
-    if len(classes) < least:
-        raise UserError(f"{where} has one class only, {', '.join(classes)}: there is nothing to tell apart")
     notes = (*listing.notes(), *files.notes(where))
     return Layout(tuple(items.values()), tuple(classes), level is not None, notes)
 
@@ -286,7 +281,7 @@ def _add_litter(name: str, listing: Listing) -> None:
 def _add_folder(spelling: str, listing: Listing, spelt: dict[str, str]) -> None:
     name = normal(spelling)
     listing.folders.add(name)
-    if spelt.setdefault(name, spelling) != spelling and normal(Path(spelling).name) != Path(spelling).name:
+    if spelt.setdefault(name, spelling).rpartition("/")[2] != spelling.rpartition("/")[2]:
         listing.twins.add(name)
 
 
@@ -326,6 +321,16 @@ def _split_level(around: set[tuple[str, ...]], listing: Listing) -> int | None:
             f"or split one of them anew with {listing.preparing(one)}"
         )
     return level
+
+
+def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
+    """Why the least deep folders of images are no class folders: images lie beside folders of others, or are all."""
+    if any(name.count("/") > files.depth for name in files.images):
+        loose = next(name for name in files.images if name.count("/") == files.depth and _is_image(name, listing))
+        return UserError(f"{listing.where}: {loose} lies outside the class folders")
+    if only:
+        return UserError(f"{listing.where} has one class only, {only}: there is nothing to tell apart")
+    return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
 
 
 def _check_depth(files: Files, classes: set[str], listing: Listing) -> None:

@@ -94,8 +94,8 @@ def tell(display: Display, images: Images, seen: Seen, side: int) -> None:
     if seen.scenes:
         first, (width, height) = next(iter(seen.scenes.items()))
         display.warn(
-            f"{len(seen.scenes):,} of {len(files):,} images are far larger than those that the network learnt from "
-            f"and were squeezed to {side}x{side} pixels: {files[first]} has {width}x{height}; hvd_eurosat.map is for scenes"
+            f"{len(seen.scenes):,} of {len(files):,} images are far larger than what the network learnt from and "
+            f"were squeezed to {side}x{side} pixels: {files[first]} has {width}x{height}; map is for whole scenes"
         )
 
 
