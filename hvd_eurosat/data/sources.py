@@ -171,13 +171,16 @@ def _zip(file: BinaryIO, path: Path, inside: str) -> Source:
 
 
 def _open_zip(file: BinaryIO, path: Path) -> zipfile.ZipFile:
+    parts = f"is one part of a zip of several: join them with `zip -s 0 {path} --out whole.zip`"
     try:
-        return zipfile.ZipFile(file)
+        archive = zipfile.ZipFile(file)
     except Exception as error:  # zipfile lets through whatever damaged bytes lead it to
         if "multiple disks" in str(error) or path.with_suffix(".z01").exists():
-            joining = f"join them with `zip -s 0 {path} --out whole.zip`"
-            raise UserError(f"{path} is the last part of a zip of several: {joining}") from None
+            raise UserError(f"{path} {parts}") from None
         raise UserError(f"{path} is not a whole zip file ({error}): was its download cut short?") from None
+    if any(member.volume for member in archive.infolist()):
+        raise UserError(f"{path} {parts}")
+    return archive
 
 
 def _name(member: zipfile.ZipInfo, path: Path) -> str:

@@ -31,7 +31,8 @@ CLASSES = ("Bäche", "Wald")
 NFD = unicodedata.normalize("NFD", CLASSES[0])
 SPELLINGS = (("train", "training", "Train"), ("valid", "val", "Validation", "DEV"), ("test", "Testing", "TEST"))
 LITTER = ("Thumbs.db", "DESKTOP.INI", "._1.jpg", "Icon\r", "@eaDir/1.jpg/t.jpg", ".ipynb_checkpoints/1.jpg",
-          "1.tif.aux.xml", "$RECYCLE.BIN/1.jpg", "lost+found/1.jpg", "1.jpg:Zone.Identifier", "__MACOSX/._a", "1.tif.ovr")  # fmt: skip
+          "1.tif.aux.xml", "$RECYCLE.BIN/1.jpg", "lost+found/1.jpg", "1.jpg:Zone.Identifier",
+          "__MACOSX/._a", "1.tif.ovr")  # fmt: skip
 KINDS = {".jpg": "JPEG", ".JPEG": "JPEG", ".jfif": "JPEG", ".jpe": "JPEG", ".png": "PNG", ".tif": "TIFF",
          ".webp": "WEBP", ".bmp": "BMP", "": "PNG", ".txt": "BMP"}  # fmt: skip
 
