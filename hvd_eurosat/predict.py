@@ -61,7 +61,7 @@ def read_list(source: Path | None) -> list[str]:
         text = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
     except OSError as error:
         raise UserError(f"--list {source}: {error.strerror}") from None
-    lines = [line for line in os.fsdecode(text).splitlines() if line.strip()]
+    lines = [line.removesuffix("\r") for line in os.fsdecode(text).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"--list {source}: it names no files")
     return lines

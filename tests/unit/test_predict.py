@@ -161,7 +161,7 @@ def test_a_list_of_files(
 
 
 def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--list .*nowhere: No such file"):
+    with pytest.raises(UserError, match=r"--list .*nowhere: No such file"):
         asked(predict, "--list", tmp_path / "nowhere")
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(UserError, match="it names no files"):
