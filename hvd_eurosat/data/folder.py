@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -61,7 +62,7 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
 
 def find_labelled(folder: Path) -> tuple[Images, list[str] | None]:
     """The images of a folder and the class of each by its folder; None where no image lies in one. Raises UserError."""
-    listing = list_folder(folder, f"--input {folder}/")
+    listing = list_folder(folder, f"--input {shlex.quote(f'{folder}/')}")
     files = find_files(listing)
     if files.depth == 0 and not any("/" in name for name in files.images):
         notes = (*listing.notes(), *files.notes(str(folder)))

@@ -10,7 +10,7 @@ import shlex
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -117,20 +117,22 @@ class Listing:
 
 @dataclass(frozen=True)
 class Files:
-    """The names of a tree that must be images, sorted, and of other files, outside the folders of images.
+    """The names of a tree that must be images, sorted, and those of files outside the folders of images.
 
-    depth: in how many folders the images lie that lie in the fewest.
+    depth: in how many folders the images lie that lie in the fewest. lost: how many of those outside are images.
     """
 
     images: tuple[str, ...]
     beside: tuple[str, ...]
     depth: int
+    lost: int
 
     def notes(self, where: str) -> Iterator[str]:
         """A line on those beside, if there are any."""
         if self.beside:
-            what = "1 file" if len(self.beside) == 1 else f"{len(self.beside):,} files"
-            yield f"{where}: left out {what} outside the folders of images: {_some(self.beside)}"
+            files = "1 file" if len(self.beside) == 1 else f"{len(self.beside):,} files"
+            lost = f" ({self.lost:,} of them images)" if self.lost else ""
+            yield f"{where}: left out {files}{lost} outside the folders of images: {_some(self.beside)}"
 
 
 @dataclass(frozen=True)
@@ -203,15 +205,21 @@ def find_files(listing: Listing) -> Files:
     """Which files must be images. Raises UserError where there are none.
 
     By name or content an image must be one; so must any other file within the folders of images, that is the folders as
-    deep as the least deep image's, beside one that has images. Outside of these others are left out.
+    deep as the least deep image's, beside one that has images. Outside of these others are left out. Where there are
+    folders of all three splits, images outside of them are left out as well.
     """
-    images = {name for name in listing.files if _is_image(name, listing)}
-    if not images:
+    every = {name for name in listing.files if _is_image(name, listing)}
+    if not every:
         raise _no_images(listing)
+    homes = _homes_of_splits(every)
+    images = every if len(homes) != 1 else {name for name in every if _is_in_split(name, homes[0])}
     depth = min(name.count("/") for name in images)
     around = {_around(name, depth) for name in images}
     within = {name for name in listing.files if name.count("/") >= depth and _around(name, depth) in around} | images
-    return Files(tuple(sorted(within, key=_key)), tuple(sorted(listing.files.keys() - within, key=_key)), depth)
+    if len(homes) == 1:
+        within = {name for name in within if _is_in_split(name, homes[0])}
+    beside = listing.files.keys() - within
+    return Files(tuple(sorted(within, key=_key)), tuple(sorted(beside, key=_key)), depth, len(beside & every))
 
 
 def lay_out(listing: Listing, least: int = 2) -> Layout:
@@ -220,6 +228,9 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
     Raises UserError, which names the path, for what fits no such tree, or has fewer classes than `least`.
     """
     where, files = listing.where, find_files(listing)
+    homes = _homes_of_splits(files.images)
+    if len(homes) > 1:
+        raise _several("splits", homes, listing)
     depth = files.depth
     if depth == 0:
         raise _no_classes(files, listing, "")
@@ -231,7 +242,7 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
         raise _no_classes(files, listing, f" in {_folders(classes)}")
     if len(classes) < least:
         raise _no_classes(files, listing, "", classes[0])
-    _check_depth(files, set(classes), listing)
+    _check_depth(files, set(classes), level, listing)
     items: dict[tuple[str | None, str, str], Item] = {}
     for path in files.images:
         parts = path.split("/")
@@ -305,9 +316,7 @@ def _split_level(around: set[tuple[str, ...]], listing: Listing) -> int | None:
     level = next((n for n in reversed(named) if len(set(columns[n])) == len(around)), None)
     if level is None:
         if len(around) > 1:
-            ones = [f"{'/'.join(one)}/" for one in sorted(around)]
-            choice = f"say which is meant with {listing.choosing(ones[0].rstrip('/'))}"
-            raise UserError(f"{listing.where} has class folders in several folders, {_some(ones)}: {choice}")
+            raise _several("class folders", sorted(around), listing)
         return None
     folders = sorted(columns[level])
     splits = [SPLIT_FOLDERS[folder.casefold()] for folder in folders]
@@ -323,6 +332,29 @@ def _split_level(around: set[tuple[str, ...]], listing: Listing) -> int | None:
     return level
 
 
+def _homes_of_splits(images: Iterable[str]) -> list[tuple[str, ...]]:
+    """The least deep folders in which there are folders of images for all three splits."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for folders in {tuple(name.split("/")[:-1]) for name in images}:
+        for n, folder in enumerate(folders[:-1]):
+            if folder.casefold() in SPLIT_FOLDERS:
+                found.setdefault(folders[:n], set()).add(SPLIT_FOLDERS[folder.casefold()])
+    whole = [home for home, splits in found.items() if len(splits) == len(SPLITS)]
+    return sorted(home for home in whole if len(home) == min(map(len, whole)))
+
+
+def _is_in_split(name: str, home: tuple[str, ...]) -> bool:
+    parts = name.split("/")
+    n = len(home)
+    return tuple(parts[:n]) == home and len(parts) > n + 1 and parts[n].casefold() in SPLIT_FOLDERS
+
+
+def _several(what: str, folders: Sequence[tuple[str, ...]], listing: Listing) -> UserError:
+    names = ["/".join(folder) for folder in folders]
+    choice = f"say which is meant with {listing.choosing(names[0])}"
+    return UserError(f"{listing.where} has {what} in several folders, {_some(f'{name}/' for name in names)}: {choice}")
+
+
 def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
     """Why the least deep folders of images are no class folders: images lie beside folders of others, or are all."""
     if any(name.count("/") > files.depth for name in files.images):
@@ -333,13 +365,17 @@ def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> 
     return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
 
 
-def _check_depth(files: Files, classes: set[str], listing: Listing) -> None:
+def _check_depth(files: Files, classes: set[str], level: int | None, listing: Listing) -> None:
     """A class folder may hold folders where it holds images itself. Raises UserError."""
     depth = files.depth
+    splits = sorted(name for name in classes if name.casefold() in SPLIT_FOLDERS and level is None)
     having = {name.rpartition("/")[0] for name in files.images if name.count("/") == depth}
     for name in files.images:
         parts = name.split("/")
         inner = parts[depth:-1]
+        if inner and "/".join(parts[:depth]) not in having and parts[depth - 1] in splits:
+            loose = next(name for name in files.images if name.split("/")[depth - 1] not in splits)
+            raise UserError(f"{listing.where}: {loose} lies outside the class folders, beside {_folders(splits)}")
         if inner and "/".join(parts[:depth]) not in having:
             between = f"is {parts[depth - 1]} its class, or {inner[0]}?"
             raise UserError(f"{listing.where}: {name} lies deeper than a class folder: {between}")
@@ -352,7 +388,8 @@ def _no_images(listing: Listing) -> UserError:
     if packed:
         return UserError(f"{listing.where} has no images but {_some(packed)}: unpack that and give what was in it")
     others = f"; its {len(listing.files):,} files are {_some(sorted(listing.files))}" if listing.files else ""
-    return UserError(f"{listing.where} has no images (JPEG, PNG, TIFF, WebP, BMP){others}")
+    litter = f"; {_some(sorted(listing.litter))} in it are no data" if listing.litter else ""
+    return UserError(f"{listing.where} has no images (JPEG, PNG, TIFF, WebP, BMP){others}{litter}")
 
 
 def _key(name: str) -> list[str]:
