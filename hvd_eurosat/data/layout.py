@@ -357,11 +357,15 @@ def _several(what: str, folders: Sequence[tuple[str, ...]], listing: Listing) ->
 
 def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
     """Why the least deep folders of images are no class folders: images lie beside folders of others, or are all."""
+    loose = ""
     if any(name.count("/") > files.depth for name in files.images):
-        loose = next(name for name in files.images if name.count("/") == files.depth and _is_image(name, listing))
-        return UserError(f"{listing.where}: {loose} lies outside the class folders")
+        first = next(name for name in files.images if name.count("/") == files.depth and _is_image(name, listing))
+        loose = f"{first} lies outside the class folders"
     if only:
-        return UserError(f"{listing.where} has one class only, {only}: there is nothing to tell apart")
+        unless = f", unless {loose}" if loose else ""
+        return UserError(f"{listing.where} has one class only, {only}: there is nothing to tell apart{unless}")
+    if loose:
+        return UserError(f"{listing.where}: {loose}")
     return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
 
 
@@ -402,6 +406,6 @@ def _folders(names: Iterable[str]) -> str:
 
 def _some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
-    every = list(names)
+    every = [name if name.isprintable() else ascii(name) for name in names]
     more = f", … and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
     return ", ".join(every[:SHOWN]) + more
