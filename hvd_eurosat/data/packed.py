@@ -137,7 +137,7 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
                 digest.update(pixels)
                 file.write(pixels)
         if flaws:
-            raise BadFilesError(flaws, len(files), str(tree.root), _cure(tree))
+            raise BadFilesError(flaws, len(files), str(tree.root), _cure(tree, native))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
@@ -150,10 +150,11 @@ def _pixels(tree: Tree, name: str, native: int, size: int, crop: Crop) -> bytes:
     return to_array(decode(data, native), size, crop).tobytes()
 
 
-def _cure(tree: Tree) -> str:
+def _cure(tree: Tree, side: int) -> str:
     if any(tree.checksums.values()):
         return "prepare the data again"
-    return f"{PREPARE} --source {shlex.quote(str(tree.root))} --out DIR --skip-bad leaves them out"
+    size = "" if side == 64 else f" --image-size {side}"
+    return f"{PREPARE} --source {shlex.quote(str(tree.root))} --out DIR{size} --skip-bad leaves them out"
 
 
 def resolve_size(tree: Tree, data: Data) -> Data:
@@ -181,7 +182,7 @@ def native_size(tree: Tree) -> int:
             return width
         reason = f"{width}x{height} pixels; squares are wanted (prepare --resize makes them so)"
         flaws[str(tree.path(name))] = reason
-    raise BadFilesError(flaws, len(flaws), str(tree.root), _cure(tree))
+    raise BadFilesError(flaws, len(flaws), str(tree.root), _cure(tree, 64))
 
 
 def _map(path: Path) -> NDArray[np.uint8]:
