@@ -74,7 +74,7 @@ def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, pla
             except BadFilesError as error:  # those of the other splits are to be named with them
                 bad.append(error)
         if bad:
-            raise BadFilesError.together(bad)
+            raise BadFilesError.together(bad, sum(len(tree.files(split)) for split in splits))
         return packed
 
     packed = world.node_by_node(read)

@@ -67,11 +67,10 @@ class BadFilesError(UserError):
         super().__init__(list_flaws(f"{len(flaws):,} of {total:,} files of {where} cannot be used ({cure})", flaws))
 
     @staticmethod
-    def together(errors: "Sequence[BadFilesError]") -> "BadFilesError":
+    def together(errors: "Sequence[BadFilesError]", total: int) -> "BadFilesError":
         """One error that names the files of all."""
         flaws = {file: reason for error in errors for file, reason in error.flaws.items()}
-        first = errors[0]
-        return BadFilesError(flaws, sum(error.total for error in errors), first.where, first.cure)
+        return BadFilesError(flaws, total, errors[0].where, errors[0].cure)
 
 
 def list_flaws(summary: str, flaws: Mapping[str, str]) -> str:
