@@ -12,7 +12,7 @@ if __name__ == "__main__":
     answer(verbs.evaluate)  # before the imports below, which take seconds
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,16 @@ from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import EvaluateSettings
 from hvd_eurosat.data.batches import Batch, open_images, ordered_batches
-from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
+from hvd_eurosat.data.folder import Images, Seen, agree_on_bad, class_numbers, file_batches, find_labelled
+from hvd_eurosat.data.layout import normal
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details
 from hvd_eurosat.run.display import Display
-from hvd_eurosat.run.predictions import write_predictions
+from hvd_eurosat.run.predictions import INCOMPLETE, check_top, output_folder, tell, write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.inference import infer, join
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import precision_of
 from hvd_eurosat.weights.keras_json import read_layers
@@ -40,33 +40,37 @@ from hvd_eurosat.weights.keras_json import read_layers
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be evaluated. names: as in output_1.h5; labels: int64 [N], if known; batches: this rank's share."""
+    """What is to be evaluated, named as in output_1.h5. labels: int64 [N], if known; batches: this rank's share."""
 
-    names: list[str]
-    files: list[Path]
+    images: Images
     labels: NDArray[np.int64] | None
     batches: Iterable[Batch]
+    seen: Seen = field(default_factory=Seen)
 
 
-def main(world: World, settings: EvaluateSettings) -> None:
+def main(world: World, settings: EvaluateSettings) -> int:
     """Spread the images over the ranks in whole batches: the counts are the same on any number of ranks."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
     world.on_main(lambda: check_expected(settings, saved))
-    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
-    if settings.out:
-        world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
-    model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
-    values = log_probabilities(world, model, work.batches, saved.data, precision)
-    if not world.is_main:
-        return
-    display = Display(speaks=True)
-    display.say(f"{len(work.names):,} images, {precision.name}")
-    if settings.out:
-        write_predictions(settings.out, work.names, work.files, values, saved.classes)
-        display.say(f"{len(work.names):,} predictions in {settings.out}")
-    if work.labels is not None:
-        split = settings.input.name if settings.input else settings.split
-        display.result(split, Evaluation.of(values, work.labels), saved.classes)
+    world.on_main(lambda: check_top(settings.top, saved.classes))
+    with output_folder(world, settings.out, "--out"):
+        work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
+        names, files = list(work.images.paths), list(work.images.paths.values())
+        model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
+        mine = infer(world, model, work.batches, saved.data, precision)
+        seen = agree_on_bad(world, work.seen, files, settings.skip_bad)
+        values = join(world, mine, model)
+        if world.is_main:
+            display, good = Display(speaks=True), np.setdiff1d(np.arange(len(names)), list(seen.bad))
+            tell(display, work.images, seen, saved.data.image_size)
+            display.say(f"{len(good):,} images, {precision.name}")
+            if settings.out:
+                write_predictions(settings.out, names, files, values, saved.classes, settings.top, seen.bad)
+                display.say(f"{len(good):,} predictions in {settings.out}")
+            if work.labels is not None:
+                split = settings.input.name if settings.input else settings.split
+                display.result(split, Evaluation.of(values[good], work.labels[good]), saved.classes)
+    return INCOMPLETE if settings.strict and seen.bad else 0
 
 
 def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
@@ -91,9 +95,11 @@ def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
 
 def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:
     """The images of data.root. Collective."""
+    if settings.skip_bad:
+        raise SharedError("--skip-bad goes with --input; of a split tree, prepare --skip-bad makes a good one")
     tree = world.together(lambda: open_tree(settings.data.root))
     world.agree("data", {"classes": tree.classes, "content": tree.digest})
-    if list(tree.classes) != saved.classes:
+    if list(tree.classes) != list(map(normal, saved.classes)):
         raise SharedError(
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "
             f"{settings.data.root} has {', '.join(tree.classes)}"
@@ -101,23 +107,23 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
     split = settings.split
     images = open_images(world, tree, [split], saved.data, settings.data)[split]
     batches = ordered_batches(images, batch_size(settings, saved), world.rank, world.size)
-    files = tree.files(split)
-    names = [name.removeprefix(f"{split}/") for name in files]
-    return Work(names, [tree.root / name for name in files], tree.labels(split), batches)
+    paths = {name.removeprefix(f"{split}/"): tree.path(name) for name in tree.files(split)}
+    return Work(Images(paths, tree.notes), tree.labels(split), batches)
 
 
 def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:
     """The images of settings.input. Collective."""
     folder = Path(settings.input or "")
-    files = world.together(lambda: find_images([folder]))
-    world.agree("input", {"files": list(files)})
-    names, paths = list(files), list(files.values())
-    labels = world.together(lambda: folder_labels(names, saved.classes, str(folder)))
+    images, labels = world.together(lambda: find_labelled(folder))
+    names, paths = list(images.paths), list(images.paths.values())
+    world.agree("input", {"files": names})
     if labels is None and not settings.out:
         raise SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
-    size, resizes = batch_size(settings, saved), settings.expected.get("image_size") != 0
-    batches = file_batches(paths, saved.data, size, world.device, world.rank, world.size, resizes)
-    return Work(names, paths, labels, batches)
+    numbers = labels and world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)))
+    size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen()
+    place = world.device, world.rank, world.size
+    batches = file_batches(paths, saved.data, size, *place, seen, settings.skip_bad, resizes)
+    return Work(images, numbers, batches, seen)
 
 
 def batch_size(settings: EvaluateSettings, saved: Checkpoint) -> int:

@@ -11,37 +11,60 @@ from hvd_eurosat.config import verbs
 if __name__ == "__main__":
     answer(verbs.predict)  # before the imports below, which take seconds
 
+import os
+import sys
 import time
+from pathlib import Path
 
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.verbs import PredictSettings
-from hvd_eurosat.data.folder import file_batches, find_images
+from hvd_eurosat.data.folder import Seen, agree_on_bad, file_batches, find_images
+from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.display import Display
-from hvd_eurosat.run.predictions import write_predictions
+from hvd_eurosat.run.predictions import INCOMPLETE, check_top, output_folder, tell, write_predictions
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.inference import infer, join
 from hvd_eurosat.training.precision import precision_of
 
 
-def main(world: World, settings: PredictSettings) -> None:
+def main(world: World, settings: PredictSettings) -> int:
     """Spread the images over the ranks in batches; rank 0 writes them in the order of their names."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
-    files = world.together(lambda: find_images(settings.input))
-    world.agree("input", {"files": list(files)})
-    world.on_main(lambda: make_folder(settings.out, "--out"))
-    began = time.perf_counter()
-    paths, precision = list(files.values()), precision_of(settings.precision, saved.precision)
-    batches = file_batches(paths, saved.data, saved.config["valid"]["batch_size"], world.device, world.rank, world.size)
-    model = saved.build_model(world.device)
-    values = log_probabilities(world, model, batches, saved.data, precision)
-    if world.is_main:
-        rate = len(files) / (time.perf_counter() - began)
-        write_predictions(settings.out, list(files), paths, values, saved.classes)
-        Display(speaks=True).say(
-            f"{len(files):,} predictions in {settings.out}, {precision.name}, {rate:,.0f} images/s"
-        )
+    world.on_main(lambda: check_top(settings.top, saved.classes))
+    listed = world.on_main(lambda: read_list(settings.list))
+    images = world.together(lambda: find_images(settings.input, listed))
+    names, paths, skip = list(images.paths), list(images.paths.values()), settings.skip_bad
+    world.agree("input", {"files": names})
+    with output_folder(world, settings.out, "--out"):
+        began, seen = time.perf_counter(), Seen()
+        precision, size = precision_of(settings.precision, saved.precision), saved.config["valid"]["batch_size"]
+        batches = file_batches(paths, saved.data, size, world.device, world.rank, world.size, seen, skip)
+        model = saved.build_model(world.device)
+        mine = infer(world, model, batches, saved.data, precision)
+        seen = agree_on_bad(world, seen, paths, skip)
+        values = join(world, mine, model)
+        if world.is_main:
+            rate = len(paths) / (time.perf_counter() - began)
+            write_predictions(settings.out, names, paths, values, saved.classes, settings.top, seen.bad)
+            display, count = Display(speaks=True), len(paths) - len(seen.bad)
+            tell(display, images, seen, saved.data.image_size)
+            display.say(f"{count:,} predictions in {settings.out}, {precision.name}, {rate:,.0f} images/s")
+    return INCOMPLETE if settings.strict and seen.bad else 0
+
+
+def read_list(source: Path | None) -> list[str]:
+    """The lines of a file, or of standard input, that are not blank. Raises UserError."""
+    if source is None:
+        return []
+    try:
+        text = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+    except OSError as error:
+        raise UserError(f"--list {source}: {error.strerror}") from None
+    lines = [line.removesuffix("\r") for line in os.fsdecode(text).split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"--list {source}: it names no files")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Turn EuroSAT (a zip, class folders, a download) or the synthetic sample into a checked, split data folder."""
+"""Turn EuroSAT (a zip, a tar, class folders, a download) or the synthetic sample into a checked, split data folder."""
 
 import argparse
 import errno
@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,26 +17,24 @@ from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
-from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode, in_threads, resize
+from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode_any, in_threads, list_flaws, resize
 from hvd_eurosat.data.inputs import inputs_of
+from hvd_eurosat.data.layout import SHOWN, SPLITS, Item, is_litter, normal
 from hvd_eurosat.data.packed import DISK_FULL, verify_packed
-from hvd_eurosat.data.sources import Item, Source, open_source
+from hvd_eurosat.data.sources import Source, open_source
 from hvd_eurosat.data.split import Ratios, split_class
 from hvd_eurosat.data.tree import (
     CHECKSUMS,
     MANIFEST,
-    SPLITS,
     Manifest,
     Skipped,
     check_classes,
-    ignored,
     open_tree,
     read_manifest,
     sha256_of,
 )
 from hvd_eurosat.errors import RunError, UserError
 
-SHOWN = 10  # names in an error's list
 CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
 UNSPLIT = ".unsplit"
 LOCK = ".lock"
@@ -48,12 +45,20 @@ examples:
   the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data/EuroSAT_RGB
   a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data/sample --ratios 80,10,10
   your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data/photos --resize
+  one folder of a large archive:    python -m hvd_eurosat.prepare --source all.tgz --inside ucm/Images --out data/ucm
   is it all still there, intact?    python -m hvd_eurosat.prepare --verify data/EuroSAT_RGB
 
-The source holds <Class>/<image>, or train/ valid/ test/<Class>/<image> if it is split already, with or without one
-more folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. Copies of an image go into one split. An image in folders
-of two classes is refused. The result is train/ valid/ test/<Class>/<image>, with manifest.json (what it is and how it
-was made) and files.sha256 (for sha256sum -c). It appears whole or not at all.
+The source is a folder, a .zip, .tar, .tar.gz or .tgz. It holds <Class>/<image> or, already split,
+<split>/<Class>/<image>, in any number of single folders. Splits are train (or training), valid (val, validation, dev)
+and test (testing), in any capitals. Links are followed. What systems leave among files (Thumbs.db, @eaDir, .DS_Store)
+is left out, and so are other files outside the class folders; both are counted. All else must be an image, whatever its
+name: 8-bit RGB in JPEG, PNG, TIFF, WebP or BMP. Copies of an image go into one split. An image in folders of two
+classes is refused.
+
+--convert makes RGB of grey, palette, CMYK, alpha (laid on white) and 16 bits a channel (value // 256 is kept).
+
+The result is train/ valid/ test/<Class>/<image>, with manifest.json (what it is and how it was made) and files.sha256
+(for sha256sum -c). It appears whole or not at all.
 """
 
 
@@ -62,24 +67,27 @@ class Options:
     """How to prepare.
 
     seed and ratios (train, valid, test) make the split. image_size: pixels a side; images of other sizes are
-    refused or, with resize, resized. skip_bad: unusable files, and images that are in two classes, are left out, with a
-    warning, instead of refused.
+    refused or, with resize, resized. convert: images of other modes are made 8-bit RGB. skip_bad: unusable files, and
+    images that are in two classes, are left out, with a warning, instead of refused. inside: the source's folder.
     """
 
     seed: int = 0
     ratios: Ratios = (Fraction(94), Fraction(5), Fraction(1))
     image_size: int = 64
     resize: bool = False
+    convert: bool = False
     skip_bad: bool = False
+    inside: str = ""
 
 
 @dataclass(frozen=True)
 class Written:
-    """A usable image of the source, the name it was written under and the written bytes' sha256."""
+    """A usable image of the source, the name it was written under, its bytes' sha256, and its kind if converted."""
 
     item: Item
     name: str
     checksum: str
+    was: str
 
     @property
     def path(self) -> str:
@@ -91,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data, 130 interrupted."""
     words = vars(_parse(argv))
     source, out, verified = (words.pop(name) for name in ("source", "out", "verify"))
-    warnings.filterwarnings("ignore", module="PIL")  # decode() judges for itself, and names the file
     try:
         print(verify(verified) if verified else _table(prepare(source, out, Options(**words))))
     except (UserError, RunError) as error:
@@ -111,7 +118,9 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
 
     Raises UserError, for a bad image too, and RunError.
     """
-    with _appearing(out.resolve()) as folder, open_source(spec, options.seed) as source:
+    with _appearing(out.resolve()) as folder, open_source(spec, options.seed, options.inside) as source:
+        for note in source.layout.notes:
+            print(f"note: {note}", file=sys.stderr)
         written, skipped = _copy(source, folder, options)
         written, contradictory = _without_contradictions(written, folder)
         skipped += contradictory
@@ -135,6 +144,7 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
             ratios=None if presplit else tuple(map(float, options.ratios)),
             digest=hashlib.sha256(listing).hexdigest(),
             skipped=tuple(skipped),
+            converted=_converted(written, spec),
             inputs=inputs_of(source.layout.classes),
             extras=_write_extras(source, folder),
         )
@@ -160,7 +170,7 @@ def verify(root: Path) -> str:
 
     def compare(path: str) -> str:
         try:
-            return "" if sha256_of(root / path) == checksums[path] else f"{path}: changed"
+            return "" if sha256_of(tree.path(path)) == checksums[path] else f"{path}: changed"
         except FileNotFoundError:
             return f"{path}: missing"
         except OSError as error:
@@ -170,8 +180,9 @@ def verify(root: Path) -> str:
     flaws += [f"{path}: extra" for path in sorted(_listing(root) - checksums.keys() - {MANIFEST, CHECKSUMS})]
     packed = sorted((root / ".packed").glob("*.npy"))
     flaws += filter(None, map(_flaw_of_packed, packed))
+    more = [f"… and {len(flaws) - SHOWN:,} more"] if len(flaws) > SHOWN else []
     if flaws:
-        raise RunError(_several(f"{root} is not as it was prepared", flaws))
+        raise RunError("\n  ".join([f"{root} is not as it was prepared:", *flaws[:SHOWN], *more]))
     return f"{root}: all {len(checksums):,} files and {len(packed)} packed arrays are as they were written"
 
 
@@ -193,11 +204,11 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
     def copy(item: Item) -> Written | Skipped:
         try:
             data = source.read(item.path)
-            image = decode(data, None if options.resize else size)
+            image, was = decode_any(data, None if options.resize else size, options.convert)
         except BadImageError as error:
             return Skipped(file=item.path, reason=str(error))
         name = item.name
-        if image.size != (size, size):
+        if was or image.size != (size, size):
             png = BytesIO()
             resize(image, size).save(png, "PNG")
             data, name = png.getvalue(), f"{Path(name).stem}.png"
@@ -206,7 +217,7 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
                 file.write(data)
         except FileExistsError:
             raise UserError(f"{item.path}: another image of its class would be called {name} too") from None
-        return Written(item, name, hashlib.sha256(data).hexdigest())
+        return Written(item, name, hashlib.sha256(data).hexdigest(), was)
 
     results = list(in_threads(copy, source.layout.items, "checking images"))
     skipped = sorted((r for r in results if isinstance(r, Skipped)), key=lambda bad: bad.file)
@@ -262,11 +273,24 @@ def _tell_of_copies(written: list[Written], spec: str, presplit: bool) -> None:
 
 
 def _tell(skipped: list[Skipped], total: int, spec: str, options: Options) -> None:
-    flaws = [f"{bad.file}: {bad.reason}" for bad in skipped]
+    flaws = {bad.file: bad.reason for bad in skipped}
     summary = f"{len(flaws):,} of {total:,} files of {spec} cannot be used"
     if not options.skip_bad:
-        raise UserError(_several(f"{summary} (--skip-bad leaves them out)", flaws))
-    print(f"warning: {_several(f'{summary} and are left out', flaws)}", file=sys.stderr)
+        raise UserError(list_flaws(f"{summary} (--skip-bad leaves them out)", flaws))
+    print(f"warning: {list_flaws(f'{summary} and are left out', flaws)}", file=sys.stderr)
+
+
+def _converted(written: list[Written], spec: str) -> dict[str, tuple[str, ...]]:
+    """The converted images of the source by what they were, which is told."""
+    kinds: dict[str, list[str]] = {}
+    for image in written:
+        if image.was:
+            kinds.setdefault(image.was, []).append(image.item.path)
+    if kinds:
+        counts = ", ".join(f"{len(files):,} of {kind}" for kind, files in sorted(kinds.items()))
+        total = sum(map(len, kinds.values()))
+        print(f"note: converted {total:,} images of {spec} to 8-bit RGB: {counts}", file=sys.stderr)
+    return {kind: tuple(sorted(files)) for kind, files in sorted(kinds.items())}
 
 
 def _placed(written: list[Written]) -> dict[str, str]:
@@ -354,16 +378,10 @@ def _explained(error: OSError, out: Path) -> UserError | RunError:
 def _listing(root: Path) -> set[str]:
     paths = set()
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not ignored(name)]
-        paths |= {(Path(folder) / name).relative_to(root).as_posix() for name in files if not ignored(name)}
+        folders[:] = [name for name in folders if not is_litter(name)]
+        below = Path(folder).relative_to(root)
+        paths |= {normal((below / name).as_posix()) for name in files if not is_litter(name)}
     return paths
-
-
-def _several(summary: str, flaws: list[str]) -> str:
-    more = [f"… and {len(flaws) - SHOWN:,} more"] if len(flaws) > SHOWN else []
-    if len(flaws) == 1:
-        return f"{summary}: {flaws[0]}"
-    return "\n  ".join([f"{summary}:", *flaws[:SHOWN], *more])
 
 
 def _table(manifest: Manifest) -> str:
@@ -403,13 +421,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--source", metavar="ZIP|DIR|sample|download", help="where the images come from")
+    what.add_argument("--source", metavar="FILE|DIR|sample|download", help="where the images come from")
     what.add_argument("--verify", metavar="DIR", type=Path, help="compare a prepared folder with its checksums")
     add("--out", metavar="DIR", type=Path, help="the folder to make")
     add("--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="draws the split (default 0)")
     add("--ratios", metavar="A,B,C", type=_ratios, default="94,5,1", help="train,valid,test (default 94,5,1)")
     add("--image-size", metavar="N", type=_whole(1, MAX_SIDE), default=64, help="pixels a side (default 64)")
+    add(
+        "--inside",
+        metavar="PATH",
+        default="",
+        help="the folder in the source that holds the data, where there are several",
+    )
     add("--resize", action="store_true", help="resize images of other sizes (to PNG), do not refuse them")
+    add("--convert", action="store_true", help="make images of other modes 8-bit RGB (to PNG), do not refuse them")
     add(
         "--skip-bad",
         action="store_true",

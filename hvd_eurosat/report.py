@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, schedule_epochs
-from hvd_eurosat.data.images import BadImageError, decode, to_array
-from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.data.images import BadImageError, decode, read_file, to_array
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run import plots
 from hvd_eurosat.training.schedule import image_size, learning_rate
@@ -64,7 +65,7 @@ def samples(root: Path, split: str, out: Path) -> None:
     rng = np.random.default_rng(0)
     chosen = np.concatenate([_some(rng, np.flatnonzero(labels == c)) for c in range(len(tree.classes))])
     size = tree.image_size or 64
-    images = np.stack([_read(root / files[i], size) for i in chosen])
+    images = np.stack([_read(tree.path(files[i]), size) for i in chosen])
     title = f"{_name(tree)}: examples of the {len(files):,} {split} images"
     plots.sample_grid(images, labels[chosen], tree.classes, out, title)
 
@@ -129,11 +130,9 @@ def _some(rng: np.random.Generator, indices: NDArray[np.intp]) -> NDArray[np.int
 
 def _read(path: Path, size: int) -> NDArray[np.uint8]:
     try:
-        return to_array(decode(path.read_bytes()), size)
+        return to_array(decode(read_file(path)), size)
     except BadImageError as error:
         raise UserError(f"{path}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
 
 
 def _check_out(out: Path) -> None:

@@ -17,8 +17,9 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
 from hvd_eurosat.data.inputs import SAMPLED
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.packed import resolve_size
-from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
 from hvd_eurosat.run.header import header
@@ -70,6 +71,8 @@ def train(world: World, config: Config) -> int:
     step = Step(state, world, config, weights)
     facts = header(world, config, tree, state, step, batches)
     journal.begin(start, facts, state.snapshot())
+    for note in tree.notes:
+        journal.display.note(note)
     progress = state.epoch + state.samples / batches.length
     if start and (warning := jump(start.config, config, batches.global_batch, progress)):
         journal.display.warn(warning)
@@ -174,7 +177,7 @@ def predict_test(
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
     values = log_probabilities(world, model, batches, config.data, precision)
     names = tree.files("test")
-    groups, files = [name.removeprefix("test/") for name in names], [tree.root / name for name in names]
+    groups, files = [name.removeprefix("test/") for name in names], [tree.path(name) for name in names]
     world.together(lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None)
 
 

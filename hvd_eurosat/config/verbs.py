@@ -7,18 +7,46 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic_settings import CliSuppress
+from pydantic import (
+    AliasChoices,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic_settings import CliSuppress, CliToggleFlag
 
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.config.schema import Data, Model, Number, Place, Probability, Settings, UserPath
 
 
-class EvaluateSettings(Settings):
-    """Tell how good a checkpoint is on a split. Images and precision are those of the run that saved it."""
+class Predictions(Settings):
+    """What evaluate and predict have in common."""
 
     checkpoint: UserPath
     """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
+    top: PositiveInt = 1
+    """how many classes of an image predictions.csv names, with their probabilities"""
+    skip_bad: CliToggleFlag[bool] = Field(default=False, validation_alias=AliasChoices("skip-bad", "skip_bad"))
+    """leave files out that are no usable image, and name them in skipped.csv; else any of them is an error"""
+    strict: CliToggleFlag[bool] = False
+    """with --skip-bad: end with status 3 where files were left out"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
+    in log-probabilities"""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Predictions:
+        if self.strict and not self.skip_bad:
+            raise ValueError("--strict goes with --skip-bad")
+        return self
+
+
+class EvaluateSettings(Predictions):
+    """How good a checkpoint is on a split; images are prepared and computed with as in the run that saved it."""
+
     split: Literal["train", "valid", "test"] = "test"
     """which images of data.root"""
     input: UserPath | None = None
@@ -27,26 +55,26 @@ class EvaluateSettings(Settings):
     """folder for output_1.h5 (log-probabilities) and predictions.csv; default: they are not written"""
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
-    and of an exported network"""
     data: Place = Place()
     expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
     """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
 
 
-class PredictSettings(Settings):
+class PredictSettings(Predictions):
     """Predict the class of each image. Images of another size than the network's are resized."""
 
-    checkpoint: UserPath
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
-    input: tuple[UserPath, ...]
+    input: tuple[UserPath, ...] = ()
     """images, and folders of images, with their subfolders"""
+    list: UserPath | None = None
+    """a file with the path of an image on each line, or - for standard input; these are named by their paths"""
     out: UserPath
-    """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
-    and of an exported network"""
+    """folder for output_1.h5 (log-probabilities) and predictions.csv (name, file, class, probability), with one name"""
+
+    @model_validator(mode="after")
+    def _has_images(self) -> PredictSettings:
+        if not self.input and self.list is None:
+            raise ValueError("--input or --list is required")
+        return self
 
 
 class MapSettings(Settings):
@@ -82,8 +110,8 @@ class MapSettings(Settings):
     batch_size: NonNegativeInt = 0
     """windows per step; 0: as in the run that saved the checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
-    in log-probabilities"""
+    """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
+    and of an exported network"""
     watchdog_seconds: NonNegativeFloat = 600.0
     """end the job when a rank makes no progress for so long, and name it; 0: never"""
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
 from hvd_eurosat.data.augment import mix
-from hvd_eurosat.data.images import Crop
+from hvd_eurosat.data.images import BadFilesError, Crop
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import UserError
@@ -73,7 +73,15 @@ def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, pla
         crop, size = Crop.of(data), data.image_size
         if not size:
             raise UserError("data.image_size 0, the images' own, is for train: give the size")
-        return {split: open_packed(tree, split, size, place.cache_dir, crop, world.tick) for split in splits}
+        packed, bad = {}, []
+        for split in splits:
+            try:
+                packed[split] = open_packed(tree, split, size, place.cache_dir, crop, world.tick)
+            except BadFilesError as error:  # those of the other splits are to be named with them
+                bad.append(error)
+        if bad:
+            raise BadFilesError.together(bad, sum(len(tree.files(split)) for split in splits))
+        return packed
 
     packed = world.node_by_node(read)
     return {split: Images(arrays, world.device) for split, arrays in packed.items()}

@@ -2,70 +2,112 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
-from hvd_eurosat.data.images import BadImageError, Crop, decode, in_threads, to_array
-from hvd_eurosat.data.tree import ignored
+from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
+from hvd_eurosat.data.layout import find_files, is_litter, lay_out, list_folder, normal
 from hvd_eurosat.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+FAR_LARGER = 4  # times the side that the network was shown: it hardly knows what it sees
 
 
-def find_images(places: Sequence[Path]) -> dict[str, Path]:
-    """The images in files and folders (with their subfolders) by name, sorted: the path below its folder, or its own.
+@dataclass(frozen=True)
+class Images:
+    """The files that must be images, by the names that predictions have. notes: what was left out, in lines."""
 
-    Raises UserError where there are none, or two of one name.
+    paths: dict[str, Path]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Seen:
+    """What was found out about files while they were read: reasons by number, and sizes of scenes by number."""
+
+    bad: dict[int, str] = field(default_factory=dict)
+    scenes: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
+    """The images in files and folders (with their subfolders), sorted by name: the path below its folder, or its own.
+
+    listed: more files, which are named as they are written. Raises UserError where there are none, or two of one name.
     """
     found: dict[str, Path] = {}
-    for place in places:
-        for name, path in _images(place):
-            if not name.isprintable():
-                raise UserError(f"unusable file name {name!r}: it has control characters or no valid encoding")
-            if name in found:
-                raise UserError(f"both {found[name]} and {path} would be {name} among the predictions")
-            found[name] = path
+    notes: list[str] = []
+    for name, path in [*(pair for place in places for pair in _images(place, notes)), *_listed(listed)]:
+        if not name.isprintable():
+            raise UserError(f"unusable file name {name!r}: it has control characters or no valid encoding")
+        if name in found:
+            both = f"both {found[name]} and {path} would be {name} among the predictions"
+            raise UserError(f"{both}: give their folder, or a --list of files, which are named by their paths")
+        found[name] = path
     for name, path in found.items():
         for folder in found.keys() & set(map(str, Path(name).parents)):
             raise UserError(f"{found[folder]} would be an image and the folder of {path} among the predictions")
-    return dict(sorted(found.items(), key=lambda item: item[0].split("/")))
+    return Images(dict(sorted(found.items(), key=lambda item: item[0].split("/"))), tuple(notes))
 
 
-def _images(place: Path) -> Iterator[tuple[str, Path]]:
-    if not place.is_dir():
-        if not place.exists() or place.suffix.lower() not in SUFFIXES:
-            raise UserError(f"no image at {place}: neither a folder nor a file that ends in {' '.join(SUFFIXES)}")
-        yield place.name, place
+def find_labelled(folder: Path) -> tuple[Images, list[str] | None]:
+    """The images of a folder and the class of each by its folder; None where no image lies in one. Raises UserError."""
+    listing = list_folder(folder, f"--input {shlex.quote(f'{folder}/')}")
+    files = find_files(listing)
+    if files.depth == 0 and not any("/" in name for name in files.images):
+        notes = (*listing.notes(), *files.notes(str(folder)))
+        return Images({name: folder / listing.files[name] for name in files.images}, notes), None
+    layout = lay_out(listing, least=1)
+    if layout.split:
+        tops = sorted({item.path.split("/")[0] for item in layout.items})
+        raise UserError(f"{folder} is split: give one of {', '.join(f'{folder / top}' for top in tops)}")
+    paths = {item.path: folder / listing.files[item.path] for item in layout.items}
+    return Images(paths, layout.notes), [item.label for item in layout.items]
+
+
+def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
+    if not place.exists():
+        raise UserError(f"no image at {place}: neither a folder nor a file")
+    if is_litter(place.name) and not place.name.startswith("."):  # of a shell's patches/*
+        notes.append(f"{place}: left out, it is no data")
         return
-    paths = [path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-    paths = [path for path in paths if not any(map(ignored, path.relative_to(place).parts))]
-    if not paths:
-        raise UserError(f"no images in {place} ({' '.join(SUFFIXES)})")
-    yield from ((path.relative_to(place).as_posix(), path) for path in paths)
+    if not place.is_dir():
+        yield normal(place.name), place
+        return
+    listing = list_folder(place)
+    files = find_files(listing)
+    notes += [*listing.notes(), *files.notes(str(place))]
+    yield from ((name, place / listing.files[name]) for name in files.images)
 
 
-def folder_labels(names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64] | None:
-    """int64 [N]: the class of each image by its folder; None where no image lies in one.
+def _listed(lines: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    for line in lines:
+        name = normal(line)
+        if os.path.normpath(name) not in (name, name.removeprefix("./")):
+            raise UserError(f"--list: {line} is no plain path: write {os.path.normpath(name)}")
+        yield name.removeprefix("./"), Path(line)
 
-    Raises UserError for a folder that is none of the classes.
-    """
-    if not any("/" in name for name in names):
-        return None
-    index = {name: i for i, name in enumerate(classes)}
-    for name in names:
-        if name.split("/")[0] not in index or "/" not in name:
+
+def class_numbers(labels: Sequence[str], names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:
+    """int64 [N]: the classes of images, by their names. Raises UserError for one that is none of `classes`."""
+    index = {normal(name): i for i, name in enumerate(classes)}
+    for name, label in zip(names, labels, strict=True):
+        if label not in index:
             raise UserError(
                 f"{where}: {name} lies in no folder of a class; the checkpoint knows {', '.join(classes)} "
                 f"(hvd_eurosat.predict takes images without classes)"
             )
-    return np.array([index[name.split("/")[0]] for name in names], dtype=np.int64)
+    return np.array([index[label] for label in labels], dtype=np.int64)
 
 
 def file_batches(
@@ -75,27 +117,61 @@ def file_batches(
     device: torch.device,
     shard: int,
     shards: int,
+    seen: Seen,
+    skip: bool = False,
     resizes: bool = True,
 ) -> Generator[Batch, None, None]:
     """The images in batches of one fixed size, without labels; shard i of n gets every n-th batch, from the i-th on.
 
-    Threads decode the next batches meanwhile. Raises UserError, which names the file, for a bad image, and for one of
-    another size than data.image_size unless it `resizes` them.
+    Threads decode the next batches meanwhile. A bad image, and one of another size than data.image_size unless it
+    `resizes` them, is noted in `seen`; it is black where such are skipped, else no batches come after it. So are the
+    sizes of scenes, which are far larger than the images that the network was trained on.
     """
     crop, wanted = Crop.of(data), None if resizes else data.image_size
+    black = np.zeros((data.image_size, data.image_size, 3), np.uint8)
 
-    def pixels(path: Path) -> NDArray[np.uint8]:
+    def pixels(number: int) -> NDArray[np.uint8]:
         try:
-            return to_array(decode(path.read_bytes(), wanted), data.image_size, crop)
-        except (OSError, BadImageError) as error:
-            raise UserError(f"{path}: {error}") from None
+            image = decode(read_file(files[number]), wanted)
+            if is_scene(image, data):
+                seen.scenes[number] = image.size
+            return to_array(image, data.image_size, crop)
+        except BadImageError as error:
+            seen.bad[number] = str(error)
+            return black
 
     starts = range(shard * batch_size, len(files), shards * batch_size)
-    mine = [path for first in starts for path in files[first : first + batch_size]]
+    mine = [number for first in starts for number in range(len(files))[first : first + batch_size]]
     decoded = in_threads(pixels, mine, "predicting", ahead=2 * batch_size)
     for first in starts:
-        images = torch.from_numpy(np.stack(list(islice(decoded, batch_size)))).to(device)
+        arrays = list(islice(decoded, batch_size))
+        if seen.bad and not skip:
+            continue  # for the names of all the others
+        images = torch.from_numpy(np.stack(arrays)).to(device)
         real = len(images)
         places = torch.arange(batch_size, device=device).clamp(max=real - 1)
         weights, labels = (torch.arange(batch_size, device=device) < real).float(), torch.zeros_like(places)
         yield Batch(first + places, images.index_select(0, places).permute(0, 3, 1, 2), labels, weights, real)
+
+
+def is_scene(image: Image.Image, data: Data) -> bool:
+    """Whether an image is far larger than those that the network was trained on."""
+    return min(image.size) >= FAR_LARGER * (data.resize or data.center_crop or data.image_size)
+
+
+def agree_on_bad(world: World, seen: Seen, files: Sequence[Path], skip: bool) -> Seen:
+    """What all ranks have seen, on each. Collective. Raises SharedError for bad files unless they are skipped."""
+    every = world.gather(seen)
+    bad = dict(sorted((number, reason) for one in every for number, reason in one.bad.items()))
+    scenes = dict(sorted((number, size) for one in every for number, size in one.scenes.items()))
+    flaws = {str(files[number]): reason for number, reason in bad.items()}
+    where = "the input"
+
+    def judge() -> None:
+        if flaws and not skip:
+            raise BadFilesError(flaws, len(files), where, "--skip-bad leaves them out")
+        if len(flaws) == len(files):
+            raise BadFilesError(flaws, len(files), where, "so there is nothing to do")
+
+    world.together(judge)
+    return Seen(bad, scenes)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_eurosat.config.schema import Data
-from hvd_eurosat.data.images import WHOLE, BadImageError, Crop, decode, in_threads, to_array
-from hvd_eurosat.data.tree import SPLITS, Tree, sha256_of
+from hvd_eurosat.data.images import WHOLE, BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
+from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS
+from hvd_eurosat.data.tree import Tree, sha256_of
 from hvd_eurosat.errors import RunError, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,9 +46,10 @@ def pack(
     It holds uint8 [N, image_size, image_size, 3] in the order of tree.files(split); a .json beside it holds
     shape and sha256. Several hosts may build on one file system: each writes a file of its own and renames it.
     `tick` is called after each image.
-    Raises UserError for a bad or changed image and a folder that cannot be written, RunError for a full disk.
+    Raises BadFilesError, which names all bad images, UserError for a changed one and for a folder that cannot be
+    written, RunError for a full disk.
     """
-    folder = cache_dir or tree.root / ".packed"
+    folder = cache_dir or tree.root / PACKED
     crop = Crop(side=crop.side) if crop.resize == tree.image_size else crop  # the same pixels have one name
     cropped = "" if crop == WHOLE else f"-{crop.resize}-{crop.side}"
     path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}.npy"
@@ -113,40 +116,45 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
     size = shape[1]
     native = native_size(tree)
 
-    def read(name: str) -> bytes:
-        return _pixels(tree, name, native, size, crop)
+    def read(name: str) -> bytes | BadImageError:
+        try:
+            return _pixels(tree, name, native, size, crop)
+        except BadImageError as error:
+            return error
 
     header = BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    digest = hashlib.sha256(header.getvalue())
+    digest, flaws = hashlib.sha256(header.getvalue()), dict[str, str]()
     # Not through a memory map: there a full disk is a bus error.
     with path.open("xb") as file:
         file.write(header.getvalue())
-        for pixels in in_threads(read, tree.files(split), f"packing {split}"):
-            digest.update(pixels)
-            file.write(pixels)
+        files = tree.files(split)
+        for name, pixels in zip(files, in_threads(read, files, f"packing {split}"), strict=True):
             tick()
+            if isinstance(pixels, BadImageError):
+                flaws[str(tree.path(name))] = str(pixels)
+            elif not flaws:
+                digest.update(pixels)
+                file.write(pixels)
+        if flaws:
+            raise BadFilesError(flaws, len(files), str(tree.root), _cure(tree, native))
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 def _pixels(tree: Tree, name: str, native: int, size: int, crop: Crop) -> bytes:
-    data = _read(tree, name)
-    checksum = tree.checksums[name]
+    data, checksum = read_file(tree.path(name)), tree.checksums[name]
     if checksum and hashlib.sha256(data).hexdigest() != checksum:
-        raise UserError(f"{tree.root / name} has changed since it was prepared: prepare the data again")
-    try:
-        return to_array(decode(data, native), size, crop).tobytes()
-    except BadImageError as error:
-        raise UserError(f"{tree.root / name}: {error}") from None
+        raise UserError(f"{tree.path(name)} has changed since it was prepared: prepare the data again")
+    return to_array(decode(data, native), size, crop).tobytes()
 
 
-def _read(tree: Tree, name: str) -> bytes:
-    try:
-        return (tree.root / name).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {tree.root / name}: {error.strerror}") from None
+def _cure(tree: Tree, side: int) -> str:
+    if any(tree.checksums.values()):
+        return "prepare the data again"
+    size = "" if side == 64 else f" --image-size {side}"
+    return f"{PREPARE} --source {shlex.quote(str(tree.root))} --out DIR{size} --skip-bad leaves them out"
 
 
 def resolve_size(tree: Tree, data: Data) -> Data:
@@ -160,19 +168,21 @@ def resolve_size(tree: Tree, data: Data) -> Data:
 
 
 def native_size(tree: Tree) -> int:
-    """The side in pixels that every image of the tree must have: that of the first. Raises UserError."""
+    """The side in pixels that all images of the tree must have: that of the first good square. Raises UserError."""
     if tree.image_size is not None:
         return tree.image_size
-    first = tree.files(SPLITS[0])[0]
-    try:
-        width, height = decode(_read(tree, first)).size
-    except BadImageError as error:
-        raise UserError(f"{tree.root / first}: {error}") from None
-    if width != height:
-        raise UserError(
-            f"{tree.root / first}: {width}x{height} pixels; squares are wanted (prepare --resize makes them so)"
-        )
-    return width
+    flaws: dict[str, str] = {}
+    for name in tree.files(SPLITS[0]):
+        try:
+            width, height = decode(read_file(tree.path(name))).size
+        except BadImageError as error:
+            flaws[str(tree.path(name))] = str(error)
+            continue
+        if width == height:
+            return width
+        reason = f"{width}x{height} pixels; squares are wanted (prepare --resize makes them so)"
+        flaws[str(tree.path(name))] = reason
+    raise BadFilesError(flaws, len(flaws), str(tree.root), _cure(tree, 64))
 
 
 def _map(path: Path) -> NDArray[np.uint8]:

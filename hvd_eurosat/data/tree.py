@@ -1,8 +1,9 @@
-"""A class-folder tree with train/ valid/ test/, as `prepare` writes it or a user unzipped it."""
+"""A class-folder tree that is split, as `prepare` writes it or a user unzipped it."""
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hvd_eurosat.data.images import BadImageError, decode
+from hvd_eurosat.data.images import BadImageError, decode, read_file
 from hvd_eurosat.data.inputs import PICTURES, Inputs, inputs_of
+from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS, lay_out, list_folder, normal
 from hvd_eurosat.errors import UserError
 
-SPLITS = ("train", "valid", "test")
 MANIFEST = "manifest.json"
 CHECKSUMS = "files.sha256"
-PREPARE = "python -m hvd_eurosat.prepare"
 
 
 class Skipped(BaseModel):
@@ -30,8 +30,8 @@ class Skipped(BaseModel):
 class Manifest(BaseModel):
     """manifest.json of a prepared folder; seed and ratios are null where the source was already split.
 
-    inputs: what the numbers in the images are; null in folders of before that was noted. extras: the sha256 of files
-    that are no images.
+    converted: files of the source that were made 8-bit RGB, by what they were. inputs: what the numbers in the images
+    are; null in folders of before that was noted. extras: the sha256 of files that are no images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -46,6 +46,7 @@ class Manifest(BaseModel):
     ratios: tuple[float, ...] | None
     digest: str
     skipped: tuple[Skipped, ...] = ()
+    converted: dict[str, tuple[str, ...]] = {}
     inputs: Inputs | None = None
     extras: dict[str, str] = {}
 
@@ -56,8 +57,9 @@ class Tree:
 
     digest: names this data, 64 hexadecimal digits. image_size: side in pixels that every image must have, without a
     manifest that of the first training image; None where that one is not square or no image.
-    checksums: each file's sha256 (empty where unknown) by its path, in the order of (split, class, name).
-    inputs: what the numbers in the images are.
+    checksums: each file's sha256 (empty where unknown) by its name, split/class/file, in the order of these three.
+    inputs: what the numbers in the images are. places: a file's own path below root, where that is not its name.
+    notes: what was left out, a line for each kind.
     """
 
     root: Path
@@ -67,9 +69,15 @@ class Tree:
     image_size: int | None
     checksums: dict[str, str] = field(repr=False)
     inputs: Inputs = PICTURES
+    places: dict[str, str] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    def path(self, name: str) -> Path:
+        """Where the file of this name is."""
+        return self.root / self.places.get(name, name)
 
     def files(self, split: str) -> list[str]:
-        """Paths below root, with forward slashes, ordered by class and name."""
+        """Names of the split's files, ordered by class and name."""
         return [path for path in self.checksums if path.startswith(f"{split}/")]
 
     def labels(self, split: str) -> NDArray[np.int64]:
@@ -111,11 +119,6 @@ def check_classes(counts: dict[str, dict[str, int]], where: str) -> tuple[str, .
     return tuple(classes)
 
 
-def ignored(name: str) -> bool:
-    """Whether a file or folder of this name is some system's litter rather than data."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
-
-
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal, read piece by piece."""
     digest = hashlib.sha256()
@@ -146,53 +149,58 @@ def _prepared(root: Path) -> Tree:
     whole = {path.rpartition("/")[0] for path in checksums} == folders
     if not whole or hashlib.sha256(text).hexdigest() != manifest.digest:
         raise UserError(f"{root / CHECKSUMS} does not fit {MANIFEST} beside it: prepare the data again")
-    return Tree(
-        root,
-        manifest.classes,
-        manifest.digest,
-        manifest.synthetic,
-        manifest.image_size,
-        _ordered(checksums),
-        manifest.inputs or inputs_of(manifest.classes),
-    )
+    named = {normal(path): checksum for path, checksum in _ordered(checksums).items()}
+    places = {} if text.isascii() else _spellings(root)
+    classes = tuple(map(normal, manifest.classes))
+    inputs = manifest.inputs or inputs_of(classes)
+    return Tree(root, classes, manifest.digest, manifest.synthetic, manifest.image_size, named, inputs, places)
+
+
+def _spellings(root: Path) -> dict[str, str]:
+    """The files below root by their names in NFC: a copy made by way of macOS may spell them in NFD."""
+    found = {}
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name != PACKED]
+        paths = (os.path.relpath(os.path.join(folder, name), root) for name in files)
+        found.update({normal(path): path for path in paths if not path.isascii()})
+    return found
 
 
 def _unzipped(root: Path) -> Tree:
-    missing = [f"{split}/" for split in SPLITS if not (root / split).is_dir()]
-    if missing:
-        raise UserError(f"{root} has no {' '.join(missing)}: split it with {PREPARE} --source {root} --out DIR")
-    checksums: dict[str, str] = {}
-    counts: dict[str, dict[str, int]] = {}
-    listing = hashlib.sha256()
-    for split in SPLITS:
-        counts[split] = {}
-        for folder in _entries(root / split):
-            if not folder.is_dir():
-                continue
-            files = [entry for entry in _entries(folder) if not entry.is_dir()]
-            counts[split][folder.name] = len(files)
-            for file in files:
-                path = f"{split}/{folder.name}/{file.name}"
-                status = file.stat()
-                listing.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0"))
-                checksums[path] = ""
+    listing = list_folder(root, f"--data.root {shlex.quote(f'{root}/')}")
+    layout = lay_out(listing)
+    if not layout.split:
+        raise UserError(
+            f"{root} has no train/ valid/ test/: split it with {PREPARE} --source {shlex.quote(str(root))} --out DIR"
+        )
+    own = {f"{item.split}/{item.label}/{item.name}": listing.files[item.path] for item in layout.items}
+    digest = hashlib.sha256()
+    counts: dict[str, dict[str, int]] = {split: dict.fromkeys(layout.classes, 0) for split in SPLITS}
+    ordered = _ordered(dict.fromkeys(own, ""))
+    for name in sorted(ordered, key=lambda name: SPLITS.index(name.split("/")[0])):
+        split, label, _ = name.split("/")
+        counts[split][label] += 1
+        status = _status(root / own[name])
+        digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     classes = check_classes(counts, str(root))
-    ordered = _ordered(checksums)
-    first = next(path for path in ordered if path.startswith(f"{SPLITS[0]}/"))
-    return Tree(root, classes, listing.hexdigest(), False, _side(root / first), ordered, inputs_of(classes))
+    places = {name: path for name, path in own.items() if name != path}
+    tree = Tree(root, classes, digest.hexdigest(), False, None, ordered, inputs_of(classes), places, layout.notes)
+    return replace(tree, image_size=_side(tree.path(tree.files(SPLITS[0])[0])))
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:  # a link that leads nowhere is a bad image, named with the others
+        return path.lstat()
 
 
 def _side(path: Path) -> int | None:
     try:
-        width, height = decode(path.read_bytes()).size
+        width, height = decode(read_file(path)).size
     except BadImageError:  # whoever needs its pixels says so
         return None
     return width if width == height else None
-
-
-def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not ignored(entry.name)), key=lambda entry: entry.name)
 
 
 def _ordered(checksums: dict[str, str]) -> dict[str, str]:

@@ -45,6 +45,11 @@ class Display:
         if self._speaks:
             print(text, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line on standard error that nobody need mind."""
+        if self._speaks:
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
     def warn(self, text: str) -> None:
         """A line on standard error."""
         if self._speaks:

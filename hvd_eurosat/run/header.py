@@ -10,7 +10,8 @@ from torch import nn
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.batches import TrainBatches
-from hvd_eurosat.data.tree import SPLITS, Tree
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model import norm_relu
 from hvd_eurosat.model.resnet import count_parameters
 from hvd_eurosat.training.schedule import image_size, peak_rate

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from hvd_eurosat.data.tree import ignored
+from hvd_eurosat.data.layout import is_litter
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.bands import SENTINEL2, canonical
 from hvd_eurosat.scene.files import zipped
@@ -81,8 +81,8 @@ def _of_folder(root: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if not ignored(name)] if len(below.parts) < MAX_DEPTH else []
-        files |= {(below / name).as_posix(): os.path.join(folder, name) for name in names if not ignored(name)}
+        folders[:] = [name for name in folders if not is_litter(name)] if len(below.parts) < MAX_DEPTH else []
+        files |= {(below / name).as_posix(): os.path.join(folder, name) for name in names if not is_litter(name)}
         if len(files) > MAX_FILES:
             break
     return files
@@ -104,7 +104,7 @@ def _of_zip(path: Path) -> dict[str, str]:
         if member.flag_bits & 1:
             raise UserError(f"{path} is encrypted: unpack it, and give the folder")
     names = [member.filename for member in members if not member.is_dir()]
-    return {name: zipped(path, name) for name in names if not any(map(ignored, name.split("/")))}
+    return {name: zipped(path, name) for name in names if not any(map(is_litter, name.split("/")))}
 
 
 def metadata_file(files: Listing) -> str | None:

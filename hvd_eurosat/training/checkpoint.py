@@ -19,6 +19,7 @@ from torch import Tensor
 from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
 from hvd_eurosat.data.inputs import Inputs, inputs_of
+from hvd_eurosat.data.layout import normal
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
@@ -110,7 +111,7 @@ class Checkpoint:
                     f"cannot resume: {key} was {was.get(key)!r} and is {now.get(key)!r} now "
                     f"(take it back, or another run.dir)"
                 )
-        if self.classes != list(classes):
+        if list(map(normal, self.classes)) != list(classes):
             raise UserError(f"cannot resume: the checkpoint knows the classes {', '.join(self.classes)}")
         if self.digest != digest:
             raise UserError(f"cannot resume: the images of {config.data.root} are not those that the run began with")

@@ -25,7 +25,18 @@ def log_probabilities(
 
     batches: this rank's share, every world.size-th one from its rank on. A UserError on one rank is raised on all.
     """
-    mine = world.together(lambda: list(map(np.asarray, _infer(world, model, batches, data, precision))))
+    return join(world, infer(world, model, batches, data, precision), model)
+
+
+def infer(
+    world: World, model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision
+) -> list[Values]:
+    """The log-probabilities of each of this rank's batches. Collective."""
+    return world.together(lambda: list(map(np.asarray, _infer(world, model, batches, data, precision))))
+
+
+def join(world: World, mine: list[Values], model: LandCoverResNet) -> Values:
+    """Those of all ranks' batches, in order, on rank 0. Collective."""
     every = world.gather(mine)
     count = sum(map(len, every)) if world.is_main else 0
     none = np.empty((0, model.fc.out_features), np.float32)

@@ -20,7 +20,8 @@ from hvd_eurosat.config import verbs
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import open_images
-from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.training import metrics
 from hvd_eurosat.training.precision import choose_precision

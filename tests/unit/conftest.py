@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import os
+import random
+import zipfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hvd_eurosat import prepare
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Data, Model
 from hvd_eurosat.model import native
@@ -26,6 +30,7 @@ needs_eurosat = pytest.mark.skipif(not EUROSAT.exists(), reason=f"the real data 
 
 Encode = Callable[..., bytes]
 Grow = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -55,6 +60,39 @@ def grow(tmp_path: Path, encode: Encode) -> Grow:
         return root
 
     return grown
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(source, *options): status, stdout and stderr of `prepare --source … --out tmp_path/out`."""
+
+    def ran(source: object, *options: object, out: str = "out") -> tuple[int, str, str]:
+        status = prepare.main(["--source", str(source), "--out", str(tmp_path / out), *map(str, options)])
+        return status, *capsys.readouterr()
+
+    return ran
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    """What a prepared folder says of itself."""
+    loaded: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+    return loaded
+
+
+def zipped(path: Path, root: Path, top: str = "", order: int | None = None) -> Path:
+    """A zip of the files below root, each under top, in an order drawn with `order`."""
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    if order is not None:
+        random.Random(order).shuffle(files)
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in files:
+            archive.write(file, top + file.relative_to(root).as_posix())
+    return path
+
+
+def left(tmp_path: Path) -> list[str]:
+    """What a run that failed left behind: the out folder or parts of it."""
+    return [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
 @pytest.fixture

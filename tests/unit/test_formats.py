@@ -19,7 +19,7 @@ from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model, Optim
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import augment, resample
-from hvd_eurosat.data.folder import file_batches, find_images, folder_labels
+from hvd_eurosat.data.folder import Seen, class_numbers, file_batches, find_images, find_labelled
 from hvd_eurosat.data.images import Crop, decode, to_array
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
@@ -92,14 +92,16 @@ def test_names_of_images(grow: Grow, tmp_path: Path) -> None:
     root = grow("images", {"Forest": 2, "River": 1})
     (root / "River" / ".hidden.jpg").write_bytes(b"")
     names = ["Forest/Forest_1.jpg", "Forest/Forest_2.jpg", "River/River_1.jpg"]
-    assert list(find_images([root])) == names
-    assert folder_labels(names, ["Forest", "Lake", "River"], "x").tolist() == [0, 0, 2]  # type: ignore[union-attr]
-    assert folder_labels(["a.jpg"], ["Forest"], "x") is None
+    assert list(find_images([root]).paths) == names
+    images, labels = find_labelled(root)
+    assert (list(images.paths), labels) == (names, ["Forest", "Forest", "River"])
+    assert class_numbers(labels or [], names, ["Forest", "Lake", "River"], "x").tolist() == [0, 0, 2]
+    assert find_labelled(root / "Forest")[1] is None
     with pytest.raises(UserError, match=r"x: River/River_1\.jpg lies in no folder of a class; the checkpoint"):
-        folder_labels(names, ["Forest"], "x")
+        class_numbers(labels or [], names, ["Forest"], "x")
     files = [root / name for name in names]
-    assert list(find_images(files)) == ["Forest_1.jpg", "Forest_2.jpg", "River_1.jpg"]
-    with pytest.raises(UserError, match=r"both .* and .* would be Forest_1\.jpg"):
+    assert list(find_images(files).paths) == ["Forest_1.jpg", "Forest_2.jpg", "River_1.jpg"]
+    with pytest.raises(UserError, match=r"both .* and .* would be Forest_1\.jpg .*--list"):
         find_images([files[0], files[0]])
     odd = grow("odd", {"Forest_1.jpg/below": 1})
     with pytest.raises(UserError, match=r"Forest_1\.jpg would be an image and the folder of "):
@@ -107,14 +109,14 @@ def test_names_of_images(grow: Grow, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image at /nowhere"):
         find_images([Path("/nowhere")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images in"):
+    with pytest.raises(UserError, match="empty has no images"):
         find_images([tmp_path / "empty"])
 
 
 def test_file_batches_are_those_of_one_rank_in_turn(grow: Grow) -> None:
     root = grow("images", {"Forest": 5})
-    files = list(find_images([root]).values())
-    shares = [list(file_batches(files, Data(), 2, torch.device("cpu"), n, 2)) for n in range(2)]
+    files = list(find_images([root]).paths.values())
+    shares = [list(file_batches(files, Data(), 2, torch.device("cpu"), n, 2, Seen())) for n in range(2)]
     batches = [shares[n % 2][n // 2] for n in range(3)]
     assert [batch.total for batch in batches] == [2, 2, 1]
     assert all(batch.images.shape == (2, 3, 64, 64) for batch in batches)
@@ -133,7 +135,7 @@ def test_decoding_goes_on_during_computation(grow: Grow, monkeypatch: pytest.Mon
         return decode(data, size)
 
     monkeypatch.setattr("hvd_eurosat.data.folder.decode", note)
-    batches = file_batches(list(find_images([root]).values()), Data(), 100, torch.device("cpu"), 0, 1)
+    batches = file_batches(list(find_images([root]).paths.values()), Data(), 100, torch.device("cpu"), 0, 1, Seen())
     next(batches)
     assert second.wait(60)
     batches.close()
@@ -147,7 +149,7 @@ def test_prediction_files(tmp_path: Path) -> None:
         assert np.array_equal(file["y.jpg"][()], values[1])
         assert list(file.attrs["classes"]) == CLASSES
     lines = (tmp_path / "predictions.csv").read_text().splitlines()
-    assert lines == ["file,class,probability", "in/b/x.jpg,b,0.7", "in/y.jpg,a,0.5"]
+    assert lines == ["name,file,class,probability", "b/x.jpg,in/b/x.jpg,b,0.7", "y.jpg,in/y.jpg,a,0.5"]
 
 
 def test_several_inputs_after_one_flag() -> None:

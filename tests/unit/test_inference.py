@@ -19,7 +19,7 @@ from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.images import resize
-from hvd_eurosat.data.tree import SPLITS
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import build
 from tests.unit.conftest import saved_checkpoint

@@ -25,7 +25,8 @@ from hvd_eurosat import train
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Model
 from hvd_eurosat.data.batches import open_images
-from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.journal import Journal

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.packed import open_packed, pack, verify_packed
-from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
+from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.prepare import main
 
@@ -84,7 +85,9 @@ def test_a_tree_without_manifest_may_have_any_one_size(grow: Grow, encode: Encod
 
 def test_images_that_are_not_square_are_sent_to_prepare(grow: Grow) -> None:
     tree = open_tree(grow("data", COUNTS, size=(63, 64)))
-    with pytest.raises(UserError, match=r"Forest_1.jpg: 63x64 .*prepare --resize"):
+    with pytest.raises(
+        UserError, match=r"files: 63x64 pixels; squares are wanted \(prepare --resize makes them so\): .*Forest_1.jpg"
+    ):
         pack(tree, "train", 64, None)
 
 

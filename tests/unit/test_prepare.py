@@ -1,7 +1,6 @@
 """`prepare` through its command line: sources good and bad, the split, and that it all happens or nothing."""
 
 import hashlib
-import json
 import os
 import random
 import re
@@ -26,52 +25,18 @@ import pytest
 from PIL import TiffImagePlugin
 
 from hvd_eurosat.data.images import decode
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.packed import pack
 from hvd_eurosat.data.split import sizes
-from hvd_eurosat.data.tree import SPLITS, open_tree
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
-from tests.unit.conftest import EUROSAT, needs_eurosat
+from tests.unit.conftest import EUROSAT, Encode, Grow, Run, left, manifest, needs_eurosat, zipped
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = {"Forest": 20, "River": 30, "SeaLake": 4}
 
-Run = Callable[..., tuple[int, str, str]]
-Grow = Callable[..., Path]
-Encode = Callable[..., bytes]
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(source, *options): status, stdout and stderr of `prepare --source … --out tmp_path/out`."""
-
-    def ran(source: object, *options: object, out: str = "out") -> tuple[int, str, str]:
-        status = main(["--source", str(source), "--out", str(tmp_path / out), *map(str, options)])
-        return status, *capsys.readouterr()
-
-    return ran
-
-
-def manifest(out: Path) -> dict[str, object]:
-    loaded: dict[str, object] = json.loads((out / "manifest.json").read_text())
-    return loaded
-
-
-def zipped(path: Path, root: Path, top: str = "", order: int | None = None) -> Path:
-    """A zip of the files below root, each under top, in an order drawn with `order`."""
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    if order is not None:
-        random.Random(order).shuffle(files)
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in files:
-            archive.write(file, top + file.relative_to(root).as_posix())
-    return path
-
-
-def left(tmp_path: Path) -> list[str]:
-    """What a run that failed left behind: the out folder or parts of it."""
-    return [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
 # --- sources, split and results
@@ -308,18 +273,18 @@ def bad(kind: str, encode: Encode) -> bytes:
 
 BAD = {
     "truncated": "does not decode",
-    "text": "not a readable JPEG, PNG or TIFF",
+    "text": "not a readable JPEG, PNG, TIFF, WebP or BMP image",
     "empty": "0 bytes",
     "header only": "not a readable",
     "16-bit": "16 bits a channel",
     "16-bit TIFF": "16 bits a channel",
-    "tiled TIFF": "a TIFF in tiles",
+    "tiled TIFF": "a TIFF in tiles of 65536x10000 pixels; 4096 a side is the most",
     "16-bit grey": "16 bits a channel",
-    "grey": "mode L;",
-    "CMYK": "mode CMYK;",
-    "palette": "mode P;",
-    "RGBA": "mode RGBA;",
-    "GIF": "not a readable",
+    "grey": "mode L (grey); 8-bit RGB is wanted (prepare --convert makes it so)",
+    "CMYK": "mode CMYK (CMYK);",
+    "palette": "mode P (palette);",
+    "RGBA": "mode RGBA (alpha);",
+    "GIF": "not a readable JPEG, PNG, TIFF, WebP or BMP image but a GIF image",
     "63x64": "63x64 pixels; 64x64 is wanted",
     "128x64": "128x64 pixels; 64x64 is wanted",
     "13 bands": "13-band multispectral TIFF is not supported yet; use the RGB set",
@@ -352,14 +317,18 @@ def test_a_file_that_is_no_image_is_refused_by_name(grow: Grow, run: Run) -> Non
     assert "Forest/notes.txt: not a readable" in run(source)[2]
 
 
-def test_ten_bad_names_are_listed_and_the_rest_counted(grow: Grow, run: Run) -> None:
+def test_bad_files_are_counted_and_named_by_their_reasons(grow: Grow, encode: Encode, run: Run) -> None:
     source = grow("photos", CLASSES)
-    for number in range(13):
+    for number in range(53):
         (source / "River" / f"bad{number:02}.jpg").write_bytes(b"")
+    for number in range(2):
+        (source / "Forest" / f"grey{number}.png").write_bytes(encode(number, kind="PNG", mode="L"))
     lines = run(source)[2].splitlines()
-    assert len(lines) == 12
-    assert "bad09" in lines[10]
-    assert lines[-1].strip() == "… and 3 more"
+    assert lines[0].endswith("55 of 109 files of " + str(source) + " cannot be used (--skip-bad leaves them out):")
+    assert lines[1].strip().startswith("53 files: the file is empty (0 bytes): River/bad00.jpg, River/bad01.jpg, ")
+    assert lines[1].endswith("River/bad49.jpg, … and 3 more")
+    assert lines[2].strip().endswith("(prepare --convert makes it so): Forest/grey0.png, Forest/grey1.png")
+    assert len(lines) == 3
 
 
 def test_links_that_lead_nowhere_and_pipes_are_bad_files(grow: Grow, run: Run) -> None:
@@ -397,7 +366,7 @@ def test_another_image_size(tmp_path: Path, grow: Grow, run: Run) -> None:
 @pytest.mark.parametrize(
     ("counts", "said"),
     [
-        ({}, "no images in class folders"),
+        ({}, "has no images (JPEG, PNG, TIFF, WebP, BMP)"),
         ({"Forest": 5}, "one class only, Forest"),
         ({"Forest": 5, "River": 2}, "class River has 2 usable images"),
         ({"Forest": 5, "River": 0}, "class River has 0 usable images"),
@@ -411,7 +380,7 @@ def test_another_image_size(tmp_path: Path, grow: Grow, run: Run) -> None:
             {"train/A": 3, "train/B": 3, "valid/A": 3, "valid/B": 3, "valid/C": 1, "test/A": 3, "test/B": 3},
             "class C has no images in train/",
         ),
-        ({"x/y/A": 3, "z/y/B": 3}, "lies deeper than a class folder"),
+        ({"x/y/A": 3, "z/y/B": 3}, "in several folders, x/y/, z/y/: say which is meant with --inside x/y"),
     ],
 )
 def test_trees_that_cannot_be_used(tmp_path: Path, grow: Grow, run: Run, counts: dict[str, int], said: str) -> None:
@@ -458,7 +427,7 @@ def test_unsafe_zips(tmp_path: Path, grow: Grow, run: Run, encode: Encode) -> No
         ("River/River_1.jpg", image, zipfile.ZIP_STORED, "is there twice"),
         ("River/bomb.png", bomb, zipfile.ZIP_DEFLATED, " times; 200 is the most"),
         ("River/bomb.png", bytes(65 << 20), zipfile.ZIP_DEFLATED, "68,157,440 bytes"),
-        ("River/x.jpg", image, zipfile.ZIP_BZIP2, "not compressed by deflate"),
+        ("River/x.jpg", image, zipfile.ZIP_BZIP2, "is compressed by bzip2, not Deflate"),
     ]
     source = grow("photos", CLASSES)
     for name, data, method, said in members:
@@ -535,8 +504,8 @@ def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[s
 
 SLOW = """
 import time, hvd_eurosat.prepare as verb
-decode = verb.decode
-verb.decode = lambda *arguments: (time.sleep(0.1), decode(*arguments))[1]
+decode = verb.decode_any
+verb.decode_any = lambda *arguments: (time.sleep(0.1), decode(*arguments))[1]
 raise SystemExit(verb.main())
 """
 
@@ -695,10 +664,10 @@ def test_a_tree_that_the_user_unzipped(grow: Grow) -> None:
     ("counts", "said"),
     [
         (None, "no data at"),
-        ({}, "has no train/ valid/ test/"),
+        ({}, "has no images"),
         ({"A": 3, "B": 3}, "split it with python -m hvd_eurosat.prepare --source"),
-        ({"train/A": 3, "train/B": 3, "test/A": 1, "test/B": 1}, "has no valid/"),
-        ({"train/A": 0, "valid/A": 0, "test/A": 0}, "holds no images"),
+        ({"train/A": 3, "train/B": 3, "test/A": 1, "test/B": 1}, "not all of train/, valid/ and test/"),
+        ({"train/A": 0, "valid/A": 0, "test/A": 0}, "has no images"),
         ({"train/A": 3, "valid/A": 3, "test/A": 3}, "one class only, A"),
         (
             {"train/A": 3, "train/B": 3, "valid/A": 3, "test/A": 3, "test/B": 1},

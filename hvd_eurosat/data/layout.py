@@ -1,0 +1,411 @@
+"""What a data tree is: what is litter, which files are images, which folders are splits and classes.
+
+The one rule of prepare, train, evaluate and predict, for folders, zips and tars alike. Names are in Unicode's NFC and
+have forward slashes, however the source spells them.
+"""
+
+import os
+import re
+import shlex
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hvd_eurosat.errors import UserError
+
+PREPARE = "python -m hvd_eurosat.prepare"
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp"))
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+SPLITS = ("train", "valid", "test")
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+PACKED = ".packed"  # our own, which is nobody's litter
+SHOWN = 10  # names in a list
+# What Windows, macOS, Linux, network drives and notebooks leave among files, with all hidden names; then what they and
+# GIS programs leave beside a file, by the file's name and an ending.
+LITTER = re.compile(
+    r"\..*|desktop\.ini|ehthumbs(_vista)?\.db|thumbs\.db|icon\r|@eadir|@recycle|@recently-snapshot|#recycle|#snapshot"
+    r"|\$recycle\.bin|system volume information|lost\+found|lost\.dir|__macosx|__pycache__|zbthumbnail\.info|~\$.*",
+    re.IGNORECASE,
+)
+COMPANION = re.compile(
+    r".+([:\uf03a]zone\.identifier|\.aux\.xml|\.(ovr|tfw|tifw|jgw|jpgw|pgw|pngw|wld))", re.IGNORECASE
+)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is some system's litter rather than data."""
+    return bool(LITTER.fullmatch(name) or COMPANION.fullmatch(name))
+
+
+def normal(name: str) -> str:
+    """The name in Unicode's NFC: macOS may write `ê` as two characters, other systems write one."""
+    return unicodedata.normalize("NFC", name)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a tree without its litter.
+
+    where: the tree as its user named it. files: the source's own spelling by name; folders: their names. peek: the
+    first bytes of a file by its spelling. option: how a user chooses one of its folders, up to that folder's name.
+    within: the folder of the tree that this is, with a slash. litter: how many of each name; links: the folders that
+    are links; loops: those that lead back; twins: folders in two spellings of Unicode.
+    """
+
+    where: str
+    peek: Callable[[str], bytes] = field(repr=False)
+    option: str = "--inside "
+    within: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    litter: Counter[str] = field(default_factory=Counter)
+    links: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+    twins: set[str] = field(default_factory=set)
+
+    def add(self, spelling: str) -> None:
+        """Note a file. Raises UserError for a name that cannot be used, or is another's too."""
+        name = normal(spelling)
+        if not name.isprintable() or "\\" in name:
+            flaw = "it has control characters, backslashes or no valid encoding"
+            raise UserError(f"{self.where}: unusable file name {spelling!r}: {flaw}")
+        if name in self.files:
+            both = f"{self.files[name]!a} and {spelling!a}"
+            raise UserError(f"{self.where}: {both} are two files of one name, {name}: rename one")
+        self.files[name] = spelling
+
+    def inside(self, folder: str) -> "Listing":
+        """What lies in one of its folders. Raises UserError where there is no such folder."""
+        start = f"{normal(folder).strip('/')}/"
+        files = {name.removeprefix(start): own for name, own in self.files.items() if name.startswith(start)}
+        if not files:
+            tops = sorted({name.split("/")[0] for name in self.files if "/" in name})
+            raise UserError(f"{self.where} has no files in {start}; its folders are {_some(tops) or 'none'}")
+        below = {name.removeprefix(start) for name in self.folders if name.startswith(start)}
+        return replace(self, within=f"{self.within}{start}", files=files, folders=below)
+
+    def choosing(self, folder: str) -> str:
+        """What a user adds to a command to choose a folder."""
+        return f"{self.option}{shlex.quote(f'{self.within}{folder}')}"
+
+    def preparing(self, folder: str) -> str:
+        """The command that splits the images of a folder."""
+        return (
+            f"{PREPARE} --source {shlex.quote(self.where)} --inside {shlex.quote(f'{self.within}{folder}')} --out DIR"
+        )
+
+    def notes(self) -> Iterator[str]:
+        """What was left out, and what is not as it seems, a line for each kind."""
+        if self.litter:
+            counts = [f"{n:,} {name}" for name, n in sorted(self.litter.items())]
+            yield f"{self.where}: left out files and folders that are no data: {_some(counts)}"
+        if self.loops:
+            yield f"{self.where}: left out links that lead back to a folder around them: {_some(self.loops)}"
+        if self.links:
+            yield f"{self.where}: followed linked folders: {_some(self.links)}"
+        if self.twins:
+            yield f"{self.where}: folders spelt in two ways of Unicode (NFC, NFD) are one: {_some(sorted(self.twins))}"
+
+
+@dataclass(frozen=True)
+class Files:
+    """The names of a tree that must be images, sorted, and those of files outside the folders of images.
+
+    depth: in how many folders the images lie that lie in the fewest. lost: how many of those outside are images.
+    """
+
+    images: tuple[str, ...]
+    beside: tuple[str, ...]
+    depth: int
+    lost: int
+
+    def notes(self, where: str) -> Iterator[str]:
+        """A line on those beside, if there are any."""
+        if self.beside:
+            files = "1 file" if len(self.beside) == 1 else f"{len(self.beside):,} files"
+            lost = f" ({self.lost:,} of them images)" if self.lost else ""
+            yield f"{where}: left out {files}{lost} outside the folders of images: {_some(self.beside)}"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file: its name in the source, the split it is already in (or None), its class and its name there.
+
+    Folders in a class folder belong to it: Forest/old/1.jpg is old_1.jpg of Forest.
+    """
+
+    path: str
+    split: str | None
+    label: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """items: the files that should be images. classes: all class folders seen, sorted, empty ones too.
+
+    split: whether the items are split already. notes: what was left out.
+    """
+
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    split: bool
+    notes: tuple[str, ...]
+
+
+def list_folder(root: Path, option: str = "--inside ") -> Listing:
+    """The files below root, through links too, each folder once on its way down. Raises UserError."""
+
+    def peek(spelling: str) -> bytes:
+        try:
+            if not stat.S_ISREG((root / spelling).stat().st_mode):
+                return b""
+            with (root / spelling).open("rb") as file:
+                return file.read(12)
+        except OSError:
+            return b""
+
+    listing = Listing(str(root), peek, option)
+    spelt: dict[str, str] = {}
+    try:
+        _walk(root, "", (), listing, spelt)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or root}: {error.strerror}") from None
+    return listing
+
+
+def list_names(spellings: Iterable[str], where: str, peek: Callable[[str], bytes]) -> Listing:
+    """The files of an archive, whose folders' spellings end in a slash. Raises UserError."""
+    listing, spelt, litter = Listing(where, peek), dict[str, str](), set[str]()
+    for spelling in spellings:
+        parts = spelling.removesuffix("/").split("/")
+        first = next((n for n, part in enumerate(parts) if is_litter(part)), None)
+        if first is not None:
+            litter.add("/".join(parts[: first + 1]))
+            continue
+        folders = len(parts) if spelling.endswith("/") else len(parts) - 1
+        for n in range(folders):
+            _add_folder("/".join(parts[: n + 1]), listing, spelt)
+        if not spelling.endswith("/"):
+            listing.add(spelling)
+    for path in litter:
+        _add_litter(path.rpartition("/")[2], listing)
+    return listing
+
+
+def find_files(listing: Listing) -> Files:
+    """Which files must be images. Raises UserError where there are none.
+
+    By name or content an image must be one; so must any other file within the folders of images, that is the folders as
+    deep as the least deep image's, beside one that has images. Outside of these others are left out. Where there are
+    folders of all three splits, images outside of them are left out as well.
+    """
+    every = {name for name in listing.files if _is_image(name, listing)}
+    if not every:
+        raise _no_images(listing)
+    homes = _homes_of_splits(every)
+    images = every if len(homes) != 1 else {name for name in every if _is_in_split(name, homes[0])}
+    depth = min(name.count("/") for name in images)
+    around = {_around(name, depth) for name in images}
+    within = {name for name in listing.files if name.count("/") >= depth and _around(name, depth) in around} | images
+    if len(homes) == 1:
+        within = {name for name in within if _is_in_split(name, homes[0])}
+    beside = listing.files.keys() - within
+    return Files(tuple(sorted(within, key=_key)), tuple(sorted(beside, key=_key)), depth, len(beside & every))
+
+
+def lay_out(listing: Listing, least: int = 2) -> Layout:
+    """The splits, classes and images of a tree, which may lie in any number of single folders.
+
+    Raises UserError, which names the path, for what fits no such tree, or has fewer classes than `least`.
+    """
+    where, files = listing.where, find_files(listing)
+    homes = _homes_of_splits(files.images)
+    if len(homes) > 1:
+        raise _several("splits", homes, listing)
+    depth = files.depth
+    if depth == 0:
+        raise _no_classes(files, listing, "")
+    around = {_around(name, depth) for name in files.images}
+    level = _split_level(around, listing)
+    empty = {name for name in listing.folders if name.count("/") == depth - 1 and _around(name, depth) in around}
+    classes = sorted({name.split("/")[depth - 1] for name in (*files.images, *empty)})
+    if level is None and {name.casefold() for name in classes} <= SPLIT_FOLDERS.keys():
+        raise _no_classes(files, listing, f" in {_folders(classes)}")
+    if len(classes) < least:
+        raise _no_classes(files, listing, "", classes[0])
+    _check_depth(files, set(classes), level, listing)
+    items: dict[tuple[str | None, str, str], Item] = {}
+    for path in files.images:
+        parts = path.split("/")
+        split = None if level is None else SPLIT_FOLDERS[parts[level].casefold()]
+        item = Item(path, split, parts[depth - 1], "_".join(parts[depth:]))
+        other = items.setdefault((split, item.label, item.name), item)
+        if other is not item:
+            raise UserError(f"{where}: {other.path} and {path} would both be {item.name} of {item.label}: rename one")
+    notes = (*listing.notes(), *files.notes(where))
+    return Layout(tuple(items.values()), tuple(classes), level is not None, notes)
+
+
+def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: Listing, spelt: dict[str, str]) -> None:
+    """The folder `below` root, into the listing; above: the folders around it, by device and inode."""
+    status = (root / below).stat()
+    here = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(root / below) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        path = f"{below}{entry.name}"
+        if is_litter(entry.name):
+            _add_litter(entry.name, listing)
+        elif not entry.is_dir():
+            listing.add(path)
+        elif entry.is_symlink() and _identity(entry) in here:
+            listing.loops.append(path)
+        else:
+            listing.links.extend([path] if entry.is_symlink() else [])
+            _add_folder(path, listing, spelt)
+            _walk(root, f"{path}/", here, listing, spelt)
+
+
+def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
+    status = entry.stat()
+    return status.st_dev, status.st_ino
+
+
+def _add_litter(name: str, listing: Listing) -> None:
+    """Count it, by its ending where there may be one for each file."""
+    if name == PACKED:
+        return
+    companion = None if LITTER.fullmatch(name) else COMPANION.fullmatch(name)
+    kind = f"*{companion[1]}" if companion else "._*" if name.startswith("._") else name.strip()
+    listing.litter[kind] += 1
+
+
+def _add_folder(spelling: str, listing: Listing, spelt: dict[str, str]) -> None:
+    name = normal(spelling)
+    listing.folders.add(name)
+    if spelt.setdefault(name, spelling).rpartition("/")[2] != spelling.rpartition("/")[2]:
+        listing.twins.add(name)
+
+
+def _is_image(name: str, listing: Listing) -> bool:
+    """By its suffix or, where that says nothing, by its first bytes."""
+    if os.path.splitext(name)[1].lower() in SUFFIXES:
+        return True
+    start = listing.peek(listing.files[name])
+    return start.startswith(MAGIC) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+
+
+def _around(name: str, depth: int) -> tuple[str, ...]:
+    """The folders around the class folder of a file."""
+    return tuple(name.split("/")[: max(0, depth - 1)])
+
+
+def _split_level(around: set[tuple[str, ...]], listing: Listing) -> int | None:
+    """Which of the folders around the classes names the split: its number, None where none does. Raises UserError."""
+    columns = list(zip(*around, strict=True))
+    named = [n for n, names in enumerate(columns) if all(name.casefold() in SPLIT_FOLDERS for name in names)]
+    level = next((n for n in reversed(named) if len(set(columns[n])) == len(around)), None)
+    if level is None:
+        if len(around) > 1:
+            raise _several("class folders", sorted(around), listing)
+        return None
+    folders = sorted(columns[level])
+    splits = [SPLIT_FOLDERS[folder.casefold()] for folder in folders]
+    twice = next((split for split in SPLITS if splits.count(split) > 1), None)
+    if twice:
+        raise UserError(f"{listing.where} has {_folders(folders)}, of which two would be {twice}/: rename one")
+    if len(splits) < len(SPLITS):
+        one = "/".join(next(one for one in sorted(around) if one[level] == folders[-1])[: level + 1])
+        raise UserError(
+            f"{listing.where} has {_folders(folders)} but not all of train/, valid/ and test/: add what is missing, "
+            f"or split one of them anew with {listing.preparing(one)}"
+        )
+    return level
+
+
+def _homes_of_splits(images: Iterable[str]) -> list[tuple[str, ...]]:
+    """The least deep folders in which there are folders of images for all three splits."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for folders in {tuple(name.split("/")[:-1]) for name in images}:
+        for n, folder in enumerate(folders[:-1]):
+            if folder.casefold() in SPLIT_FOLDERS:
+                found.setdefault(folders[:n], set()).add(SPLIT_FOLDERS[folder.casefold()])
+    whole = [home for home, splits in found.items() if len(splits) == len(SPLITS)]
+    return sorted(home for home in whole if len(home) == min(map(len, whole)))
+
+
+def _is_in_split(name: str, home: tuple[str, ...]) -> bool:
+    parts = name.split("/")
+    n = len(home)
+    return tuple(parts[:n]) == home and len(parts) > n + 1 and parts[n].casefold() in SPLIT_FOLDERS
+
+
+def _several(what: str, folders: Sequence[tuple[str, ...]], listing: Listing) -> UserError:
+    names = ["/".join(folder) for folder in folders]
+    choice = f"say which is meant with {listing.choosing(names[0])}"
+    return UserError(f"{listing.where} has {what} in several folders, {_some(f'{name}/' for name in names)}: {choice}")
+
+
+def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
+    """Why the least deep folders of images are no class folders: images lie beside folders of others, or are all."""
+    loose = ""
+    if any(name.count("/") > files.depth for name in files.images):
+        first = next(name for name in files.images if name.count("/") == files.depth and _is_image(name, listing))
+        loose = f"{first} lies outside the class folders"
+    if only:
+        unless = f", unless {loose}" if loose else ""
+        return UserError(f"{listing.where} has one class only, {only}: there is nothing to tell apart{unless}")
+    if loose:
+        return UserError(f"{listing.where}: {loose}")
+    return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
+
+
+def _check_depth(files: Files, classes: set[str], level: int | None, listing: Listing) -> None:
+    """A class folder may hold folders where it holds images itself. Raises UserError."""
+    depth = files.depth
+    splits = sorted(name for name in classes if name.casefold() in SPLIT_FOLDERS and level is None)
+    having = {name.rpartition("/")[0] for name in files.images if name.count("/") == depth}
+    for name in files.images:
+        parts = name.split("/")
+        inner = parts[depth:-1]
+        if inner and "/".join(parts[:depth]) not in having and parts[depth - 1] in splits:
+            loose = next(name for name in files.images if name.split("/")[depth - 1] not in splits)
+            raise UserError(f"{listing.where}: {loose} lies outside the class folders, beside {_folders(splits)}")
+        if inner and "/".join(parts[:depth]) not in having:
+            between = f"is {parts[depth - 1]} its class, or {inner[0]}?"
+            raise UserError(f"{listing.where}: {name} lies deeper than a class folder: {between}")
+        if set(inner) & classes - {parts[depth - 1]}:
+            raise UserError(f"{listing.where}: {name} lies in the folders of two classes")
+
+
+def _no_images(listing: Listing) -> UserError:
+    packed = [name for name in sorted(listing.files) if name.casefold().endswith(ARCHIVES)]
+    if packed:
+        return UserError(f"{listing.where} has no images but {_some(packed)}: unpack that and give what was in it")
+    others = f"; its {len(listing.files):,} files are {_some(sorted(listing.files))}" if listing.files else ""
+    litter = f"; {_some(sorted(listing.litter))} in it are no data" if listing.litter else ""
+    return UserError(f"{listing.where} has no images (JPEG, PNG, TIFF, WebP, BMP){others}{litter}")
+
+
+def _key(name: str) -> list[str]:
+    return name.split("/")
+
+
+def _folders(names: Iterable[str]) -> str:
+    return ", ".join(f"{name}/" for name in names)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    every = [name if name.isprintable() else ascii(name) for name in names]
+    more = f", … and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""
+    return ", ".join(every[:SHOWN]) + more

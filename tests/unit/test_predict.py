@@ -1,0 +1,194 @@
+"""predict and evaluate on many files: what is bad is named, all of it, and what is left out is counted and listed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from hvd_eurosat import evaluate, predict
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config import verbs
+from hvd_eurosat.config.schema import Model
+from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.resnet import build
+from tests.unit.conftest import Encode, Grow, saved_checkpoint
+
+CLASSES = ["Forest", "Lake", "River"]
+Asked = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, kind = build("resnet18", 3, "all", seed=0), Model(arch="resnet18", trainable="all")
+    return saved_checkpoint(tmp_path_factory.mktemp("saved") / "epoch-0003.pt", model, CLASSES, kind)
+
+
+@pytest.fixture
+def asked(saved: Path, tmp_path: Path, alone: World, capsys: pytest.CaptureFixture[str]) -> Asked:
+    """asked(verb, *arguments): status, stdout and stderr, with --out tmp_path/out."""
+
+    def ask(verb: Any, *arguments: object) -> tuple[int, str, str]:
+        words = ["--checkpoint", str(saved), "--out", str(tmp_path / "out"), *map(str, arguments)]
+        settings = verbs.predict(words) if verb is predict else verbs.evaluate(words)
+        status = verb.main(alone, settings)
+        return status, *capsys.readouterr()
+
+    return ask
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture
+def images(grow: Grow, encode: Encode) -> Path:
+    """Five good files and three bad ones, of which one has no image's name."""
+    root = grow("images", {"Forest": 3, "River": 2})
+    (root / "Forest" / "cut.jpg").write_bytes(encode(1)[:-400])
+    (root / "River" / "grey.png").write_bytes(encode(2, kind="PNG", mode="L"))
+    (root / "River" / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.mark.parametrize("verb", [predict, evaluate])
+def test_all_bad_files_are_named_and_nothing_is_left(asked: Asked, images: Path, tmp_path: Path, verb: Any) -> None:
+    with pytest.raises(UserError) as error:
+        asked(verb, "--input", images, "--out", tmp_path / "deep" / "er")
+    said = str(error.value)
+    assert said.startswith("3 of 8 files of the input cannot be used (--skip-bad leaves them out):")
+    for name in ("Forest/cut.jpg: it does not decode", "River/grey.png: mode L", "River/notes.txt: not a readable"):
+        assert f"{images}/{name}" in said
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("verb", [predict, evaluate])
+def test_bad_files_are_skipped_and_listed(asked: Asked, images: Path, tmp_path: Path, verb: Any) -> None:
+    """The good ones are answered as without them, and names join all that is written."""
+    status, said, warned = asked(verb, "--input", images, "--skip-bad")
+    assert (status, "5 predictions" in said) == (0, True)
+    assert "warning: 3 of 8 files cannot be used and are left out" in warned
+    skipped = table(tmp_path / "out" / "skipped.csv")
+    assert [row["name"] for row in skipped] == ["Forest/cut.jpg", "River/grey.png", "River/notes.txt"]
+    assert [row["file"] for row in skipped] == [str(images / row["name"]) for row in skipped]
+    assert "mode L" in skipped[1]["reason"]
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 5
+    with h5py.File(tmp_path / "out" / "output_1.h5") as file:
+        found = {row["name"]: file[row["name"]][()] for row in rows}
+    for row in rows:
+        assert row["class"] == CLASSES[int(found[row["name"]].argmax())]
+    if verb is evaluate:
+        assert said.splitlines()[-1].endswith("/5)")
+    assert asked(verb, "--input", images, "--skip-bad", "--strict")[0] == 3
+    for row in skipped:
+        Path(row["file"]).unlink()
+    assert asked(verb, "--input", images, "--skip-bad", "--strict")[0] == 0
+    assert not (tmp_path / "out" / "skipped.csv").exists()
+    with h5py.File(tmp_path / "out" / "output_1.h5") as file:
+        for name, values in found.items():
+            assert np.allclose(file[name][()], values, atol=1e-5)
+
+
+def test_where_all_files_are_bad(asked: Asked, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    for n in range(2):
+        (tmp_path / "bad" / f"{n}.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="2 of 2 files of the input cannot be used"):
+        asked(predict, "--input", tmp_path / "bad", "--skip-bad")
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_do_not_fit(saved: Path, asked: Asked, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--strict goes with --skip-bad"):
+        asked(predict, "--input", images, "--strict")
+    with pytest.raises(UserError, match="--input or --list is required"):
+        asked(predict)
+    with pytest.raises(UserError, match="--top 4: the checkpoint knows 3 classes"):
+        asked(predict, "--input", images, "--top", 4)
+    with pytest.raises(UserError, match="--skip-bad goes with --input"):
+        asked(evaluate, "--data.root", tmp_path, "--skip-bad")
+
+
+def test_the_likeliest_classes(asked: Asked, images: Path, tmp_path: Path) -> None:
+    asked(predict, "--input", images, "--skip-bad", "--top", 3)
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert list(rows[0]) == [
+        "name",
+        "file",
+        "class",
+        "probability",
+        "class_2",
+        "probability_2",
+        "class_3",
+        "probability_3",
+    ]
+    for row in rows:
+        chances = [float(row[f"probability{place}"]) for place in ("", "_2", "_3")]
+        assert chances == sorted(chances, reverse=True)
+        assert sum(chances) == pytest.approx(1, abs=1e-5)
+        assert {row["class"], row["class_2"], row["class_3"]} == set(CLASSES)
+
+
+@pytest.mark.parametrize("stdin", [False, True])
+def test_a_list_of_files(
+    asked: Asked, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin: bool
+) -> None:
+    """They are named as in the list, so that its lines join the predictions."""
+    lines = [
+        str(images / "River" / "River_1.jpg"),
+        str(images / "Forest" / "Forest_1.jpg"),
+        os.path.relpath(images / "no.jpg"),
+    ]
+    text = "\n".join([lines[0], "", *lines[1:], ""])
+    (tmp_path / "list.txt").write_text(text)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    asked(predict, "--list", "-" if stdin else tmp_path / "list.txt", "--skip-bad")
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert sorted(row["name"] for row in rows) == sorted(lines[:2])
+    assert [row["name"] for row in table(tmp_path / "out" / "skipped.csv")] == lines[2:]
+    with h5py.File(tmp_path / "out" / "output_1.h5") as file:
+        assert all(file[row["name"]].shape == (3,) for row in rows)
+
+
+def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--list .*nowhere: No such file"):
+        asked(predict, "--list", tmp_path / "nowhere")
+    (tmp_path / "empty").write_text("\n\n")
+    with pytest.raises(UserError, match="it names no files"):
+        asked(predict, "--list", tmp_path / "empty")
+
+
+def test_a_scene_is_warned_about(asked: Asked, encode: Encode, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for n, side in enumerate((64, 200, 256, 300)):
+        (folder / f"{n}.jpg").write_bytes(encode(n, (side, side + 10)))
+    warned = asked(predict, "--input", folder)[2]
+    assert "warning: 2 of 4 images are far larger than what the network learnt from" in warned
+    assert f"squeezed to 64x64 pixels: {folder / '2.jpg'} has 256x266" in warned
+
+
+def test_what_a_shell_gives_in_place_of_a_star(asked: Asked, images: Path, tmp_path: Path) -> None:
+    (images / "Thumbs.db").write_bytes(b"")
+    (images / "@eaDir" / "x.jpg").mkdir(parents=True)
+    said = asked(predict, "--input", *sorted(images.iterdir()), "--skip-bad")[2]
+    assert f"note: {images / 'Thumbs.db'}: left out, it is no data" in said
+    assert f"note: {images / '@eaDir'}: left out" in said
+
+
+def test_evaluate_of_a_split_tree_says_which(asked: Asked, grow: Grow) -> None:
+    root = grow("data", {f"{split}/{label}": 1 for split in ("Train", "Val", "Test") for label in ("Forest", "River")})
+    with pytest.raises(UserError, match=f"is split: give one of {root}/Test, {root}/Train, {root}/Val"):
+        asked(evaluate, "--input", root)
+    assert asked(evaluate, "--input", root / "Test")[1].splitlines()[-1].startswith("Test accuracy: ")
+    assert asked(evaluate, "--input", root / "Test" / "Forest")[0] == 0  # no classes, no accuracy
