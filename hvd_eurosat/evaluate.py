@@ -92,7 +92,6 @@ def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
 def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:
     """The images of data.root. Collective."""
     tree = world.together(lambda: open_tree(settings.data.root))
-    world.agree("data", {"classes": tree.classes, "content": tree.digest})
     if list(tree.classes) != saved.classes:
         raise SharedError(
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "

@@ -4,16 +4,17 @@
 #   launch/elastic.sh --hostfile hosts.txt --interface eth0 train --config recipes/finetune.toml --data.root data
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
-#   --hostfile FILE    the same as lines: host slots=N (or host:N); lines may come and go while the job runs
+#   --hostfile FILE    the same as lines, as in mpirun.sh; lines may come and go while the job runs
 #   --interface NAME   the network interface that the hosts share
 #   --np N             the number of ranks to start with; default: all slots
 #   --min-np N         the fewest to go on with; default 1
 #   --max-np N         the most; default: all slots, also of hosts that come later
 #   COMMAND …          a verb of ours (train), or any program
 #
-# Without hosts they are those of the Slurm job (sbatch --no-kill). Hosts are reached by ssh without a password and have
-# the project, its .venv included, in the same place. This host is the one that may not be lost. When one rank of a host
-# fails, the host is left out for half a minute. SIGTERM ends it at once; SIGUSR1 to one of the ranks saves first.
+# Without hosts they are those of the Slurm (sbatch --no-kill), PBS, LSF or Grid Engine job. Hosts are reached by ssh
+# without a password and have the project, its .venv included, in the same place. This host is the one that may not be
+# lost. When one rank of a host fails, the host is left out for half a minute. SIGTERM ends it at once; SIGUSR1 to one of
+# the ranks saves first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
