@@ -41,7 +41,8 @@ an error, and so is a value of the wrong kind. Every run writes what it resolved
 `--config` with that file repeats the run. `rmldnn`'s JSON is a recipe, too: see [formats](formats.md#rmldnns-json).
 
 A run that goes on must have the configuration that it began with. Only `train.epochs`, `data.cache_dir` and the
-sections `valid` and `run` may change. All ranks must have the same configuration, or the job ends and names the key.
+sections `valid` and `run` may change. `data.root` and the files of `model.weights` and `model.layers` may be elsewhere,
+with the same content. All ranks must have the same configuration, or the job ends and names the key.
 """
 
 

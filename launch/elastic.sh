@@ -22,7 +22,7 @@ set -euo pipefail
 MIN_RANKS=1 MAX_RANKS=''
 parse_arguments "$@"
 ((MIN_RANKS <= RANKS && RANKS <= ${MAX_RANKS:-$RANKS})) ||
-  die "--min-np $MIN_RANKS, --np $RANKS${MAX_RANKS:+ and --max-np $MAX_RANKS} are not in order"
+  die "--min-np $MIN_RANKS, --np $RANKS${MAX_RANKS:+ and --max-np $MAX_RANKS}: give the least first, the most last"
 check_hosts
 [[ -n $INTERFACE ]] || die "--interface: which one do the hosts share? Here are: $(cd /sys/class/net && echo *)"
 HOSTS_NOW="--hosts '$HOSTS'"

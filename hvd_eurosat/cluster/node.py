@@ -45,7 +45,9 @@ def check(places: list[Place], ranks: int) -> None:
             f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
         )
     if ranks == 1 and tasks_of_srun() > 1 and not is_parallel():
-        raise UserError(f"srun started {tasks_of_srun()} tasks that do not see each other: use srun --mpi=pmix, or mpirun")
+        raise UserError(
+            f"srun started {tasks_of_srun()} tasks that do not see each other: use srun --mpi=pmix, or mpirun"
+        )
 
 
 def idle_cores(places: list[Place]) -> str | None:
