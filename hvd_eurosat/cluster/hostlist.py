@@ -24,7 +24,7 @@ WRITE = "write name:slots, or in a file: name slots=N"
 SLOTS = ("slots", "cpu", "count")
 MOST_SLOTS = {f"{a}{dash}{b}" for dash in "_-" for key in SLOTS for a, b in ((key, "max"), ("max", key))}
 USERS = ("user", "username", "user_name", "user-name")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"(?![0-9]+$)[A-Za-z0-9][A-Za-z0-9._-]*")  # a bare number is one of slots
 BETWEEN = re.compile(r"[\s,]+(?![^\[\]]*\])")  # words; not within a range's brackets
 GRID_ENGINE = re.compile(r"(\S+)\s+([0-9]+)\s+\S+@\S+\s+\S+")
 MOST = 100_000  # hosts, or slots of one: more is a slip of the pen

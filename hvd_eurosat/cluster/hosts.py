@@ -82,7 +82,7 @@ def find(hosts: str | None, hostfile: str | None, ranks: int | None, environment
     if hostfile is not None:
         return Allocation(parse(_read(Path(hostfile), f"--hostfile {hostfile}"), f"--hostfile {hostfile}", is_here))
     if environment.get("SLURM_JOB_ID"):
-        return Allocation(of_slurm(environment), ASK_SLURM)
+        return Allocation(of_slurm(environment, ranks), ASK_SLURM)
     for variable, cure in SCHEDULERS.items():
         if path := environment.get(variable):
             where = f"{variable} {path}"
@@ -103,11 +103,12 @@ def _read(path: Path, where: str) -> str:
         raise UserError(f"{where} is not text in UTF-8: save it as such") from None
 
 
-def of_slurm(environment: Mapping[str, str]) -> list[Host]:
+def of_slurm(environment: Mapping[str, str], ranks: int | None) -> list[Host]:
     """The nodes of this Slurm job, or of its step that this is a shell of, and how many ranks each takes.
 
     They are the tasks that were asked for; else one for each GPU of a node; else as many as Slurm counts (of a shell's
-    step, its own single task is no one's wish). Raises UserError where Slurm does not say, or where GPUs would idle.
+    step, its own single task is no one's wish). Raises UserError where Slurm does not say, or where GPUs would idle and
+    nobody said how many ranks there are to be.
     """
     job = environment["SLURM_JOB_ID"]
     if environment.get("SLURM_HET_SIZE", "1") != "1":
@@ -122,9 +123,9 @@ def of_slurm(environment: Mapping[str, str]) -> list[Host]:
             f"Slurm job {job} has {len(nodes)} nodes, and tasks for {len(tasks)} (SLURM_JOB_NODELIST, "
             f"SLURM_TASKS_PER_NODE): say --hosts name:slots,…"
         )
-    if gpus > min(tasks):
+    if ranks is None and gpus > min(tasks):
         few = f"{gpus} GPUs on a node, for which {min(tasks)} tasks are too few"
-        raise UserError(f"{few}: ask for --ntasks-per-node={gpus}, or say --hosts name:slots,…")
+        raise UserError(f"{few}: ask for --ntasks-per-node={gpus}, or say --np N")
     with ThreadPoolExecutor(32) as pool:
         here = pool.map(is_here, nodes)
         return [Host(name, count, own) for name, count, own in zip(nodes, tasks, here, strict=True)]
@@ -215,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _facts(hosts: str | None, hostfile: str | None, ranks: int | None, by_slurm: bool) -> list[str]:
     found = find(hosts, hostfile, ranks, os.environ)
+    if found.cure and ranks and len(found.hosts) == 1 and found.hosts[0].here:
+        found = Allocation([replace(found.hosts[0], slots=ranks)])  # a scheduler's count of tasks here is no limit
     named = among_nodes(found.hosts, os.environ) if by_slurm else [_reachable(host) for host in found.hosts]
     listed = ",".join(f"{host.name}:{host.slots}" for host in named)
     total = sum(host.slots for host in named)

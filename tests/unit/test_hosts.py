@@ -89,6 +89,8 @@ def test_dialects(dialect: str, text: str, meant: list[tuple[str, int]] | None) 
         ("rank 0=b slot=0-3", "'0=b' is nothing that is known of a host"),
         ("2 b", "'2' is no host"),
         ("slots=2 b", "'slots=2' is no host"),
+        ("8:2", "'8:2' is no host"),
+        ("[1-2]:8", "'[1-2]:8' is no host"),
         ("b c slots=2", "of which host is the number of slots? b has none"),
         ("^b", "'^b' is no host"),
         ("+n0", "'+n0' is no host"),
@@ -268,6 +270,18 @@ def test_a_scheduler_that_gave_too_little(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_one_host_takes_the_ranks_that_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ranks: int
+) -> None:
+    """In a job on this machine alone, whose scheduler counts its cores or one task, --np says how many."""
+    monkeypatch.setenv("LSB_MCPU_HOSTS", "localhost 2")
+    assert hosts.main(["--np", str(ranks)]) == 0
+    assert f"HOSTS=localhost:{ranks}\n" in capsys.readouterr().out
+    assert hosts.main(["--hosts", "localhost:2", "--np", "4"]) == 2
+    assert capsys.readouterr().err == "error: --np 4 is more than the 2 slots of localhost:2\n"
+
+
 def test_no_hosts_at_all() -> None:
     assert listed({}, 3) == [("localhost", 3)]
     with pytest.raises(UserError, match="how many ranks, and where"):
@@ -330,13 +344,18 @@ def test_a_shell_that_is_a_step_of_slurm(variables: dict[str, str], found: list[
         ({"SLURM_HET_SIZE": "2"}, "Slurm job 7 has several parts"),
         (
             {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"},
-            "8 GPUs on a node, for which 1 tasks are too few: ask for --ntasks-per-node=8, or say --hosts",
+            "8 GPUs on a node, for which 1 tasks are too few: ask for --ntasks-per-node=8, or say --np N",
         ),
     ],
 )
 def test_what_slurm_does_not_say(variables: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         listed({**JOB, **variables})
+
+
+def test_fewer_ranks_than_gpus_on_demand() -> None:
+    variables = {**JOB, "SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}
+    assert listed(variables, ranks=2) == [("n1", 1), ("n2", 1)]
 
 
 def test_hosts_in_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
