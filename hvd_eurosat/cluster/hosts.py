@@ -62,13 +62,13 @@ def addresses(name: str) -> frozenset[str]:
 
 def _is_own(address: str) -> bool:
     """Whether the kernel would reach an address from that same address. Nothing is sent."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = ipaddress.ip_address(address)
     if ip.is_loopback or ip.is_unspecified:
         return ip.is_loopback
     with socket.socket(socket.AF_INET6 if ip.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))
-            return str(probe.getsockname()[0]).partition("%")[0] == str(ip)
+            return ipaddress.ip_address(probe.getsockname()[0]) == ip
         except OSError:
             return False
 

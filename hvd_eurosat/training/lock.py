@@ -47,6 +47,7 @@ class FolderLock:
             return False
         except OSError as error:
             if error.errno not in NO_LOCKS:
+                self.close()
                 raise
             return self._try_file(error.strerror)
         self._file.truncate(0)

@@ -119,11 +119,12 @@ VARIABLES: dict[str, tuple[str, ...]] = {
 
 
 def mixes() -> list[dict[str, str]]:
-    """No variable, each alone in turn with a job's number, and many at random, the empty ones too."""
+    """No variable, each with a job's number and nodes, and many at random, the empty ones too."""
     dice = random.Random(0)
-    alone = [{"SLURM_JOB_ID": "7", name: values[0]} for name, values in VARIABLES.items()]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    alone = [{**job, name: values[0]} for name, values in VARIABLES.items()]
     drawn = []
-    for _ in range(30):
+    for _ in range(20):
         some = dice.sample(sorted(VARIABLES), dice.randint(4, len(VARIABLES)))
         drawn.append({name: dice.choice((*VARIABLES[name], *VARIABLES[name], "")) for name in some})
     return [{}, *alone, *drawn]

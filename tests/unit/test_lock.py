@@ -103,14 +103,16 @@ def test_without_locks_one_of_two_that_waited_has_it(tmp_path: Path, clock: Cloc
 @pytest.mark.usefixtures("no_locks")
 def test_a_job_without_locks_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.01)
-    held = FolderLock(tmp_path, lambda _: None)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    held = FolderLock(folder, lambda _: None)
     assert held.try_take()
-    first = (tmp_path / HELD).read_text()
-    while (tmp_path / HELD).read_text() in (first, ""):
+    first = (folder / HELD).read_text()
+    while (folder / HELD).read_text() == first:
         pass
-    tmp_path.rename(tmp_path.with_name("aside"))  # as a run's folder that another run sets aside
+    folder.rename(tmp_path / "run.1")  # which another run sets aside
     held.close()
-    assert not (tmp_path.with_name("aside") / HELD).exists()
+    assert not (tmp_path / "run.1" / HELD).exists()
 
 
 def test_another_error_is_no_lack_of_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
