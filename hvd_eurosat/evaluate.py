@@ -98,7 +98,6 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
     if settings.skip_bad:
         raise SharedError("--skip-bad goes with --input; of a split tree, prepare --skip-bad makes a good one")
     tree = world.together(lambda: open_tree(settings.data.root))
-    world.agree("data", {"classes": tree.classes, "content": tree.digest})
     if list(tree.classes) != list(map(normal, saved.classes)):
         raise SharedError(
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "

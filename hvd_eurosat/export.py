@@ -48,14 +48,19 @@ def export(settings: ExportSettings) -> list[str]:
     """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
     if settings.checkpoint and (settings.model, images(settings.data)) != (Model(), images(Data())):
         raise UserError("--checkpoint says all about its network and images: leave out model.* and data.*")
-    model, facts = trained(settings.checkpoint) if settings.checkpoint else prepared(settings)
+    lacking = ""
+    if settings.checkpoint:
+        model, facts = trained(settings.checkpoint)
+    else:
+        model, facts, lacking = prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
     make_folder(settings.out, "--out")
     for name, write in WRITERS[settings.format].items():
         with replacing(settings.out / name) as file:
             write(model, facts, file)
-    return [f"wrote {settings.out / name}" for name in WRITERS[settings.format]]
+    notes = [f"model.weights {settings.model.weights}: {lacking}; the one written is random"] if lacking else []
+    return [*notes, *(f"wrote {settings.out / name}" for name in WRITERS[settings.format])]
 
 
 def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
@@ -66,14 +71,14 @@ def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
     return model, describe(model, saved.config["model"]["arch"], saved.data) | facts
 
 
-def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]:
-    """The network as training would begin with it."""
+def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], str]:
+    """The network as training would begin with it, what its user must know, and why it has a head of its own."""
     if not settings.data.image_size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
     chosen = settle(settings.model, settings.classes, settings.data.image_size)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
-    load_weights(model, chosen)
-    return model, describe(model, chosen.arch, settings.data)
+    lacking = load_weights(model, chosen)
+    return model, describe(model, chosen.arch, settings.data), lacking
 
 
 def describe(model: LandCoverResNet, arch: str, data: Data) -> dict[str, Any]:

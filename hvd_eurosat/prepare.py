@@ -362,8 +362,9 @@ def _remove_leftovers(out: Path) -> None:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"another prepare is writing {out} just now") from None
-                except OSError:
-                    pass  # a file system without locks
+                except OSError:  # a file system without locks: it may be at work
+                    print(f"warning: {folder} stays: remove it if no other prepare is writing it", file=sys.stderr)
+                    continue
             shutil.rmtree(folder)
 
 

@@ -15,7 +15,7 @@ from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, schedule_epochs
-from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
+from hvd_eurosat.data.batches import Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.inputs import SAMPLED
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.packed import resolve_size
@@ -34,7 +34,7 @@ from hvd_eurosat.training.schedule import jump, learning_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
 from hvd_eurosat.training.stragglers import stragglers
-from hvd_eurosat.weights.loading import load_weights
+from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.settle import settle
 
 COMMIT_STEPS = 25  # what an elastic job may lose with a rank
@@ -47,9 +47,9 @@ def train(world: World, config: Config) -> int:
     stop = StopRequest()
     world.tick("opening the data")
     tree = world.together(lambda: open_tree(config.data.root))
-    world.agree("data", {"classes": tree.classes, "content": tree.digest})
     config = world.on_main(lambda: settled(config, tree))
     images = open_images(world, tree, SPLITS, config.data, config.data)
+    tree = by_content(tree, images)
     batches = world.together(
         lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
     )
@@ -66,10 +66,10 @@ def train(world: World, config: Config) -> int:
     model.to(world.device)
     inputs = tree.inputs.measured(images["train"].sample(SAMPLED))
     state = TrainingState(world, config, tree, model, choose(world, config, start), inputs)
-    begin(world, config, state, start)
+    lacking = begin(world, config, state, start)
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)
-    facts = header(world, config, tree, state, step, batches)
+    facts = header(world, config, tree, state, step, batches, lacking)
     journal.begin(start, facts, state.snapshot())
     for note in tree.notes:
         journal.display.note(note)
@@ -116,14 +116,17 @@ def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
     return Precision(start.precision) if start else choose_precision(world, config.train.precision)
 
 
-def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> None:
-    """A checkpoint's state, or rank 0's weights, on every rank. Collective."""
+def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> str:
+    """A checkpoint's state, or rank 0's weights, on every rank. Returns what of them is left out. Collective."""
+    lacking = ""
     if start:
         state.restore(start)
     else:
-        world.together(lambda: load_weights(state.model, config.model) if world.is_main else None)
+        lacking = world.on_main(lambda: load_weights(state.model, config.model))
+        state.weights = world.on_main(lambda: digest_of(config.model.weights))
         world.broadcast(state.model.state_dict().values())
     state.seal()
+    return lacking
 
 
 def train_epoch(

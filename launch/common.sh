@@ -10,9 +10,9 @@ die() {
   exit 2
 }
 
-parse_arguments() { # sets HOSTS (host:slots,…), HOSTFILE, RANKS, INTERFACE and COMMAND; MIN_RANKS, MAX_RANKS if set
-  local hosts
-  HOSTFILE='' RANKS='' INTERFACE=''
+parse_arguments() { # sets what read_hosts does, HOSTFILE, INTERFACE and COMMAND; MIN_RANKS, MAX_RANKS if set
+  local told=()
+  HOSTFILE='' INTERFACE=''
   while (($#)); do
     case $1 in
       --min-np | --max-np)
@@ -23,12 +23,8 @@ parse_arguments() { # sets HOSTS (host:slots,…), HOSTFILE, RANKS, INTERFACE an
         ;;
       --hosts | --hostfile | --np | --interface)
         (($# > 1)) || die "$1 needs a value"
-        case $1 in
-          --hosts) hosts=${2//,/$'\n'} ;;
-          --hostfile) HOSTFILE=$2 ;;
-          --np) RANKS=$2 ;;
-          --interface) INTERFACE=$2 ;;
-        esac
+        if [[ $1 == --interface ]]; then INTERFACE=$2; else told+=("$1=$2"); fi
+        if [[ $1 == --hostfile ]]; then HOSTFILE=$2; fi
         shift 2
         ;;
       --) shift && break ;;
@@ -38,18 +34,11 @@ parse_arguments() { # sets HOSTS (host:slots,…), HOSTFILE, RANKS, INTERFACE an
     esac
   done
   set_command "$@"
-  if [[ -n $HOSTFILE ]]; then
-    [[ -z ${hosts+given} ]] || die "--hosts and --hostfile: give one of them"
-    hosts=$(cat "$HOSTFILE" 2>/dev/null) || die "--hostfile $HOSTFILE cannot be read"
-  fi
-  if [[ -z ${hosts+given}$HOSTFILE && -n ${SLURM_JOB_ID:-} ]]; then hosts=$(slurm_hosts); fi
-  [[ -n ${hosts+given}$HOSTFILE$RANKS ]] || die "how many ranks, and where? --np N here, or --hosts name:slots,…"
-  read_hosts "${hosts-localhost:$RANKS}" "${HOSTFILE:+--hostfile $HOSTFILE}"
+  read_hosts "${told[@]}"
 }
 
 set_command() { # a verb of ours, or any program
   (($#)) || die "what shall the ranks do? For example: train --config recipes/finetune.toml --data.root data"
-  [[ -x $BIN/python ]] || die "there is no $BIN/python: make setup"
   COMMAND=("$@")
   if [[ $1 =~ ^[a-z]+$ && -f $ROOT/hvd_eurosat/$1.py ]]; then
     COMMAND=("$BIN/python" -m "hvd_eurosat.$1" "${@:2}")
@@ -61,45 +50,37 @@ usage() { # the comment at the head of the script
   exit
 }
 
-read_hosts() { # lines $1 of: host, host:slots, host slots=N (and # comments)
-  local line pattern='^([A-Za-z0-9][A-Za-z0-9._-]*)(:([1-9][0-9]*)|[[:space:]]+slots=([1-9][0-9]*))?([[:space:]].*)?$'
-  local slots total=0
-  NAMES=() HOSTS=''
-  while IFS= read -r line; do
-    line=${line%%#*} line=${line//$'\r'/}
-    [[ -n ${line//[[:space:]]/} ]] || continue
-    [[ $line =~ $pattern ]] || die "'$line' is no host: write name:slots, or in a file: name slots=N"
-    [[ " ${NAMES[*]} " != *" ${BASH_REMATCH[1]} "* ]] || die "host ${BASH_REMATCH[1]} is named twice"
-    slots=${BASH_REMATCH[3]}${BASH_REMATCH[4]}
-    NAMES+=("${BASH_REMATCH[1]}")
-    HOSTS+=${HOSTS:+,}${BASH_REMATCH[1]}:${slots:=1}
-    total=$((total + slots))
-  done <<<"$1"
-  ((total)) || die "no host in ${2:---hosts}: write name:slots, or in a file: name slots=N"
-  : "${RANKS:=$total}"
-  [[ $RANKS =~ ^[1-9][0-9]*$ ]] || die "--np $RANKS is no number of ranks"
-  ((RANKS <= total)) || die "--np $RANKS is more than the $total slots of $HOSTS"
+# Sets HOSTS (name:slots,…), NAMES and SLOTS of it (with commas), EACH (the slots of all, if as many), RANKS, HERE (this
+# host's name among them) and FULL_NAMES (yes, if some differ behind a dot alone), as hvd_eurosat/cluster/hosts.py says.
+read_hosts() {
+  local facts name value options=("$@")
+  [[ -x $BIN/python ]] || die "there is no $BIN/python: make setup"
+  [[ -z ${BY_SLURM:-} ]] || options+=(--by-slurm)
+  facts=$("$BIN/python" -m hvd_eurosat.cluster.hosts "${options[@]}") || exit
+  while IFS='=' read -r name value; do declare -g "$name=$value"; done <<<"$facts"
 }
 
-slurm_hosts() { # lines of host:slots; SLURM_TASKS_PER_NODE is 8(x2),4 for instance
-  local item slots times names
-  mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  for item in ${SLURM_TASKS_PER_NODE//,/ }; do
-    slots=${item%%(*} times=1
-    [[ $item != *x* ]] || times=${item##*x} times=${times%)}
-    while ((times--)); do
-      printf '%s:%s\n' "${names[0]}" "$slots"
-      names=("${names[@]:1}")
-    done
-  done
+# Slurm starts mpirun's helpers on the nodes itself, by srun, which a container may lack: then mpirun does it by ssh.
+find_slurm() { # sets BY_SLURM
+  BY_SLURM=''
+  if [[ -n ${SLURM_JOB_ID:-} ]] && command -v srun >/dev/null; then BY_SLURM=yes; fi
 }
 
-is_here() { [[ $1 == localhost || $1 == "$(hostname)" || $1 == "$(hostname -s)" ]]; }
+# mpirun has the nodes and the ranks on each from these variables, whatever it is told itself, and its helpers have all
+# GPUs of a node only where none are for single tasks. They run beside the step, if any, that is the user's shell.
+tell_mpirun_of_slurm() {
+  if [[ -n $BY_SLURM ]]; then
+    export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NAMES SLURM_TASKS_PER_NODE=$SLOTS SLURM_OVERLAP=1
+    unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
+  else
+    unset SLURM_JOBID SLURM_NODELIST
+  fi
+}
 
 check_hosts() { # all at once: what keeps one from taking part, in the first one's words
   local name failures
   failures=$(
-    for name in "${NAMES[@]}"; do probe "$name" & done
+    for name in ${NAMES//,/ }; do probe "$name" & done
     wait
   )
   [[ -z $failures ]] || die "$(head -n 1 <<<"$failures")"
@@ -112,7 +93,7 @@ probe() {
 test -d '$PWD' || echo 'error: has no folder $PWD: start from one that all hosts share'
 test -z '$INTERFACE' || test -d '/sys/class/net/$INTERFACE' ||
   echo 'error: has no network interface $INTERFACE, only' \$(ls /sys/class/net)"
-  if is_here "$1"; then
+  if [[ $1 == "$HERE" ]]; then
     answer=$(sh -c "$script")
   else
     answer=$(timeout "$((2 * PROBE_SECONDS))" \

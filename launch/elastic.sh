@@ -5,16 +5,17 @@
 #     --data.root data/EuroSAT_RGB
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
-#   --hostfile FILE    the same as lines: host slots=N (or host:N); lines may come and go while the job runs
+#   --hostfile FILE    the same as lines, as in mpirun.sh; lines may come and go while the job runs
 #   --interface NAME   the network interface that the hosts share
 #   --np N             the number of ranks to start with; default: all slots
 #   --min-np N         the smallest number of ranks to go on with; default 1
 #   --max-np N         the largest; default: all slots, also of hosts that come later
 #   COMMAND …          a verb of ours (train), or any program
 #
-# Without --hosts or --hostfile it takes the hosts of the Slurm job (sbatch --no-kill). Hosts are reached by ssh without
-# a password and have the project, its .venv included, in the same place. This host must not be lost. When one rank of a
-# host fails, the host is left out for half a minute. SIGTERM ends the job at once; SIGUSR1 to a rank saves first.
+# Without --hosts or --hostfile it takes the hosts of the Slurm (sbatch --no-kill), PBS, LSF or Grid Engine job. Hosts
+# are reached by ssh without a password and have the project, its .venv included, in the same place. This host must not
+# be lost. When one rank of a host fails, the host is left out for half a minute. SIGTERM ends the job at once; SIGUSR1
+# to a rank saves first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -22,7 +23,7 @@ set -euo pipefail
 MIN_RANKS=1 MAX_RANKS=''
 parse_arguments "$@"
 ((MIN_RANKS <= RANKS && RANKS <= ${MAX_RANKS:-$RANKS})) ||
-  die "--min-np $MIN_RANKS, --np $RANKS${MAX_RANKS:+ and --max-np $MAX_RANKS} are not in order"
+  die "--min-np $MIN_RANKS, --np $RANKS${MAX_RANKS:+ and --max-np $MAX_RANKS}: give the least first, the most last"
 check_hosts
 [[ -n $INTERFACE ]] || die "--interface: which one do the hosts share? Here are: $(cd /sys/class/net && echo *)"
 HOSTS_NOW="--hosts '$HOSTS'"

@@ -120,6 +120,16 @@ check_places() {
   done
 }
 
+take_lock() { # status 1: another one has it; else the file system has no locks
+  local status=0
+  flock --nonblock 9 2>/dev/null || status=$?
+  if ((status == 1)); then
+    echo "setup: waiting for another one of $VENV" && flock 9
+  elif ((status)); then
+    echo "setup: no locks on the file system of $VENV: start no other one of it meanwhile"
+  fi
+}
+
 make_venv() {
   if works && [[ $(<"$OPTIONS") == "$(options)" ]]; then
     rm "$STAMP" # what has changed since is installed over it
@@ -283,7 +293,7 @@ main() {
   check_given
   check_places
   exec 9>"$VENV.lock"
-  flock --nonblock 9 || { echo "setup: waiting for another one of $VENV" && flock 9; }
+  take_lock
   if finished; then return; fi
   use_index_of_pip
   step "environment: $VENV, of $PYTHON"

@@ -6,22 +6,24 @@
 #   launch/mpirun.sh --np 2 train --config recipes/quickstart.toml --data.root data/sample
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
-#   --hostfile FILE    the same as lines: host slots=N (or host:N)
+#   --hostfile FILE    the same as lines, in any launcher's or scheduler's words: host slots=N, host:N, node[01-04] 8 …
 #   --np N             the number of ranks; default: all slots
 #   --interface NAME   the network interface that the hosts share; needed where they have several
 #   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
 #
-# Without --hosts or --hostfile it takes the hosts of the Slurm job, or this host. Hosts are reached by ssh without a
-# password and have the project, its .venv included, in the same place. At SIGTERM and SIGUSR1 the ranks save and end
-# with status 75. The variable MPIRUN names another mpirun than the .venv's.
+# Without --hosts or --hostfile it takes the hosts of the Slurm, PBS, LSF or Grid Engine job, or this host. Hosts are
+# reached by ssh without a password and have the project, its .venv included, in the same place. At SIGTERM and SIGUSR1
+# the ranks save and end with status 75. The variable MPIRUN names another mpirun than the .venv's.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 FORWARDED='^(PATH|LD_LIBRARY_PATH|PYTHONPATH|CUDA_|NCCL_|HOROVOD_|HVD_EUROSAT_|OMP_|MPI4PY_|UCX_|TORCH|XDG_CACHE_HOME)'
 
+find_slurm
 parse_arguments "$@"
-[[ -n ${SLURM_JOB_ID:-} ]] || check_hosts # Slurm starts mpirun's daemons itself, without ssh
+[[ -n $BY_SLURM ]] || check_hosts
+tell_mpirun_of_slurm
 allow_root
 MPIRUN=${MPIRUN:-$BIN/mpirun}
 OPTIONS=(-np "$RANKS" --bind-to none) # our ranks share out the cores of a host
@@ -32,10 +34,12 @@ case $VERSION in
   *"(Open MPI) 4."*)
     OPTIONS+=(-H "$HOSTS")
     [[ -z $INTERFACE ]] || OPTIONS+=(--mca btl_tcp_if_include "$INTERFACE" --mca oob_tcp_if_include "$INTERFACE")
+    [[ -z $FULL_NAMES ]] || OPTIONS+=(--mca orte_keep_fqdn_hostnames 1)
     ;;
   *"(Open MPI) 5."*)
     OPTIONS+=(--host "$HOSTS")
     [[ -z $INTERFACE ]] || OPTIONS+=(--mca btl_tcp_if_include "$INTERFACE" --prtemca prte_if_include "$INTERFACE")
+    [[ -z $FULL_NAMES ]] || OPTIONS+=(--prtemca prte_keep_fqdn_hostnames 1)
     ;;
   *) die "$MPIRUN is not Open MPI 4 or 5 but '$VERSION': launch/horovodrun.sh knows MPICH and Intel MPI" ;;
 esac

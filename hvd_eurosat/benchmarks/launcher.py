@@ -14,6 +14,8 @@ from typing import Any
 
 from hvd_eurosat.benchmarks.settings import StepSettings
 from hvd_eurosat.cluster import environment
+from hvd_eurosat.cluster.hostlist import parse
+from hvd_eurosat.cluster.hosts import is_here
 from hvd_eurosat.config.schema import ENV_PREFIX
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import RunError, UserError
@@ -53,10 +55,8 @@ class Launcher:
         make_folder(settings.folder, "run.dir")
         recipe = settings.folder / "benchmark.toml"
         write_text(recipe, settings.training().to_toml())
-        hosts = [host.partition(":")[2] or "1" for host in settings.hosts.split(",") if host]
-        if not all(re.fullmatch("[1-9][0-9]*", slots) for slots in hosts):
-            raise UserError(f"--hosts {settings.hosts}: write name:slots,name:slots")
-        cores, slots = len(os.sched_getaffinity(0)), tuple(map(int, hosts))
+        hosts = parse(settings.hosts, "--hosts", is_here) if settings.hosts else []
+        cores, slots = len(os.sched_getaffinity(0)), tuple(host.slots for host in hosts)
         return Launcher(settings, recipe, cores, launched, slots, gloo, settings.train.precision)
 
     @property
@@ -76,7 +76,7 @@ class Launcher:
     def room(self, cores: int) -> int:
         """How many ranks there is room for when each has so many cores, or a place. Raises UserError."""
         if not self.places and cores > self.cores:
-            raise UserError(f"--cores {cores}: this machine has {self.cores}")
+            raise UserError(f"--cores {cores}: this machine has {self.cores}, give so many or fewer")
         return self.places or self.cores // cores
 
     def allows(self, ranks: int) -> bool:

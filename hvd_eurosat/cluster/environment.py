@@ -28,8 +28,13 @@ def is_parallel() -> bool:
 def launched() -> tuple[int, int]:
     """(rank, ranks) by the launcher's word, before the job is joined; srun's counts where no MPI's is there."""
     ranks = ("HOROVOD_RANK", *RANK_VARIABLES, "SLURM_PROCID")
-    sizes = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-    return _first(ranks, 0), _first(sizes, 1)
+    sizes = ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    return _first(ranks, 0), _first(sizes, tasks_of_srun())
+
+
+def tasks_of_srun() -> int:
+    """How many like this one srun started; what is typed into a shell of srun's (--pty) is one alone."""
+    return 1 if "SLURM_PTY_PORT" in os.environ else _first(["SLURM_STEP_NUM_TASKS"], 1)
 
 
 def _first(variables: Iterable[str], default: int) -> int:

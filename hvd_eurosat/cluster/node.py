@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hvd_eurosat.cluster.environment import is_parallel, omp_threads, under_mpi
+from hvd_eurosat.cluster.environment import is_parallel, omp_threads, tasks_of_srun, under_mpi
 from hvd_eurosat.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -44,9 +44,10 @@ def check(places: list[Place], ranks: int) -> None:
             f"{len(places)} ranks on the {len(gpus)} GPUs of {places[0].host}: start one rank per GPU, "
             f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
         )
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if ranks == 1 and int(tasks) > 1 and not is_parallel():
-        raise UserError(f"srun started {tasks} tasks that do not see each other: use srun --mpi=pmix, or mpirun")
+    if ranks == 1 and tasks_of_srun() > 1 and not is_parallel():
+        raise UserError(
+            f"srun started {tasks_of_srun()} tasks that do not see each other: use srun --mpi=pmix, or mpirun"
+        )
 
 
 def idle_cores(places: list[Place]) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class Images:
         self.device = device
         resident = device.type == "cuda" and packed.images.nbytes < torch.cuda.mem_get_info(device)[0] // 2
         self.storage = device if resident else torch.device("cpu")
+        self.checksum = packed.checksum
         self.images = torch.from_numpy(packed.images).to(self.storage)
         self.labels = torch.from_numpy(packed.labels).to(self.storage)
 
@@ -67,7 +69,11 @@ class Images:
 
 
 def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, place: Place) -> dict[str, Images]:
-    """The packed images of some splits, after one rank of each node has packed what was not. Collective."""
+    """The packed images of some splits, the same on all ranks, after one of each node has packed what was not.
+
+    Ranks may see copies of the data, whose times differ: what the images show decides. Collective.
+    """
+    world.agree("data", {"classes": tree.classes, "content": tree.digest if is_checked(tree) else _names(tree)})
 
     def read() -> dict[str, Packed]:
         crop, size = Crop.of(data), data.image_size
@@ -84,7 +90,25 @@ def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, pla
         return packed
 
     packed = world.node_by_node(read)
+    world.agree("data", {f"content of {split}/": arrays.checksum for split, arrays in packed.items()})
     return {split: Images(arrays, world.device) for split, arrays in packed.items()}
+
+
+def is_checked(tree: Tree) -> bool:
+    """Whether the digest is of the files' bytes, as `prepare` found them, and not of their sizes and times."""
+    return all(tree.checksums.values())
+
+
+def by_content(tree: Tree, images: dict[str, Images]) -> Tree:
+    """The tree, named by what the images of all its splits show, wherever they are and whenever they were copied."""
+    if is_checked(tree):
+        return tree
+    shown = "".join(f"{split} {one.checksum}\n" for split, one in images.items())
+    return replace(tree, digest=hashlib.sha256(f"{_names(tree)}\n{shown}".encode()).hexdigest())
+
+
+def _names(tree: Tree) -> str:
+    return hashlib.sha256("\0".join(tree.checksums).encode(errors="surrogateescape")).hexdigest()
 
 
 class TrainBatches:
@@ -101,10 +125,14 @@ class TrainBatches:
         self.shard = math.ceil(self.length / world_size)
         self.global_batch = batch_size * world_size
         if world_size > self.length:
-            raise UserError(f"{world_size} ranks are more than the {self.length} training images")
+            few = f"{world_size} ranks are more than the {self.length} training images"
+            raise UserError(f"{few}: start {self.length} at most")
         if batch_size > self.shard:
+            most = (self.length - 1) // (batch_size - 1)  # ranks whose shards are large enough
+            fewer = f", or start {most} rank{'s' if most > 1 else ''} at most" if most else ""
             raise UserError(
-                f"train.batch_size {batch_size} is larger than a rank's shard of {self.shard} training images"
+                f"train.batch_size {batch_size} is larger than a rank's shard of {self.shard} training images: "
+                f"give {self.shard} or less{fewer}"
             )
         self._images = images
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +27,15 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Packed:
-    """A split's images: uint8 [N, size, size, 3], mapped copy-on-write; labels: int64 [N]; files: N paths."""
+    """A split's images: uint8 [N, size, size, 3], mapped copy-on-write; labels: int64 [N]; files: N paths.
+
+    checksum: the sha256 of the packed file, as it was written.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     files: tuple[str, ...]
+    checksum: str = ""
 
 
 def pack(
@@ -96,19 +101,25 @@ def open_packed(
     images = _map(path)
     if images.shape != (len(files), image_size, image_size, 3):
         raise _damaged(path)
-    return Packed(images, tree.labels(split), files)
+    return Packed(images, tree.labels(split), files, str(_recorded(path).get("sha256")))
 
 
 def verify_packed(path: Path) -> None:
     """Raises RunError unless the packed file at path has the shape and sha256 recorded beside it."""
     images = _map(path)
     try:
-        recorded = json.loads(path.with_suffix(".json").read_bytes())
         checksum = sha256_of(path)
-    except (OSError, ValueError):
+    except OSError:
         raise _damaged(path) from None
-    if recorded != {"shape": list(images.shape), "sha256": checksum}:
+    if _recorded(path) != {"shape": list(images.shape), "sha256": checksum}:
         raise _damaged(path)
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.with_suffix(".json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        raise _damaged(path) from None
 
 
 def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Crop, tick: Callable[[], None]) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +20,7 @@ from hvd_eurosat.run.predictions import CSV, HDF5
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import free_name, make_folder, write_text
+from hvd_eurosat.training.lock import FolderLock
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.weights.stored import named
 
@@ -59,7 +57,7 @@ class RunDirectory:
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             (self.path / "plots").mkdir(exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = FolderLock(self.path, self._report)
             self._take_lock()
             for partial in self.checkpoints.folder.glob(".*"):  # of a job that was killed while it saved
                 if partial.is_file():
@@ -68,25 +66,14 @@ class RunDirectory:
             raise UserError(f"run.dir {self.path}: {error.strerror}") from None
 
     def _take_lock(self) -> None:
-        deadline = time.monotonic() + self._patience
-        while not self._try_lock():
-            if time.monotonic() >= deadline:
-                self._lock.seek(0)
-                owner = self._lock.read().strip()
+        began = time.monotonic()
+        while not self._lock.try_take():
+            if time.monotonic() - began >= max(self._patience, self._lock.patience):
+                owner = self._lock.owner()
                 self._lock.close()
                 raise UserError(f"run.dir {self.path} is in use by another job ({owner}): wait, or give another")
             self._tick()
             time.sleep(0.5)
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
     def start(self, config: Config, tree: Tree) -> Checkpoint | None:
         """The checkpoint that `run.resume` means, if any. An earlier run that it does not go on with is set aside.
@@ -95,9 +82,11 @@ class RunDirectory:
         """
         resume = config.run.resume
         if resume == "auto":
-            start = self.checkpoints.newest(self._report)
+            start = self.checkpoints.newest(self._report, config.model.weights)
+        elif resume != "never":
+            start = checkpoint.load_mended(Path(resume).expanduser(), self._report, config.model.weights)
         else:
-            start = checkpoint.load_mended(Path(resume).expanduser(), self._report) if resume != "never" else None
+            start = None
         if start:
             start.check_resumable(config, tree.classes, tree.digest)
         goes_on = start is not None and (resume == "auto" or self._is_newest(Path(resume).expanduser()))
@@ -167,7 +156,8 @@ class RunDirectory:
         """Raise UserError unless the disk has room for so many bytes."""
         free = shutil.disk_usage(self.path).free
         if free < wanted:
-            raise UserError(f"run.dir {self.path}: {free / 1e6:,.0f} MB free, {wanted / 1e6:,.0f} MB wanted")
+            room = f"{free / 1e6:,.0f} MB free, {wanted / 1e6:,.0f} MB wanted"
+            raise UserError(f"run.dir {self.path}: {room}: make room, or give another run.dir or a smaller run.keep")
 
     def close(self) -> None:
         """Another job may use the directory."""

@@ -22,9 +22,9 @@ NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at set-
 
 
 def header(
-    world: World, config: Config, tree: Tree, state: TrainingState, step: Step, batches: TrainBatches
+    world: World, config: Config, tree: Tree, state: TrainingState, step: Step, batches: TrainBatches, lacking: str
 ) -> dict[str, str]:
-    """A line for each fact: devices, data, network, batch arithmetic, schedule."""
+    """A line for each fact: devices, data, network, batch arithmetic, schedule. lacking: what weights are left out."""
     total, trainable = count_parameters(state.model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
     train, optim = config.train, config.optim
@@ -39,7 +39,8 @@ def header(
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"
         + (f", in training from {first}x{first} on" if first < config.data.image_size else ""),
-        "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
+        "network": f"{config.model.arch}, weights {config.model.weights}{f' ({lacking})' if lacking else ''}, "
+        f"{total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
         "batches": f"{train.batch_size} x {world.size} ranks = {batches.global_batch} images a step; "
         f"{batches.shard:,} images a rank, {batches.steps()} steps an epoch, {batches.steps() * train.epochs:,} in all",

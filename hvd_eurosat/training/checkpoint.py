@@ -23,11 +23,11 @@ from hvd_eurosat.data.layout import normal
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
-from hvd_eurosat.weights.loading import load_weights
+from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
 FORMAT = 2
-MAY_DIFFER = ("train.epochs", "valid.", "run.", "data.cache_dir")
+MAY_DIFFER = ("train.epochs", "valid.", "run.", "data.cache_dir", "data.root")  # the images' digest decides
 VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -40,7 +40,8 @@ class Checkpoint:
     each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
-    training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted.
+    training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted;
+    weights: the digest of model.weights' file, if it is one.
     """
 
     model: dict[str, Tensor]
@@ -59,6 +60,7 @@ class Checkpoint:
     seconds: float = 0.0
     image_side: int | None = None
     inputs: dict[str, Any] | None = None
+    weights: str | None = None
 
     @property
     def data(self) -> Data:
@@ -106,7 +108,8 @@ class Checkpoint:
         if before == schedule_epochs(config.optim, config.train):  # by whichever key
             now["optim.schedule_epochs"] = was.get("optim.schedule_epochs")
         for key in sorted(was.keys() | now.keys()):
-            if was.get(key) != now.get(key) and not key.startswith(MAY_DIFFER):
+            same = was.get(key) == now.get(key) or self._is_moved(key, was.get(key), now.get(key))
+            if not same and not key.startswith(MAY_DIFFER):
                 raise UserError(
                     f"cannot resume: {key} was {was.get(key)!r} and is {now.get(key)!r} now "
                     f"(take it back, or another run.dir)"
@@ -115,6 +118,15 @@ class Checkpoint:
             raise UserError(f"cannot resume: the checkpoint knows the classes {', '.join(self.classes)}")
         if self.digest != digest:
             raise UserError(f"cannot resume: the images of {config.data.root} are not those that the run began with")
+
+    def _is_moved(self, key: str, was: Any, now: Any) -> bool:
+        """Whether a file is the one that it was, at another place or by another name of its place."""
+        if key == "model.layers":
+            return bool(was and now)  # what it says is in other keys
+        if key != "model.weights":
+            return False
+        same_place = Path(was).expanduser().resolve() == Path(now).expanduser().resolve()
+        return same_place or (self.weights is not None and digest_of(now) == self.weights)
 
 
 def load(path: Path, frozen: bool = True) -> Checkpoint:
@@ -135,10 +147,11 @@ def load(path: Path, frozen: bool = True) -> Checkpoint:
     return checkpoint
 
 
-def load_mended(path: Path, report: Callable[[str], None]) -> Checkpoint:
+def load_mended(path: Path, report: Callable[[str], None], weights: str | None = None) -> Checkpoint:
     """`load`, where lost or damaged frozen weights are made again, as the run made them, written and reported.
 
-    Raises UserError if the trained part is not whole, or where the frozen weights do not come out as they were.
+    weights: model.weights where its file is now, if not where it was. Raises UserError if the trained part is not
+    whole, or where the frozen weights do not come out as they were.
     """
     path = named(path)
     trained, blob = load(path, frozen=False), read_record(path).frozen
@@ -148,12 +161,13 @@ def load_mended(path: Path, report: Callable[[str], None]) -> Checkpoint:
         return load(path)
     except UserError as error:
         damage = str(error)
-    made = _made_again(trained)
+    source = weights or trained.config["model"]["weights"]
+    made = _made_again(trained, source)
     if Blob.of(blob.file, made) != blob:
         raise FrozenLostError(f"{damage}; model.weights gives others now: put either back as it was")
     with replacing(path.parent / Path(blob.file).name) as file:
         file.write(made)
-    report(f"{damage}; it was made again from model.weights {trained.config['model']['weights']}")
+    report(f"{damage}; it was made again from model.weights {source}")
     return load(path)
 
 
@@ -161,9 +175,9 @@ class FrozenLostError(UserError):
     """Frozen weights cannot be made again, while the trained ones may well be whole."""
 
 
-def _made_again(trained: Checkpoint) -> bytes:
+def _made_again(trained: Checkpoint, weights: str) -> bytes:
     """The file of the frozen weights, from model.weights and train.seed. Raises FrozenLostError."""
-    settings = Model(**trained.config["model"])
+    settings = Model(**{**trained.config["model"], "weights": weights})
     model = _network(settings, len(trained.classes), trained.config["train"]["seed"])
     try:
         load_weights(model, settings)
@@ -251,16 +265,17 @@ class CheckpointFolder:
                 records.append(read_record(path))
         return sorted(records, key=lambda record: (record.step, record.epoch))
 
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+    def newest(self, report: Callable[[str], None], weights: str | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies; damaged ones are reported and set aside.
 
-        Raises UserError where there are checkpoints and none is whole: the run is not begun again in silence.
+        weights: as in `load_mended`. Raises UserError where there are checkpoints and none is whole: the run is not
+        begun again in silence.
         """
         order = {record.content.file: place for place, record in enumerate(self.records())}
         paths = [path.with_suffix(".pt") for path in self.folder.glob("epoch-*.json")]
         for path in sorted(paths, key=lambda path: order.get(path.name, -1), reverse=True):
             try:
-                return load_mended(path, report)
+                return load_mended(path, report, weights)
             except FrozenLostError:
                 raise
             except UserError as error:

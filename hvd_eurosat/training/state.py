@@ -50,6 +50,7 @@ class TrainingState:
         self.statistics = Statistics(model)
         self.sums = Sums(world)
         self.epoch = self.samples = self.step = 0
+        self.weights: str | None = None  # the digest of the file that the run began with
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
         self._seals: dict[int, tuple[object, Tensor]] = {}
 
@@ -71,6 +72,7 @@ class TrainingState:
         self.optimiser.load_state_dict(_copy(saved.optimiser))  # it keeps the tensors that it is given
         self.statistics.flat.copy_(saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0))
         self.epoch, self.samples, self.step = saved.epoch, saved.samples, saved.step
+        self.weights = saved.weights
         if same_world:
             self.sums.total.copy_(saved.sums[world.rank])
         elif world.is_main:
@@ -105,6 +107,7 @@ class TrainingState:
                 precision=self.precision.name,
                 image_side=self._tree.image_size,
                 inputs=self.inputs.model_dump(mode="json") if self.inputs else None,
+                weights=self.weights,
             )
 
     def seal(self) -> None:

@@ -33,7 +33,8 @@ def class_weights(config: Config, images: Images, classes: int) -> Tensor | None
     if not config.train.class_weights:
         return None
     if len(config.train.class_weights) != classes:
-        raise UserError(f"train.class_weights has {len(config.train.class_weights)} weights for {classes} classes")
+        given = f"train.class_weights has {len(config.train.class_weights)} weights for {classes} classes"
+        raise UserError(f"{given}: give one for each, in the order of their names")
     weights = torch.tensor(config.train.class_weights, device=images.device)
     return weights / weights[images.labels.to(images.device)].mean()
 

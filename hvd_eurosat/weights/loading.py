@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import socket
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.weights.stored import read_content
+from hvd_eurosat.weights.stored import named, read_content
 from hvd_eurosat.weights.weight_file import Weights
 
 KERAS_SUFFIXES = (".h5", ".hdf5")
@@ -24,15 +25,15 @@ KERAS_EPSILON = 1.001e-5  # of keras.applications, which writes no epsilon besid
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
 
 
-def load_weights(model: LandCoverResNet, settings: Model) -> None:
+def load_weights(model: LandCoverResNet, settings: Model) -> str:
     """Put the weights of model.weights (imagenet, none, or a file) into the model, so that its features are the same.
 
-    A head of another width or with a bias is left out. Raises UserError where the file is missing, unreadable or of
-    another network.
+    A head of another width or with a bias is left out; returns why, "" where none is. Raises UserError where the file
+    is missing, unreadable or of another network.
     """
     source, arch = settings.weights, settings.arch
     if source == "none":
-        return
+        return ""
     path = Path(source).expanduser()
     weights = Weights(_imagenet(arch)) if source == "imagenet" else read_weights(path)
     assumed = TORCH_EPSILON
@@ -40,10 +41,9 @@ def load_weights(model: LandCoverResNet, settings: Model) -> None:
         assumed = model.details.epsilon if settings.layers else KERAS_EPSILON
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.state.items()}
     own = model.state_dict()
-    head = state.get("fc.weight")
-    if head is not None and (head.shape != model.fc.weight.shape or state.get("fc.bias", torch.zeros(1)).any()):
-        del state["fc.weight"]
-    state.pop("fc.bias", None)
+    lacking = _unlike(state.get("fc.weight"), state.pop("fc.bias", torch.zeros(1)), model.fc.weight)
+    if lacking:
+        state.pop("fc.weight", None)
     if "bn1.weight" not in state and "bn1.bias" not in state:  # of a network whose BatchNorm has none
         state |= _plain_norms(own)
     for name in state.keys() & own.keys():
@@ -61,6 +61,26 @@ def load_weights(model: LandCoverResNet, settings: Model) -> None:
     if problems:
         raise UserError(f"model.weights {source}: not weights of {arch}: {min(problems)} ({len(problems)} differences)")
     model.load_state_dict(state, strict=False)
+    return lacking
+
+
+def digest_of(weights: str) -> str | None:
+    """The sha256 of the file that model.weights names; None of imagenet, none, and what cannot be read."""
+    if weights in ("imagenet", "none"):
+        return None
+    try:
+        return hashlib.sha256(named(Path(weights).expanduser()).read_bytes()).hexdigest()
+    except (OSError, UserError):
+        return None
+
+
+def _unlike(head: Tensor | None, bias: Tensor, own: Tensor) -> str:
+    """Why a file's head [units, features] is not taken for our own; "" where it is."""
+    if head is None:
+        return "it has no head"
+    if head.shape != own.shape:
+        return f"its head of {len(head)} units is left out, for there are {len(own)} classes"
+    return "its head is left out, for it has biases" if bias.any() else ""
 
 
 def _plain_norms(own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,11 +34,13 @@ def _from_layers(path: Path, classes: int, image_size: int) -> dict[str, Any]:
     architecture = read_layers(path)
     if architecture.classes != classes:
         raise UserError(
-            f"model.layers {path} has a head of {architecture.classes} units; the data has {classes} classes"
+            f"model.layers {path} has a head of {architecture.classes} units; the data has {classes} classes: "
+            f"python -m hvd_eurosat.export --format keras --classes {classes} writes one"
         )
     if architecture.image_size not in (None, image_size):
         side = architecture.image_size
-        raise UserError(f"model.layers {path} takes images of {side}x{side} pixels; data.image_size is {image_size}")
+        taken = f"model.layers {path} takes images of {side}x{side} pixels; data.image_size is {image_size}"
+        raise UserError(f"{taken}: give {side}")
     details = architecture.details
     values = {"variant": details.variant, "bn_epsilon": details.epsilon, "bn_momentum": details.momentum}
     return {**values, "bn_affine": details.affine, "trainable": architecture.trainable}

@@ -45,6 +45,21 @@ def test_ranks_with_differing_data(warm: str, data: Path, tmp_path: Path) -> Non
     assert errors(job)[0].startswith("error: the ranks differ in data: content is ")
 
 
+def test_copies_of_the_data_are_the_same_data(warm: str, data: Path, tmp_path: Path) -> None:
+    """On disks of the nodes, unzipped there at another time; unless an image is another."""
+    first, second = (shutil.copytree(data, tmp_path / name, copy_function=shutil.copyfile) for name in ("a", "b"))
+    for copy in (first, second):
+        for name in ("manifest.json", "files.sha256"):
+            (copy / name).unlink()
+    assert with_data_of_its_own(warm, tmp_path, first, second).returncode == 0
+    victim, other = sorted((second / "train" / "Forest").iterdir())[:2]
+    victim.write_bytes(other.read_bytes())
+    job = with_data_of_its_own(warm, tmp_path, first, second)
+    assert job.returncode == 2
+    assert len(errors(job)) == 1
+    assert errors(job)[0].startswith("error: the ranks differ in data: content of train/ is ")
+
+
 def test_a_bad_image_on_one_rank_alone(warm: str, data: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(data, tmp_path / "broken")
     victim = next((broken / "valid" / "Forest").iterdir())
@@ -67,7 +82,7 @@ def test_bad_usage_is_said_once(launch: Launch, launcher: str) -> None:
     ("keys", "message"),
     [
         ({"data__root": "/nowhere"}, "no data at /nowhere"),
-        ({"train__batch_size": 41}, "train.batch_size 41 is larger than a rank's shard of 40 training images"),
+        ({"train__batch_size": 41}, "a rank's shard of 40 training images: give 40 or less, or start 1 rank at most"),
         ({"model__weights": "/nowhere.pt"}, "model.weights /nowhere.pt: No such file or directory"),
         ({"run__resume": "/nowhere.pt"}, "checkpoint /nowhere.pt: No such file or directory"),
         ({"run__dir": "/proc/run"}, "run.dir /proc/run: "),

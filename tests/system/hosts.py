@@ -76,11 +76,12 @@ class Host:
         """What runs `words` there, in our folder."""
         return ["nsenter", f"--target={self.pid}", *NAMESPACES, f"--wdns={Path.cwd()}", *words]
 
-    def run(self, words: Sequence[str], timeout: float = 240, **environment: str) -> Job:
-        """A finished command on this host."""
+    def run(self, words: Sequence[str], timeout: float = 240, typed: str = "", **environment: str) -> Job:
+        """A finished command on this host, and what is typed into it."""
         return subprocess.run(
             self.command(words),
             env={**os.environ, **environment},
+            input=typed,
             capture_output=True,
             text=True,
             timeout=timeout,

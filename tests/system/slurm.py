@@ -31,11 +31,13 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=5,sched_interval=5
 MpiDefault=none
+LaunchParameters=use_interactive_step
+GresTypes=gpu
 ReturnToService=2
 KillWait=10
 OverTimeLimit=1
-NodeName=a NodeAddr=10.77.0.1 CPUs={cpus} State=UNKNOWN
-NodeName=b NodeAddr=10.77.0.2 CPUs={cpus} State=UNKNOWN
+NodeName=a NodeAddr=10.77.0.1 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
+NodeName=b NodeAddr=10.77.0.2 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=a,b Default=YES MaxTime=INFINITE State=UP
 """
 CPUS = 8  # more than there are, for jobs that mostly wait
@@ -49,9 +51,9 @@ class Slurm:
         self._host = host
         self._environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
 
-    def run(self, *words: object) -> Job:
-        """A finished command on host a."""
-        return self._host.run([str(word) for word in words], **self._environment)
+    def run(self, *words: object, typed: str = "") -> Job:
+        """A finished command on host a, and what is typed into it."""
+        return self._host.run([str(word) for word in words], typed=typed, **self._environment)
 
     def submit(self, *words: object) -> str:
         """The number of a new job."""
@@ -79,6 +81,7 @@ class Slurm:
 def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterator[Slurm]:
     """munged, slurmctld and two slurmd, in the foreground of processes that end with us."""
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, cpus=CPUS))
+    (folder / "gres.conf").write_text("Name=gpu Count=2\n")  # which are counted, and not there
     for name in ("state", "spool-a", "spool-b", "tmp-a", "tmp-b"):
         (folder / name).mkdir()
     key = folder / "munge.key"

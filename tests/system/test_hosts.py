@@ -91,8 +91,8 @@ def test_bad_hosts(launch: Launch, options: tuple[str, ...], message: str) -> No
     ("options", "message"),
     [
         ((), "--interface: which one do the hosts share? Here are: eth0 lo"),
-        (("--min-np", "4"), "--min-np 4, --np 3 are not in order"),
-        (("--max-np", "2"), "--min-np 1, --np 3 and --max-np 2 are not in order"),
+        (("--min-np", "4"), "--min-np 4, --np 3: give the least first, the most last"),
+        (("--max-np", "2"), "--min-np 1, --np 3 and --max-np 2: give the least first, the most last"),
         (("--min-np", "some"), "--min-np needs a number of ranks"),
     ],
 )

@@ -105,6 +105,78 @@ def test_training_on_two_nodes_signalled_before_its_ranks_listen_requeued_finish
     side_by_side([partial(finish, launcher) for launcher in ("mpirun", "horovodrun", "srun")], at_once=3)
 
 
+COUNTED = """#!/bin/sh
+touch "$0.$(hostname).$OMPI_COMM_WORLD_RANK-of-$OMPI_COMM_WORLD_SIZE"
+"""
+BATCH: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
+    "tasks of each node": (("--ntasks-per-node=2",), "", ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]),
+    "neither tasks nor GPUs": ((), "", ["a.0-of-2", "b.1-of-2"]),
+    "GPUs alone": (("--gpus-per-node=2",), "", ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]),
+    "a GPU a task": (("--gpus-per-task=1", "--ntasks=4"), "", ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]),
+    "hosts of another shape": (
+        ("--ntasks-per-node=1",),
+        "--hosts localhost:2,b:1",
+        ["a.0-of-3", "a.1-of-3", "b.2-of-3"],
+    ),
+    "fewer hosts": (("--ntasks-per-node=1",), "--hosts b:2", ["b.0-of-2", "b.1-of-2"]),
+}
+SHELLS = {
+    "of srun": ("salloc", *TWO_NODES, "srun", *TWO_NODES, "sh", "-c", '[ "$SLURM_PROCID" = 1 ] || exec "$@"', "-"),
+    "of salloc": ("salloc", *TWO_NODES),
+}
+
+
+def counted(folder: Path) -> tuple[Path, Path]:
+    """A program whose ranks leave a file each, and its folder."""
+    folder.mkdir()
+    program = folder / "program"
+    program.write_text(COUNTED)
+    program.chmod(0o755)
+    return program, folder
+
+
+def ranks_in(folder: Path) -> list[str]:
+    return sorted(path.name.partition(".")[2] for path in folder.glob("program.*"))
+
+
+def test_jobs_as_people_ask_for_them(slurm: Slurm, tmp_path: Path) -> None:
+    numbers = {}
+    for number, (name, (options, words, _)) in enumerate(BATCH.items()):
+        program, folder = counted(tmp_path / str(number))
+        wrapped = f"launch/mpirun.sh {words} {program}"
+        numbers[name] = slurm.submit("--nodes=2", *options, f"--output={folder}/job.out", "--wrap", wrapped)
+    for number, (name, (_, _, expected)) in enumerate(BATCH.items()):
+        job = slurm.wait(numbers[name])
+        assert job["JobState"] == "COMPLETED", (name, output(tmp_path / str(number)))
+        assert ranks_in(tmp_path / str(number)) == expected, name
+
+
+def test_a_job_in_a_container_without_slurms_commands(
+    slurm: Slurm, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    program, folder = counted(tmp_path / "job")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in Path("/usr/bin").iterdir():
+        if tool.name not in ("srun", "scontrol"):
+            (tools / tool.name).symlink_to(tool)
+    ssh = next(tmp_path_factory.getbasetemp().glob("hosts*")) / "bin"
+    wrapped = f"PATH={ssh}:{tools} launch/mpirun.sh {program}"
+    job = slurm.wait(slurm.submit(*TWO_NODES, f"--output={folder}/job.out", "--wrap", wrapped))
+    assert job["JobState"] == "COMPLETED", output(folder)
+    assert ranks_in(folder) == ["a.0-of-2", "b.1-of-2"]
+
+
+def test_shells_in_an_allocation(slurm: Slurm, tmp_path: Path) -> None:
+    """Where mpirun's helpers run beside the step that the shell is."""
+    program, folder = counted(tmp_path / "srun")
+    job = slurm.run(*SHELLS["of srun"], "launch/mpirun.sh", program)
+    assert ranks_in(folder) == ["a.0-of-2", "b.1-of-2"], job.stdout + job.stderr
+    program, folder = counted(tmp_path / "salloc")
+    job = slurm.run(*SHELLS["of salloc"], typed=f"launch/mpirun.sh {program}\nexit\n")
+    assert ranks_in(folder) == ["a.0-of-2", "b.1-of-2"], job.stdout + job.stderr
+
+
 def test_an_elastic_job(slurm: Slurm, data: Path, tmp_path: Path) -> None:
     words = ("launch/elastic.sh", "--interface", "eth0", "train", *small(data, tmp_path / "run", train__epochs=1))
     options = (*TWO_NODES, "--no-kill", f"--output={tmp_path}/job.out")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hvd_eurosat.config.schema import Data
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Data, Place
 from hvd_eurosat.data.augment import augment, mix, network_input, normalise, shift, shrink, turn_and_flip
-from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.packed import Packed
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
+from tests.unit.conftest import Grow
 
 
 def make_images(count: int) -> Images:
@@ -67,10 +76,64 @@ def test_each_epoch_has_its_own_order() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(UserError, match="9 ranks are more than the 8 training images"):
+    with pytest.raises(UserError, match="9 ranks are more than the 8 training images: start 8 at most"):
         TrainBatches(make_images(8), 1, 0, 9, seed=0)
-    with pytest.raises(UserError, match="batch_size 5 is larger than a rank's shard of 4"):
+    with pytest.raises(
+        UserError, match=r"batch_size 5 is larger than a rank's shard of 4 .*: give 4 or less, or start 1 r"
+    ):
         TrainBatches(make_images(8), 5, 0, 2, seed=0)
+    with pytest.raises(
+        UserError, match=r"batch_size 9 is larger than a rank's shard of 8 training images: give 8 or less$"
+    ):
+        TrainBatches(make_images(8), 9, 0, 1, seed=0)
+
+
+@pytest.mark.parametrize("images", [8, 9, 40, 41])
+def test_the_cure_for_too_large_a_batch_is_one(images: int) -> None:
+    """The smaller batch fits, and so do the fewer ranks, of which one more would be too many."""
+    made = make_images(images)
+
+    def fits(ranks: int, batch: int) -> str:
+        with contextlib.suppress(UserError):
+            TrainBatches(made, batch, 0, ranks, seed=0)
+            return ""
+        with pytest.raises(UserError) as error:
+            TrainBatches(made, batch, 0, ranks, seed=0)
+        return str(error.value)
+
+    for ranks, batch in itertools.product(range(1, images + 1), range(2, images + 2)):
+        if not (refused := fits(ranks, batch)):
+            continue
+        found = re.fullmatch(r".*: give (\d+) or less(?:, or start (\d+) ranks? at most)?", refused)
+        assert found
+        assert not fits(ranks, int(found[1]))
+        assert fits(ranks, int(found[1]) + 1)
+        most = int(found[2] or 0)
+        assert not most or not fits(most, batch)
+        assert fits(most + 1, batch)
+
+
+def test_data_is_known_by_what_it_shows(grow: Grow, tmp_path: Path) -> None:
+    """A copy of another time is the same; another image or another name is not."""
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    for split in SPLITS:
+        grow(f"data/{split}", {"Forest": 2, "River": 2}, size=(32, 32))
+
+    def digest(root: Path) -> str:
+        tree = open_tree(root)
+        return by_content(tree, open_images(world, tree, SPLITS, Data(image_size=32), Place())).digest
+
+    whole = digest(tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / ".packed")
+    copy = shutil.copytree(tmp_path / "data", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert open_tree(copy).digest != open_tree(tmp_path / "data").digest
+    assert digest(copy) == whole
+    image = copy / "valid" / "River" / "River_1.jpg"
+    image.rename(image.with_name("River_9.jpg"))
+    assert digest(copy) != whole
+    image.with_name("River_9.jpg").rename(image)
+    image.write_bytes((copy / "valid" / "River" / "River_2.jpg").read_bytes())
+    assert digest(copy) != whole
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7])

@@ -269,7 +269,7 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
     [
         (("step", "--step", "3"), "--step"),
         (("step", "--data.root", "nowhere"), "nowhere"),
-        (("step", "--hosts", "a:many"), "write name:slots,name:slots"),
+        (("step", "--hosts", "a:many"), "--hosts: 'a:many' is no host: write name:slots"),
         (("scaling", "--cores", "5000"), "--cores 5000: this machine has "),
         (("project", "--hosts", "a:8,b:8"), "with one rank on each host"),
         (("project", "--link", "1"), "--hosts node1:1,node2:1"),

@@ -95,10 +95,29 @@ def test_weights_with_another_head(tmp_path: Path, suffix: str) -> None:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     model = build("resnet18", 10, "bn+head", seed=5)
     head = model.fc.weight.clone()
-    load_weights(model, Model(weights=str(path), arch="resnet18"))
+    lacking = load_weights(model, Model(weights=str(path), arch="resnet18"))
+    assert lacking == "its head of 200 units is left out, for there are 10 classes"
     name = "layer4.1.conv2.weight"
     assert torch.equal(model.get_parameter(name), source.get_parameter(name))
     assert torch.equal(model.fc.weight, head)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({}, "it has no head"),
+        ({"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}, "its head is left out, for it has biases"),
+        ({"fc.weight": torch.ones(10, 512), "fc.bias": torch.zeros(10)}, ""),
+    ],
+)
+def test_what_becomes_of_a_head_is_said(tmp_path: Path, head: dict[str, torch.Tensor], said: str) -> None:
+    state = {
+        name: value for name, value in build("resnet18", 10, "all", seed=4).state_dict().items() if name[:2] != "fc"
+    }
+    torch.save(state | head, tmp_path / "w.pt")
+    model = build("resnet18", 10, "all", seed=5)
+    assert load_weights(model, Model(weights=str(tmp_path / "w.pt"), arch="resnet18")) == said
+    assert bool((model.fc.weight == 1).all()) == (not said)
 
 
 @pytest.mark.parametrize("source", ["imagenet", "weights.pt", "weights.safetensors"])

@@ -16,7 +16,7 @@ from tests.unit.conftest import Grow
 
 PACKAGE = Path(hvd_eurosat.__file__).parent
 ORDER = [
-    {"errors", "__init__"},
+    {"errors", "__init__", "__main__"},
     {"config"},
     {"cluster"},
     {"data", "model"},
@@ -97,6 +97,21 @@ def test_help_is_there_at_once(verb: str) -> None:
     status, modules = run(verb, "--help")
     assert status == 0
     assert not modules & HEAVY
+
+
+def test_the_package_lists_its_verbs() -> None:
+    """At once; with a verb as a word of its own, it says how to write it."""
+    listed = subprocess.run([sys.executable, "-m", "hvd_eurosat"], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(maxsplit=1) for line in listed.splitlines() if line.startswith("  ")]
+    assert [name for name, _ in lines] == sorted(ORDER[-1])
+    assert all(text.endswith(".") for _, text in lines)
+    status, modules = run("__main__", "--help")
+    assert status == 0
+    assert not modules & HEAVY
+    for word, known in (("train", "train"), ("trian", "VERB")):
+        done = subprocess.run([sys.executable, "-m", "hvd_eurosat", word], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: write python -m hvd_eurosat.{known} ")
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "map", "export"])

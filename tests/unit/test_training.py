@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 import json
 import random
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import torch
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, Model, Optim, Train
+from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.convolution import Convolution
@@ -25,6 +28,7 @@ from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
+from hvd_eurosat.train import train
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
@@ -36,7 +40,7 @@ from hvd_eurosat.training.state import TrainingState, digest
 from hvd_eurosat.training.step import sample_losses
 from hvd_eurosat.weights.loading import read_weights
 from hvd_eurosat.weights.stored import Blob, read_record
-from tests.unit.conftest import Canary
+from tests.unit.conftest import Canary, Grow
 
 
 def test_class_weights_leave_the_smoothed_target_the_best_answer() -> None:
@@ -335,6 +339,83 @@ def test_resuming_as_another_run_is_refused_by_name(state: Checkpoint) -> None:
         state.check_resumable(load([]), ["a", "c"], "d")
     with pytest.raises(UserError, match="are not those that the run began with"):
         state.check_resumable(load([]), ["a", "b"], "e")
+
+
+def test_what_has_moved_is_the_same(tmp_path: Path, state: Checkpoint) -> None:
+    """Images wherever they are now, which the digest names, and a file of weights with the same content."""
+    for name, content in (("w.pt", b"weights"), ("moved.pt", b"weights"), ("other.pt", b"others")):
+        (tmp_path / name).write_bytes(content)
+    was = load(["--model.weights", str(tmp_path / "w.pt"), "--model.layers", "layers.json"])
+    digest = hashlib.sha256(b"weights").hexdigest()
+    saved = dataclasses.replace(state, config=was.model_dump(mode="json"), weights=digest)
+
+    def check(weights: str, root: str = "data", layers: str = "layers.json", saved: Checkpoint = saved) -> None:
+        words = ["--model.weights", str(tmp_path / weights), "--data.root", root, "--model.layers", layers]
+        saved.check_resumable(load(words), ["a", "b"], "d")
+
+    check("w.pt", root="elsewhere")
+    check("w.pt", layers="elsewhere/layers.json")
+    check("moved.pt")
+    (tmp_path / "w.pt").unlink()
+    check("w.pt")  # all that it held is in the checkpoint
+    for weights in ("other.pt", "missing.pt"):
+        with pytest.raises(UserError, match=rf"cannot resume: model\.weights was .*w\.pt' and is .*{weights}' now"):
+            check(weights)
+    of_before = dataclasses.replace(saved, weights=None)
+    check("x/../w.pt", saved=of_before)  # another spelling
+    with pytest.raises(UserError, match=r"cannot resume: model\.weights was "):
+        check("moved.pt", saved=of_before)
+    with pytest.raises(UserError, match=r"cannot resume: model\.layers was 'layers\.json' and is None now"):
+        saved.check_resumable(load(["--model.weights", str(tmp_path / "w.pt")]), ["a", "b"], "d")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_goes_on_where_all_has_moved(
+    alone: World, grow: Grow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its images, copied and so of another time, its weights and its own folder; but not with other images."""
+    for split in SPLITS:
+        grow(f"was/data/{split}", {"Forest": 4, "River": 4}, size=(32, 32))
+    weights = build("resnet18", 7, "all", seed=1).state_dict()
+    torch.save(weights, tmp_path / "was" / "w.pt")
+
+    def run(folder: str, epochs: int) -> str:
+        places = {"data.root": "data", "model.weights": "w.pt", "run.dir": "run"}
+        flags = [word for key, name in places.items() for word in (f"--{key}", str(tmp_path / folder / name))]
+        flags += ["--model.arch", "resnet18", "--train.batch_size", "8", "--train.precision", "fp32"]
+        flags += ["--data.image_size", "32", "--optim.schedule_epochs", "2", "--train.epochs", str(epochs)]
+        assert train(alone, load(flags)) == 0
+        return capsys.readouterr().out
+
+    out = run("was", 1)
+    assert "w.pt (its head of 7 units is left out, for there are 2 classes), " in out
+    shutil.copytree(tmp_path / "was", tmp_path / "now", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "was")
+    shutil.rmtree(tmp_path / "now" / "data" / ".packed")
+    out = run("now", 2)
+    assert "resuming after epoch 1" in out
+    assert "left out" not in out
+    first = tmp_path / "now" / "data" / "train" / "Forest"
+    (first / "Forest_1.jpg").write_bytes((first / "Forest_2.jpg").read_bytes())
+    with pytest.raises(UserError, match=r"the images of .*/now/data are not those that the run began with"):
+        run("now", 3)
+
+
+def test_frozen_weights_are_made_again_from_a_file_that_has_moved(tmp_path: Path, state: Checkpoint) -> None:
+    weights = build("resnet18", 2, "head", seed=5).state_dict()
+    torch.save(weights, tmp_path / "moved.pt")
+    model = {"arch": "resnet18", "weights": str(tmp_path / "gone.pt"), "trainable": "head"}
+    config = {**state.config, "model": {**state.config["model"], **model}}
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=1)
+    folder.folder.mkdir()
+    folder.add(dataclasses.replace(state, config=config, model=weights))
+    (frozen,) = folder.folder.glob("frozen-*")
+    frozen.unlink()
+    with pytest.raises(UserError, match=r"cannot be made again: model\.weights .*gone\.pt: No such file"):
+        folder.newest(never)
+    reports: list[str] = []
+    assert folder.newest(reports.append, str(tmp_path / "moved.pt")) is not None
+    assert reports[0].endswith(f"it was made again from model.weights {tmp_path / 'moved.pt'}")
 
 
 def test_a_checkpoint_of_another_version_is_not_resumed(state: Checkpoint) -> None:
