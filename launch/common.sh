@@ -5,6 +5,10 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BIN=${SETUP_VENV:-$ROOT/.venv}/bin
 PROBE_SECONDS=10 # what a host may take to answer ssh
 
+# Slurm's steps, mpirun's too, inherit these: they would get one GPU, or the cores of one task, not all of the node's.
+CORES=${SLURM_CPUS_PER_TASK:-}
+unset SLURM_{GPUS_PER_TASK,NTASKS_PER_GPU,TRES_PER_TASK,GPU_BIND,TRES_BIND,CPUS_PER_TASK} SRUN_CPUS_PER_TASK
+
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
@@ -43,7 +47,8 @@ parse_arguments() { # sets HOSTS (host:slots,…), HOSTFILE, RANKS, INTERFACE an
     hosts=$(cat "$HOSTFILE" 2>/dev/null) || die "--hostfile $HOSTFILE cannot be read"
   fi
   if [[ -z ${hosts+given}$HOSTFILE && -n ${SLURM_JOB_ID:-} ]]; then hosts=$(slurm_hosts); fi
-  [[ -n ${hosts+given}$HOSTFILE$RANKS ]] || die "how many ranks, and where? --np N here, or --hosts name:slots,…"
+  [[ -n ${hosts+given}$HOSTFILE$RANKS ]] ||
+    RANKS=$("$BIN/python" -c 'from hvd_eurosat.cluster.node import ranks_here; print(ranks_here())')
   read_hosts "${hosts-localhost:$RANKS}" "${HOSTFILE:+--hostfile $HOSTFILE}"
 }
 

@@ -3,11 +3,11 @@
 #
 #   launch/mpirun.sh --hosts node1:8,node2:8 train --config recipes/finetune.toml --data.root data/EuroSAT_RGB
 #   launch/mpirun.sh --hostfile hosts.txt --interface eth0 doctor
-#   launch/mpirun.sh --np 2 train --config recipes/quickstart.toml --data.root data/sample
+#   launch/mpirun.sh train --config recipes/quickstart.toml --data.root data/sample
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
 #   --hostfile FILE    the same as lines: host slots=N (or host:N)
-#   --np N             the number of ranks; default: all slots
+#   --np N             the number of ranks; default: all slots; here one per GPU, or two that share the cores
 #   --interface NAME   the network interface that the hosts share; needed where they have several
 #   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
 #
@@ -25,7 +25,11 @@ parse_arguments "$@"
 allow_root
 MPIRUN=${MPIRUN:-$BIN/mpirun}
 OPTIONS=(-np "$RANKS" --bind-to none) # our ranks share out the cores of a host
-while IFS= read -r variable; do OPTIONS+=(-x "$variable"); done < <(compgen -e | grep -E "$FORWARDED")
+while IFS= read -r variable; do
+  # Which GPUs are free here says nothing of other hosts, but that none shall be used does.
+  [[ $variable != CUDA_VISIBLE_DEVICES || -z $CUDA_VISIBLE_DEVICES || ${#NAMES[@]} == 1 ]] || continue
+  OPTIONS+=(-x "$variable")
+done < <(compgen -e | grep -E "$FORWARDED")
 
 VERSION=$("$MPIRUN" --version 2>&1 | head -n 1) || die "$MPIRUN does not run: $VERSION"
 case $VERSION in
