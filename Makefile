@@ -35,6 +35,7 @@ train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (default: one pe
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.train \
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
 
+test test-long test-faults test-system: export CUDA_VISIBLE_DEVICES := # they are of CPUs
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 
