@@ -26,7 +26,7 @@ class EvaluateSettings(Settings):
     """folder for output_1.h5 (log-probabilities) and predictions.csv, if they are wanted"""
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
     data: Place = Place()
@@ -43,7 +43,7 @@ class PredictSettings(Settings):
     """images, and folders of images, searched with their subfolders"""
     out: UserPath
     """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
 
@@ -61,6 +61,11 @@ class ExportSettings(Settings):
     """units of the head, where there is no checkpoint"""
     data: Data = Data()
     model: Model = Model()
+
+    @property
+    def device(self) -> str:
+        """It computes nothing."""
+        return "cpu"
 
 
 def evaluate(argv: Sequence[str]) -> EvaluateSettings:
