@@ -40,6 +40,7 @@ map: setup data/$(NAME) ## a map of SCENE (default: the sample's) by the best ne
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.map \
 	  --checkpoint runs/$(RUN)/checkpoints/best.json --scene $(SCENE) --out maps/$(basename $(notdir $(SCENE))) $(ARGS)
 
+test test-long test-faults test-system: export CUDA_VISIBLE_DEVICES := # they are of CPUs
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 

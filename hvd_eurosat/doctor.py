@@ -9,13 +9,14 @@ It ends with 0, or with 1 when something must be mended. Its output belongs in e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from rich import box
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hvd_eurosat.cluster.world import World
 
 JOIN_SECONDS = 30
+PROBE_SECONDS = 120
 REPORT_SECONDS = 10
 GIB = 2**30
 
@@ -57,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     from hvd_eurosat.cluster import backend, job
     from hvd_eurosat.diagnosis.probes import probe
 
-    world = join(facts, rank, launched)
-    ranks = world.gather(dataclasses.replace(facts, gpu=_gpu(world)))
+    world, gpu, trouble = job.on_gpus(join(facts, rank, launched))
+    ranks = world.gather(dataclasses.replace(facts, gpu=gpu, cuda_trouble=facts.cuda_trouble or trouble))
     findings = [finding for host in {f.host: f for f in ranks}.values() for finding in machine(host)]
     findings += across_ranks(ranks, launched)
-    times = probe(world)
+    hang = f"an allreduce did not end within {PROBE_SECONDS} s; NCCL_DEBUG=INFO shows where NCCL waits."
+    with patience(PROBE_SECONDS, f"rank {rank} of {launched} ({facts.host}): {hang} {_network(facts)}"):
+        times = probe(world)
     if world.is_main and rank == 0:
         report(ranks, findings, times, backend.thread_level(), as_json)
     job.leave_together(int(any(finding.level == "mend" for finding in findings)))
@@ -69,30 +73,35 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def join(facts: Facts, rank: int, launched: int) -> World:
     """The job, or an end with a word after half a minute. Collective."""
+    late = f"rank {rank} of {launched} ({facts.host}) could not join within {JOIN_SECONDS} s. {_network(facts)}"
+    with patience(JOIN_SECONDS, late):
+        from hvd_eurosat.cluster import job
 
-    def give_up() -> None:
-        sys.stderr.write(
-            f"error: rank {rank} of {launched} ({facts.host}) could not join within {JOIN_SECONDS} s. It has "
-            f"{_interfaces(facts)}: name the one that all hosts share, by launch/mpirun.sh --interface "
-            f"(OMPI_MCA_btl_tcp_if_include)\n"
-        )
-        os._exit(1)
-
-    timer = threading.Timer(JOIN_SECONDS, give_up)
-    timer.daemon = True
-    timer.start()
-    from hvd_eurosat.cluster import job
-
-    world = job.join()
-    world.gather(rank)  # joining is lazy: only now must they reach each other
-    timer.cancel()
+        world = job.join()
+        world.gather(rank)  # joining is lazy: only now must they reach each other
     return world
 
 
-def _gpu(world: World) -> str | None:
-    import torch
+@contextlib.contextmanager
+def patience(seconds: float, message: str) -> Iterator[None]:
+    """What is not done within so many seconds ends this rank, with a word."""
 
-    return str(torch.cuda.get_device_properties(world.device).uuid) if world.device.type == "cuda" else None
+    def give_up() -> None:
+        sys.stderr.write(f"error: {message}\n")
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    yield
+    timer.cancel()
+
+
+def _network(facts: Facts) -> str:
+    return (
+        f"It has {_interfaces(facts)}: name the one that all hosts share, by launch/mpirun.sh --interface "
+        f"(OMPI_MCA_btl_tcp_if_include, NCCL_SOCKET_IFNAME)"
+    )
 
 
 def report(
@@ -135,7 +144,8 @@ def _facts(facts: Facts, times: Mapping[str, float], level: str) -> dict[str, di
         f"host {facts.host}": {
             "system": facts.system,
             "cores": f"{facts.cores_given} given, bound to {_numbers(facts.cores)}",
-            "GPUs": ", ".join(facts.gpus) or f"none ({facts.nvidia_devices} devices)",
+            "GPUs": (", ".join(facts.gpus) or f"none ({facts.nvidia_devices} devices)")
+            + (f", driver {facts.driver}" if facts.driver else ""),
             "memory": f"{facts.memory / GIB:.1f} GiB, {facts.memory_available / GIB:.1f} GiB free",
             "/dev/shm": f"{facts.shared_memory / GIB:.2f} GiB",
             "limits": f"{facts.open_files} open files, locked memory {_limit(facts.locked_memory)}",

@@ -28,8 +28,9 @@ from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
 from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.memory import room_for
 from hvd_eurosat.training.metrics import evaluate
-from hvd_eurosat.training.precision import Precision, choose_precision
+from hvd_eurosat.training.precision import Precision, choose_algorithms, choose_precision, precision_of
 from hvd_eurosat.training.schedule import jump, learning_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
@@ -37,7 +38,7 @@ from hvd_eurosat.training.stragglers import stragglers
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.settle import settle
 
-COMMIT_STEPS = 25  # what an elastic job may lose with a rank
+COMMIT_STEPS = {"cpu": 25, "cuda": 1000}  # what an elastic job may lose with a rank: some 10 s
 COMPILER_PATIENCE = 5  # times run.watchdog_seconds
 
 
@@ -112,8 +113,9 @@ def settled(config: Config, tree: Tree) -> Config:
 
 
 def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
-    """The precision that the run began with, or a new run's. Collective."""
-    return Precision(start.precision) if start else choose_precision(world, config.train.precision)
+    """The precision that the run began with, or a new run's; and, on GPUs, the kind of algorithms. Collective."""
+    choose_algorithms(world.device, config.train.deterministic)
+    return choose_precision(world, start.precision if start else config.train.precision)
 
 
 def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> str:
@@ -147,13 +149,14 @@ def train_epoch(
         world.tick(f"epoch {state.epoch + 1}, step {state.step + 1}", patience)
         progress = state.epoch + state.samples / batches.length
         rate = learning_rate(config.optim, epochs, batches.global_batch, progress)
-        step(batch, rate, stop())
+        with room_for(step, config.train.batch_size):
+            step(batch, rate, stop())
         journal.stepped(number, step, state, state.samples - first)
         if config.run.verify_interval and state.step % config.run.verify_interval == 0:
             state.verify()
         if config.run.checkpoint_steps and state.step % config.run.checkpoint_steps == 0:
             journal.save(state.snapshot())
-        if world.is_elastic and state.step % COMMIT_STEPS == 0:
+        if world.is_elastic and state.step % COMMIT_STEPS[world.device.type] == 0:
             journal.commit(state.snapshot())
         step.check()
     journal.trained(state.samples, stragglers(world, step.stopwatch.take()))
@@ -166,7 +169,7 @@ def predict_finished(
     if config.run.predictions:
         model = start.build_model(world.device)
         model.load_state_dict(journal.best_model(), strict=False)
-        predict_test(world, config, model, Precision(start.precision), images, tree)
+        predict_test(world, config, model, precision_of("auto", start.precision), images, tree)
 
 
 def predict_test(

@@ -66,12 +66,17 @@ find_slurm() { # sets BY_SLURM
   if [[ -n ${SLURM_JOB_ID:-} ]] && command -v srun >/dev/null; then BY_SLURM=yes; fi
 }
 
-# mpirun has the nodes and the ranks on each from these variables, whatever it is told itself, and its helpers have all
-# GPUs of a node only where none are for single tasks. They run beside the step, if any, that is the user's shell.
+# Steps of Slurm, mpirun's too, inherit these: they would get one GPU, or the cores of one task, not all of the node's.
+forget_tasks() {
+  unset SLURM_{GPUS_PER_TASK,NTASKS_PER_GPU,TRES_PER_TASK,GPU_BIND,TRES_BIND,CPUS_PER_TASK} SRUN_CPUS_PER_TASK
+}
+
+# mpirun has the nodes and the ranks on each from these variables, whatever it is told itself. Its helpers run beside the step,
+# if any, that is the user's shell.
 tell_mpirun_of_slurm() {
   if [[ -n $BY_SLURM ]]; then
     export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NAMES SLURM_TASKS_PER_NODE=$SLOTS SLURM_OVERLAP=1
-    unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
+    forget_tasks
   else
     unset SLURM_JOBID SLURM_NODELIST
   fi

@@ -6,7 +6,7 @@
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
 #   --hostfile FILE    the same as lines, in any launcher's or scheduler's words: host slots=N, host:N, node[01-04] 8 …
-#   --np N             the number of ranks; default: all slots
+#   --np N             the number of ranks; default: all slots; here one per GPU, or two that share the cores
 #   --interface NAME   the network interface that the hosts share; else horovodrun looks for it
 #   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
 #

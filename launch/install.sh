@@ -4,8 +4,10 @@
 #
 #   launch/install.sh                                      this machine; the same as `make setup`
 #   SETUP_MPI=system launch/install.sh                     a cluster: its own Open MPI 4.1, the mpicxx on PATH
-#   SETUP_CUDA_HOME=$CUDA_HOME SETUP_NCCL_HOME=$NCCL_HOME launch/install.sh    ... and its own CUDA toolkit and NCCL
+#   SETUP_CUDA_HOME=$CUDA_HOME SETUP_NCCL_HOME=$NCCL_HOME launch/install.sh    ... and built with its CUDA and NCCL
 #   SETUP_VENV=/opt/venv SETUP_DEV=0 launch/install.sh     an image: elsewhere, and without the developers' tools
+#
+# What runs is torch's NCCL, the only one of a process; LD_PRELOAD=$NCCL_HOME/lib/libnccl.so.2 takes the cluster's.
 #
 # SETUP_PYTHON names the interpreter and CXX the compiler; HOROVOD_BUILD_CUDA_CC_LIST names the GPUs that Horovod's own
 # kernels are built for. The SETUP_ options are remembered in the .venv: later runs need not repeat them. A finished

@@ -3,11 +3,11 @@
 #
 #   launch/mpirun.sh --hosts node1:8,node2:8 train --config recipes/finetune.toml --data.root data/EuroSAT_RGB
 #   launch/mpirun.sh --hostfile hosts.txt --interface eth0 doctor
-#   launch/mpirun.sh --np 2 train --config recipes/quickstart.toml --data.root data/sample
+#   launch/mpirun.sh train --config recipes/quickstart.toml --data.root data/sample
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
 #   --hostfile FILE    the same as lines, in any launcher's or scheduler's words: host slots=N, host:N, node[01-04] 8 …
-#   --np N             the number of ranks; default: all slots
+#   --np N             the number of ranks; default: all slots; here one per GPU, or two that share the cores
 #   --interface NAME   the network interface that the hosts share; needed where they have several
 #   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
 #
@@ -27,7 +27,11 @@ tell_mpirun_of_slurm
 allow_root
 MPIRUN=${MPIRUN:-$BIN/mpirun}
 OPTIONS=(-np "$RANKS" --bind-to none) # our ranks share out the cores of a host
-while IFS= read -r variable; do OPTIONS+=(-x "$variable"); done < <(compgen -e | grep -E "$FORWARDED")
+while IFS= read -r variable; do
+  # Which GPUs are free here says nothing of other hosts, but that none shall be used does.
+  [[ $variable != CUDA_VISIBLE_DEVICES || -z $CUDA_VISIBLE_DEVICES || $NAMES == "$HERE" ]] || continue
+  OPTIONS+=(-x "$variable")
+done < <(compgen -e | grep -E "$FORWARDED")
 
 VERSION=$("$MPIRUN" --version 2>&1 | head -n 1) || die "$MPIRUN does not run: $VERSION"
 case $VERSION in

@@ -28,7 +28,7 @@ from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import evaluate
-from hvd_eurosat.training.precision import choose_precision
+from hvd_eurosat.training.precision import choose_algorithms, choose_precision
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import WIRE, Step, class_weights
 from hvd_eurosat.training.stragglers import Stopwatch
@@ -84,6 +84,7 @@ class Loop:
         config = settings.model_copy(update={"model": trainable, "train": full_size})
         details = Details.of(config.model)
         model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
+        choose_algorithms(world.device, config.train.deterministic)
         precision = choose_precision(world, config.train.precision)
         self.state = TrainingState(world, config, tree, model, precision)
         self.world = world
@@ -166,11 +167,14 @@ class Sampler:
             self._peak = max(self._peak, psutil.Process().memory_full_info().pss)
 
     def stop(self) -> dict[str, float]:
-        """In MB: "peak_pss", "images" of it (this rank's share of the packed ones) and "images_file", their file."""
+        """In MB: "peak_pss", "images" of it (this rank's share of the packed ones), "images_file", their file, and
+        "peak_gpu", what torch has held on the GPU.
+        """
         self._over.set()
         self._thread.join()
         images = sum(area.pss for area in psutil.Process().memory_maps() if area.path.endswith(".npy"))
-        return {"peak_pss": self._peak / MB, "images": images / MB, "images_file": self._file / MB}
+        sizes = {"peak_pss": self._peak, "images": images, "images_file": self._file}
+        return {name: size / MB for name, size in (sizes | {"peak_gpu": torch.cuda.max_memory_allocated()}).items()}
 
 
 def load(argv: Sequence[str]) -> JobSettings:

@@ -69,9 +69,16 @@ class Launcher:
         return environment.omp_threads() or max(1, self.cores // ranks)
 
     @property
+    def gpus(self) -> int:
+        """Of this machine, that the jobs may use."""
+        from hvd_eurosat.cluster.device import visible  # which imports torch: seconds, which --help does not take
+
+        return 0 if self.settings.train.device == "cpu" else visible()[0]
+
+    @property
     def places(self) -> int:
         """Slots of the hosts, or GPUs: no two ranks share one. 0 where there are only cores, which they can share."""
-        return sum(self.slots) or _gpus()
+        return sum(self.slots) or self.gpus
 
     def room(self, cores: int) -> int:
         """How many ranks there is room for when each has so many cores, or a place. Raises UserError."""
@@ -92,7 +99,7 @@ class Launcher:
 
     def alone(self, ranks: int, steps: int, cores: int) -> Results:
         """What independent jobs of one rank measured, side by side; of GPUs, which share nothing, one does for all."""
-        beside = 1 if _gpus() else ranks
+        beside = 1 if self.gpus else ranks
         return self.ours(beside, steps, cores, cores=cores, beside=beside)
 
     def baseline(self, ranks: int, steps: int, threads: int, *flags: str) -> Results:
@@ -109,6 +116,8 @@ class Launcher:
             begin += [option, value] if value else []
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         variables = {**inherited, "OMP_NUM_THREADS": str(threads)}  # what was configured is in the recipe
+        if self.settings.train.device == "cpu":
+            variables["CUDA_VISIBLE_DEVICES"] = ""  # of the baseline, too
         if self.gloo:
             variables["HOROVOD_CONTROLLER"] = "gloo"
         with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
@@ -123,12 +132,6 @@ class Launcher:
                 message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
                 raise UserError(message) if status == 2 else RunError(message)
             return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
-
-
-def _gpus() -> int:
-    import torch  # seconds, which --help does not take
-
-    return torch.cuda.device_count()
 
 
 def _finish(words: list[str], variables: dict[str, str]) -> tuple[int, str]:

@@ -21,6 +21,7 @@ def measure(launcher: Launcher, settings: MemorySettings, say: Callable[[str], N
         run = launcher.ours(ranks, settings.steps, launcher.threads(ranks), memory=True, modes=modes)
         found[str(ranks)] = {
             "peak_pss_mb": max(rank["peak_pss"] for rank in run),
+            "peak_gpu_mb": max(rank["peak_gpu"] for rank in run),
             "images_mb": sum(rank["images"] for rank in run),
             "images_file_mb": run[0]["images_file"],
         }

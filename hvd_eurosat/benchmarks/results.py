@@ -111,6 +111,7 @@ def _memory_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         yield {
             "ranks": ranks,
             "peak MB of a rank": f"{of['peak_pss_mb']:,.0f}",
+            "of its GPU": f"{of['peak_gpu_mb']:,.0f}" if of.get("peak_gpu_mb") else "none",
             "packed images, MB of all ranks": f"{of['images_mb']:,.0f}",
             "their file, MB": f"{of['images_file_mb']:,.0f}",
         }

@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvd_eurosat.cluster import rendezvous
+from hvd_eurosat.cluster.device import visible
 from hvd_eurosat.cluster.environment import under_mpi
 
 DEFAULTS = {
@@ -22,11 +21,7 @@ DEFAULTS = {
     "HOROVOD_CYCLE_TIME": "1",
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
-GLOO_DEFAULTS = {
-    "HOROVOD_CONTROLLER": "gloo",
-    "HOROVOD_CPU_OPERATIONS": "gloo",
-    "HOROVOD_CYCLE_TIME": "1" if torch.cuda.is_available() else "5",  # 1 takes 3 % more of a training core
-}
+GLOO_DEFAULTS = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
 NICE = 12  # of Horovod's thread over MPI on CPUs: what trains on its core goes first, 15 to 1
 
 
@@ -39,14 +34,16 @@ def horovod() -> Any:
 
 def start() -> None:
     """Join Horovod and, under an MPI launcher, MPI. Collective."""
-    for variable, value in (DEFAULTS if under_mpi() else DEFAULTS | GLOO_DEFAULTS).items():
+    gpus, _ = visible()
+    over_gloo = GLOO_DEFAULTS | ({} if gpus else {"HOROVOD_CYCLE_TIME": "5"})  # 1 takes 3 % more of a training core
+    for variable, value in (DEFAULTS if under_mpi() else DEFAULTS | over_gloo).items():
         os.environ.setdefault(variable, value)
     if under_mpi():
         from mpi4py import MPI  # before Horovod, which would otherwise finalise MPI when the first rank leaves
 
         hvd, others = horovod(), _threads()
         hvd.init(comm=MPI.COMM_WORLD)
-        if not torch.cuda.is_available():
+        if not gpus:
             for thread in _threads() - others:
                 with contextlib.suppress(ProcessLookupError):  # one that has ended since
                     os.setpriority(os.PRIO_PROCESS, thread, min(19, os.nice(0) + NICE))

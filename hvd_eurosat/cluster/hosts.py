@@ -3,7 +3,8 @@
 python -m hvd_eurosat.cluster.hosts --hosts node1:8,node2:8     what launch/*.sh read: lines of NAME=value
 
 Told is the list of --hosts or the file --hostfile (cluster/hostlist.py says what may stand there). Else they are those
-of Slurm, PBS, LSF or Grid Engine, by the variables that these set in a job; else this machine, with --np ranks.
+of Slurm, PBS, LSF or Grid Engine, by the variables that these set in a job; else this machine, with --np ranks
+or as many as it is for.
 
 Sources: the manual pages sbatch(1), srun(1) and sge_pe(5); qsub of PBS Professional; LSF's environment variables.
 """
@@ -89,9 +90,9 @@ def find(hosts: str | None, hostfile: str | None, ranks: int | None, environment
             return Allocation(parse(_read(Path(path), where), where, is_here), cure)
     if listed := environment.get(MCPU):
         return Allocation(parse(listed, MCPU, is_here), SCHEDULERS["LSB_DJOB_HOSTFILE"])
-    if ranks is None:
-        raise UserError("how many ranks, and where? --np N here, or --hosts name:slots,…")
-    return Allocation([Host("localhost", ranks, here=True)])
+    from hvd_eurosat.cluster import node  # which takes seconds, for torch
+
+    return Allocation([Host("localhost", ranks or node.ranks_here(), here=True)])
 
 
 def _read(path: Path, where: str) -> str:

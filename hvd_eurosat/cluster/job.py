@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,16 +14,20 @@ from typing import NoReturn, TypeVar
 
 import torch
 
+from hvd_eurosat.cluster import device as devices
 from hvd_eurosat.cluster import node
 from hvd_eurosat.cluster.backend import horovod, start
 from hvd_eurosat.cluster.elastic import elastically
 from hvd_eurosat.cluster.environment import is_parallel, launched, under_mpi
+from hvd_eurosat.cluster.failures import LOST, explain, say
 from hvd_eurosat.cluster.node import Place
 from hvd_eurosat.cluster.world import Process, SharedError, World
 from hvd_eurosat.config.schema import Settings
 from hvd_eurosat.errors import RunError, UserError
 
 C = TypeVar("C", bound=Settings)
+
+COMPILERS = 8  # at a time, of a rank whose network is compiled
 
 
 def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int | None]) -> NoReturn:
@@ -36,30 +41,42 @@ def run(configure: Callable[[Sequence[str]], C], main: Callable[[World, C], int 
         world = _world(process)
         settings = world.together(lambda: configure(sys.argv[1:]))
         world.agree("configuration", settings.flat())
-        return main(world, settings) or 0
+        return main(_placed(world, settings.device), settings) or 0
 
     try:
         start()
         status = elastically(job) if os.environ.get("HOROVOD_ELASTIC") == "1" else job(Process())
     except SharedError as error:
         if _rank() == 0:
-            _say(f"error: {error}")
+            say(f"error: {error}")
         status = error.status
-    except (UserError, RunError) as error:
-        _say(f"error: {error}{_where()}")
-        _abort(2 if isinstance(error, UserError) else 1)
+    except UserError as error:
+        say(f"error: {error}{_where()}")
+        _abort(2)
     except KeyboardInterrupt:
         _abort(130)
-    except OSError as error:
-        _say(f"error: {error}{_where()}")
-        _abort(1)
     except BaseException as error:
-        if type(error).__name__ == "HorovodInternalError":  # the rank that failed has said why
-            _say(f"lost the other ranks{_where()}")
-        else:
-            _say(f"{traceback.format_exc()}error: the run failed{_where()}")
-        _abort(1)
+        _fail(error)
     leave_together(status)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Say what this rank failed of, and end the job."""
+    line = str(error) if isinstance(error, RunError | OSError) else explain(error)
+    if line is None:
+        say(f"{traceback.format_exc()}error: the run failed{_where()}")
+    elif line.startswith(LOST):
+        say(f"{line}{_where()}")
+    else:
+        if not isinstance(error, OSError):
+            time.sleep(_turn(_rank()))
+        say(f"error: {line}{_where()}")
+    _abort(1)
+
+
+def _turn(rank: int) -> float:
+    """Seconds: what all ranks run into at once, such as a GPU's memory, rank 0 says, and ends the others meanwhile."""
+    return 0.0 if rank == 0 else 3.0 + min(rank, 20) / 4
 
 
 def _where() -> str:
@@ -67,38 +84,46 @@ def _where() -> str:
 
 
 def join() -> World:
-    """Join the job as its launcher has laid it out, good or bad. Collective."""
+    """Join the job as its launcher has laid it out, good or bad, on the CPU. Collective."""
     start()
-    return _place(Process())
+    return _world(Process())
+
+
+def on_gpus(world: World) -> tuple[World, str | None, str]:
+    """On its GPU, if every rank has its own, else still on the CPU; this one's GPU, and what ails it. Collective."""
+    device, place, trouble = world.device, Place.of(world.device), ""
+    try:
+        device = devices.choose("auto", world.local_rank)
+        place = Place.of(device)
+    except (UserError, RuntimeError) as error:
+        trouble = explain(error) or str(error)
+    cards = [(other.host, other.card) for other in world.gather(place)]
+    apart = len(set(cards)) == len(cards) and all(card for _, card in cards)
+    return replace(world, device=device) if apart else world, place.gpu, trouble
 
 
 def _world(process: Process) -> World:
-    """This rank's place among the others: its device and its share of the node's cores. Collective."""
-    world = _place(process)
-    places = [place for place in world.gather(Place.of(world.device)) if place.host == socket.gethostname()]
+    hvd = horovod()
+    cpu = torch.device("cpu")
+    return World(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), cpu, threads=1, _process=process)
+
+
+def _placed(world: World, wanted: str) -> World:
+    """With its device, as `train.device` wants it, and its share of the node's cores. Collective."""
+    device = world.together(lambda: devices.choose(wanted, world.local_rank))
+    every = world.gather(Place.of(device))
+    if different := node.alike(every):
+        raise SharedError(different)
+    places = [place for place in every if place.host == socket.gethostname()]
     world.together(lambda: node.check(places, world.size))
-    if world.is_main and (warning := node.idle_cores(places)):
-        _say(f"warning: {warning}")
+    if world.is_main:
+        for warning in node.warnings(places):
+            say(f"warning: {warning}")
     threads = node.threads(places)
     torch.set_num_threads(threads)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(threads, COMPILERS)))  # its own: 32 for each rank
     node.keep_freed_memory()
-    return replace(world, threads=threads)
-
-
-def _place(process: Process) -> World:
-    hvd = horovod()
-    local_rank, device = hvd.local_rank(), torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
-    return World(hvd.rank(), hvd.size(), local_rank, hvd.local_size(), device, threads=1, _process=process)
-
-
-def _say(text: str) -> None:
-    """A message on standard error in one write, which launchers that label each rank's words keep together."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    return replace(world, device=device, threads=threads)
 
 
 def _rank() -> int:

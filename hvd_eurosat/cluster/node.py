@@ -6,42 +6,52 @@ import contextlib
 import ctypes
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from hvd_eurosat.cluster import device as devices
 from hvd_eurosat.cluster.environment import is_parallel, omp_threads, tasks_of_srun, under_mpi
 from hvd_eurosat.errors import UserError
 
+GPU_CORES = 4  # of a rank: it launches kernels; autograd, Horovod and NCCL have threads of their own
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank runs: its host, the cores it may use, its GPU."""
+    """Where a rank runs: its host, the cores it may use, its GPU, and the card of which that may be a MIG instance."""
 
     host: str
     cores: frozenset[int]
-    gpu: str | None
+    gpu: str | None = None
+    card: str | None = None
 
     @staticmethod
     def of(device: torch.device) -> Place:
         """This process's, with its device."""
-        gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-        return Place(socket.gethostname(), frozenset(os.sched_getaffinity(0)), gpu)
+        host, cores = socket.gethostname(), frozenset(os.sched_getaffinity(0))
+        if device.type == "cpu":
+            return Place(host, cores)
+        gpu: Any = torch.cuda.get_device_properties(device)
+        card = [getattr(gpu, f"pci_{part}_id", gpu.uuid) for part in ("domain", "bus", "device")]
+        return Place(host, cores, str(gpu.uuid), ":".join(map(str, card)))
 
 
 def ranks_here() -> int:
     """How many ranks this machine is for: one per GPU that torch can use, or two that share its cores."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 2
+    return devices.visible()[0] or 2
 
 
 def check(places: list[Place], ranks: int) -> None:
     """Raise UserError where the ranks of this node share a GPU, or those of the job do not see each other."""
-    gpus = {place.gpu for place in places}
-    if None not in gpus and len(gpus) < len(places):
+    gpus, cards = ({getattr(place, what) for place in places} for what in ("gpu", "card"))
+    if None not in gpus and len(cards) < len(places):
+        mig = ", of which MIG instances cannot train together" if len(gpus) == len(places) else ""
         raise UserError(
-            f"{len(places)} ranks on the {len(gpus)} GPUs of {places[0].host}: start one rank per GPU, "
+            f"{len(places)} ranks on the {len(cards)} GPUs of {places[0].host}{mig}: start one rank per GPU, "
             f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
         )
     if ranks == 1 and tasks_of_srun() > 1 and not is_parallel():
@@ -50,12 +60,26 @@ def check(places: list[Place], ranks: int) -> None:
         )
 
 
-def idle_cores(places: list[Place]) -> str | None:
-    """A warning where mpirun leaves cores of this node idle."""
-    used, there = len(frozenset().union(*(p.cores for p in places))), len(os.sched_getaffinity(os.getppid()))
-    if not under_mpi() or used >= there:
+def alike(places: list[Place]) -> str | None:
+    """What is wrong where some ranks of the job have GPUs, and others do not."""
+    without = [(rank, place.host) for rank, place in enumerate(places) if place.gpu is None]
+    if len(without) in (0, len(places)):
         return None
-    return f"mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none"
+    rank, host = without[0]
+    more = f" and {len(without) - 1} others" if len(without) > 1 else ""
+    return (
+        f"rank {rank} ({host}){more} of {len(places)} ha{'ve' if more else 's'} no GPU, which the others have: leave "
+        f"such hosts out, or train all on cores: --train.device cpu"
+    )
+
+
+def warnings(places: list[Place]) -> Iterator[str]:
+    """What makes the ranks of this node slow."""
+    used, there = len(frozenset().union(*(p.cores for p in places))), len(os.sched_getaffinity(os.getppid()))
+    if under_mpi() and used < there:
+        yield f"mpirun bound this node's {len(places)} ranks to {used} of {there} cores: give it --bind-to none"
+    elif places[0].gpu and used < GPU_CORES * len(places):
+        yield f"{len(places)} ranks with GPUs have {used} cores; {GPU_CORES} each are wanted: sbatch --cpus-per-task=8"
 
 
 def threads(places: list[Place]) -> int:

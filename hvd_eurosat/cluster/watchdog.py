@@ -42,23 +42,21 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """The rank's side. Nothing is watched before `start`.
+    """The rank's side. Nothing is watched before `start`."""
 
-    patient: a rank that waits for others is not ended, because it will hear that they are gone (elastic jobs on CPUs).
-    """
-
-    def __init__(self, patient: bool) -> None:
-        self._patient = patient
+    def __init__(self) -> None:
+        self._patient = False
         self._memory: mmap.mmap | None = None
         self._limit, self._name = 0.0, ""
         self._phase, self._patience = "starting", 1.0
 
-    def start(self, seconds: float, name: str, launched: bool) -> None:
+    def start(self, seconds: float, name: str, launched: bool, patient: bool) -> None:
         """Watch this process: end it after `seconds` without a beat, or when its launcher dies (if it has one).
 
+        patient: not while it waits for others, because it will hear that they are gone (elastic jobs on CPUs).
         Called again, it gives this process another name.
         """
-        self._limit, self._name = seconds, name
+        self._limit, self._name, self._patient = seconds, name, patient
         if self._memory:
             return
         file = os.memfd_create("beats")

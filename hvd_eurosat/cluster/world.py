@@ -41,9 +41,8 @@ class SharedError(UserError):
 class Process:
     """What this process keeps, also while the world around it changes (elastic jobs)."""
 
-    def __init__(self, elastic: bool = False) -> None:
-        # NCCL, unlike Gloo, may not tell a rank that the others are gone.
-        self.watchdog = Watchdog(patient=elastic and not torch.cuda.is_available())
+    def __init__(self) -> None:
+        self.watchdog = Watchdog()
         self.pulse_due: float | None = None  # the sign of life that ranks at work give to those that wait for them
         self.committed: Any = None
         self.members: Any = None  # Horovod's elastic state, which hears of hosts that come and go
@@ -68,9 +67,9 @@ class World:
 
     def watch(self, seconds: float) -> None:
         """From here on this rank is ended after `seconds` without progress, and when its launcher dies."""
-        self._process.watchdog.start(
-            seconds, f"rank {self.rank} of {self.size} ({socket.gethostname()})", is_parallel()
-        )
+        name = f"rank {self.rank} of {self.size} ({socket.gethostname()})"
+        patient = self.is_elastic and self.device.type == "cpu"  # NCCL may not tell a rank that the others are gone
+        self._process.watchdog.start(seconds, name, is_parallel(), patient)
 
     def tick(self, phase: str | None = None, patience: float = 1.0) -> None:
         """This rank made progress, and is now in `phase`, which may take `patience` times the watchdog's limit.

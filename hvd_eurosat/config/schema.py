@@ -181,9 +181,15 @@ class Train(Section):
     class_weights: tuple[PositiveFloat, ...] = ()
     """weights of the classes in the loss, in the order of their names. Only their ratios count: they are scaled to a
     mean of 1 over the training images. (libtorch and rmldnn divide each batch by the sum of its own weights.)"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU of each rank, or the cores if this process may use no GPU. A GPU that torch cannot use is an error,
+    not a reason to take the cores. All ranks have the same kind"""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: bf16 where the hardware is fast at it, else fp32. Fast are GPUs since Ampere, and CPUs with AMX or AMD's
-    AVX512-BF16 that multiply matrices faster in bf16, which is measured at the start"""
+    AVX512-BF16 that multiply matrices faster in bf16, which is measured at the start. tf32, on GPUs since Ampere, is
+    fp32 whose products keep 10 bits of their factors"""
+    deterministic: bool = False
+    """on GPUs: take algorithms that give the same bits every time, though they may be slower. CPUs always do"""
     compile: bool = False
     """compile the network with torch.compile, on GPUs as CUDA graphs. The first step is slow. On CPUs all steps are
     slower. On several GPUs gradients are sent after the backward pass, not during it. It needs Python.h and gcc (CC) on
@@ -271,6 +277,11 @@ class Settings(BaseSettings):
         """The recipe file comes in as the initial values, the weakest source of all."""
         return env_settings, init_settings
 
+    @property
+    def device(self) -> str:
+        """What the ranks compute on: as train.device."""
+        return "auto"
+
     def flat(self) -> dict[str, Any]:
         """{"train.epochs": 15, ...}, in JSON's types."""
         return flatten(self.model_dump(mode="json"))
@@ -292,6 +303,11 @@ class Config(Settings):
     train: Train = Train()
     valid: Valid = Valid()
     run: Run = Run()
+
+    @property
+    def device(self) -> str:
+        """train.device."""
+        return self.train.device
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

@@ -33,7 +33,7 @@ class Predictions(Settings):
     """leave files out that are no usable image, and name them in skipped.csv; else any of them is an error"""
     strict: CliToggleFlag[bool] = False
     """with --skip-bad: end with status 3 where files were left out"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
 
@@ -109,7 +109,7 @@ class MapSettings(Settings):
     """GB that a rank may take for a scene, beside what the network needs"""
     batch_size: NonNegativeInt = 0
     """windows per step; 0: as in the run that saved the checkpoint"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
     and of an exported network"""
     watchdog_seconds: NonNegativeFloat = 600.0
@@ -129,6 +129,11 @@ class ExportSettings(Settings):
     """classes of the network, where there is no checkpoint"""
     data: Data = Data()
     model: Model = Model()
+
+    @property
+    def device(self) -> str:
+        """It computes nothing."""
+        return "cpu"
 
 
 def evaluate(argv: Sequence[str]) -> EvaluateSettings:

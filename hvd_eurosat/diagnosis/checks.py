@@ -89,6 +89,8 @@ def _graphics(facts: Facts) -> Iterator[Finding]:
         wanted, source = min(wanted, len(named)), f"NVIDIA devices in CUDA_VISIBLE_DEVICES={chosen}"
     hidden = wanted - len(facts.gpus)
     if hidden <= 0:
+        if facts.gpus and facts.cuda_trouble:
+            yield Finding("mend", facts.host, f"its GPU cannot be used: {facts.cuda_trouble}", "look at nvidia-smi")
         return
     seen = f"{wanted} {source}, of which torch sees {len(facts.gpus)}"
     if facts.versions["CUDA of torch"] == "None":
@@ -97,7 +99,8 @@ def _graphics(facts: Facts) -> Iterator[Finding]:
         )
     else:
         cure = "look at nvidia-smi; a container needs docker run --gpus all, torch a driver for its CUDA"
-        yield Finding("mend", facts.host, f"{seen}: driver or container hides {hidden}", cure)
+        why = facts.cuda_trouble or "driver or container hides the others"
+        yield Finding("mend", facts.host, f"{seen} (driver {facts.driver or 'unknown'}): {why}", cure)
 
 
 def _limits(facts: Facts) -> Iterator[Finding]:
@@ -110,6 +113,10 @@ def _limits(facts: Facts) -> Iterator[Finding]:
     if 0 <= facts.open_files < MIN_OPEN_FILES:
         cure = f"ulimit -n {MIN_OPEN_FILES * 64} before the launcher, or in limits.conf on every host"
         yield Finding("mend", facts.host, f"only {facts.open_files} files can be open", cure)
+    if facts.infiniband and facts.gpus and not facts.infiniband_usable:
+        cure = "apt-get install libibverbs1 ibverbs-providers; docker run --device /dev/infiniband --ulimit memlock=-1"
+        what = "InfiniBand that NCCL cannot use (no libibverbs.so.1, or no /dev/infiniband): it takes TCP instead"
+        yield Finding("warn", facts.host, what, cure)
     if facts.infiniband and facts.locked_memory >= 0:
         cure = "ulimit -l unlimited (limits.conf; slurmd and sshd must be restarted to pass it on)"
         what = f"InfiniBand, but only {facts.locked_memory // 1024} KiB of memory can be locked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -42,7 +43,11 @@ class Mpirun:
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank's view. Sizes are in bytes; `libraries` is what backend.libraries says, or {"error": …}."""
+    """One rank's view. Sizes are in bytes; `libraries` is what backend.libraries says, or {"error": …}.
+
+    nvidia_devices: GPUs that this process may open; driver: NVIDIA's; cuda_trouble: why torch sees none, or cannot use
+    this rank's.
+    """
 
     host: str
     system: str
@@ -53,6 +58,8 @@ class Facts:
     own_mpirun: Mpirun
     ssh: bool
     nvidia_devices: int
+    driver: str
+    cuda_trouble: str
     gpus: list[str]
     gpu: str | None
     cores: list[int]
@@ -62,6 +69,7 @@ class Facts:
     open_files: int
     locked_memory: int
     infiniband: bool
+    infiniband_usable: bool
     shared_memory: int
     temporary: str
     temporary_writable: bool
@@ -72,6 +80,8 @@ class Facts:
 def collect() -> Facts:
     """This rank's facts, in some seconds."""
     import torch  # seconds, which doctor --help does not take
+
+    from hvd_eurosat.cluster import device
 
     memory = psutil.virtual_memory()
     temporary = os.environ.get("TMPDIR", "/tmp")
@@ -84,7 +94,9 @@ def collect() -> Facts:
         mpirun=_mpirun(shutil.which("mpirun")),
         own_mpirun=_mpirun(shutil.which("mpirun", path=str(Path(sys.executable).parent))),
         ssh=shutil.which("ssh") is not None,
-        nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
+        nvidia_devices=device.granted(),
+        driver=device.driver(),
+        cuda_trouble=device.visible()[1],
         gpus=[torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         gpu=None,
         cores=sorted(os.sched_getaffinity(0)),
@@ -94,6 +106,7 @@ def collect() -> Facts:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         infiniband=Path("/sys/class/infiniband").is_dir(),
+        infiniband_usable=Path("/dev/infiniband").is_dir() and _loads("libibverbs.so.1"),
         shared_memory=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         temporary=temporary,
         temporary_writable=os.access(temporary, os.W_OK),
@@ -142,6 +155,14 @@ def _mpirun(path: str | None) -> Mpirun:
         return Mpirun(path, f"does not run ({error})")
     lines = (done.stdout or done.stderr).strip().splitlines() or ["says nothing"]
     return Mpirun(path, " ".join(line.strip() for line in lines[:2] if line))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _memory_limit() -> int | None:

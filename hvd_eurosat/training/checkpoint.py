@@ -27,7 +27,8 @@ from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
 FORMAT = 2
-MAY_DIFFER = ("train.epochs", "valid.", "run.", "data.cache_dir", "data.root")  # the images' digest decides
+# The images' digest decides, wherever they are.
+MAY_DIFFER = ("train.epochs", "train.device", "train.deterministic", "valid.", "run.", "data.cache_dir", "data.root")
 VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
@@ -102,7 +103,7 @@ class Checkpoint:
     def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:
         """Raise UserError, by name, if the run would not go on as the same run."""
         was, now = flatten(self.config), config.flat()
-        if other := min(was.keys() ^ now.keys(), default=None):
+        if other := min((key for key in was.keys() ^ now.keys() if not key.startswith(MAY_DIFFER)), default=None):
             raise UserError(f"cannot resume: the checkpoint is of another version of hvd_eurosat (see {other})")
         before = schedule_epochs(Optim(**self.config["optim"]), Train(**self.config["train"]))
         if before == schedule_epochs(config.optim, config.train):  # by whichever key

@@ -28,8 +28,20 @@ def _missing(device: torch.device) -> str | None:
         language, compilers = "c", [[os.environ["CC"]]] if os.environ.get("CC") else [["gcc"], ["clang"]]
     if not any(_works(compiler, language) for compiler in compilers):
         return f"working {shlex.join(compilers[0])}"
+    if device.type == "cuda" and not _triton_finds_the_driver():
+        return "libcuda.so.1 where Triton looks for it (ldconfig, or TRITON_LIBCUDA_PATH)"
     header = Path(sysconfig.get_path("include"), "Python.h")
     return None if header.exists() else str(header)
+
+
+def _triton_finds_the_driver() -> bool:
+    try:
+        from triton.backends.nvidia.driver import libcuda_dirs
+
+        libcuda_dirs()
+    except (ImportError, AssertionError, OSError, subprocess.CalledProcessError):
+        return False
+    return True
 
 
 def _works(compiler: list[str], language: str) -> bool:

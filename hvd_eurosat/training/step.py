@@ -106,8 +106,9 @@ class Step:
 
     def _compile(self) -> None:
         """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
-        limit = RECOMPILES * len(image_sizes(self._config.data.image_size, self._config.train.start_size))
-        compiled: Callable[..., Any] = partial(torch.compile, dynamic=False, recompile_limit=limit)
+        sizes = image_sizes(self._config.data.image_size, self._config.train.start_size)
+        torch._dynamo.config.recompile_limit = RECOMPILES * len(sizes)  # torch.compile takes it from 2.12 on alone
+        compiled: Callable[..., Any] = partial(torch.compile, dynamic=False)
         self._network = compiled(self._state.model, mode="reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
             self._input = compiled(network_input)
@@ -128,6 +129,19 @@ class Step:
     def gradient_norm(self) -> Tensor:
         """Of the last step's gradients, summed over all ranks, float32 []."""
         return torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+
+    def fits(self, batch_size: int) -> bool:
+        """Whether the memory is enough for a batch of so many images; nothing that it computes is of use afterwards."""
+        torch.cuda.empty_cache()
+        self.gradients.zero()
+        try:
+            side = self._config.data.image_size
+            images = torch.zeros(batch_size, 3, side, side, device=self._device)
+            with self._state.precision.autocast(self._device), self.gradients.no_sync():
+                self._state.model(images.contiguous(memory_format=torch.channels_last)).sum().backward()
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def check(self) -> None:
         """On every rank alike: raise Stopped if one was asked to stop, SharedError after too many skipped steps."""

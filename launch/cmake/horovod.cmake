@@ -1,4 +1,4 @@
-# Read right after each project() of Horovod 0.28.1 and its gloo, whose own files cannot be changed.
+# Read right after each project() of Horovod 0.28.1 and its gloo: what they lack to be built, and to run, today.
 
 # They ask for C++11, 14 or 17, where torch's headers need C++20.
 foreach(standard 11 14 17)
@@ -7,6 +7,13 @@ foreach(standard 11 14 17)
     set(CMAKE_CUDA${standard}_${kind}_COMPILE_OPTION "-std=c++20")
   endforeach()
 endforeach()
+
+# It opens libcuda.so, which is there only where something was to be compiled; drivers and containers have libcuda.so.1.
+if(EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/horovod/torch/cuda_util.cc")
+  file(READ "${CMAKE_CURRENT_SOURCE_DIR}/horovod/torch/cuda_util.cc" cuda_util)
+  string(REPLACE "\"libcuda.so\"" "\"libcuda.so.1\"" cuda_util "${cuda_util}")
+  file(WRITE "${CMAKE_CURRENT_SOURCE_DIR}/horovod/torch/cuda_util.cc" "${cuda_util}")
+endif()
 
 # No debug information: a quarter less compile time, a tenth of the size.
 set(CMAKE_CXX_FLAGS_RELWITHDEBINFO "-O3 -DNDEBUG")

@@ -313,7 +313,7 @@ def test_the_launcher_dies(inject: Inject, tmp_path: Path) -> None:
 WATCHED = """
 import os, time
 from hvd_eurosat.cluster.watchdog import Watchdog
-Watchdog(patient=False).start(600, "rank", launched=True)
+Watchdog().start(600, "rank", launched=True, patient=False)
 print(os.getpid(), flush=True)
 time.sleep(600)
 """

@@ -17,8 +17,8 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
 from hvd_eurosat.data.augment import augment, mix, network_input, normalise, shift, shrink, turn_and_flip
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, open_images, ordered_batches
-from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from tests.unit.conftest import Grow

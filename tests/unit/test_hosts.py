@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_eurosat.cluster import hosts
+from hvd_eurosat.cluster import hosts, node
 from hvd_eurosat.cluster.hostlist import WRITE, expand, parse
 from hvd_eurosat.errors import UserError
 
@@ -282,10 +282,11 @@ def test_one_host_takes_the_ranks_that_it_is_told(
     assert capsys.readouterr().err == "error: --np 4 is more than the 2 slots of localhost:2\n"
 
 
-def test_no_hosts_at_all() -> None:
+def test_no_hosts_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many ranks as this machine is for."""
+    monkeypatch.setattr(node, "ranks_here", lambda: 5)
     assert listed({}, 3) == [("localhost", 3)]
-    with pytest.raises(UserError, match="how many ranks, and where"):
-        listed({})
+    assert listed({}) == [("localhost", 5)]
 
 
 def test_files_of_other_systems(tmp_path: Path) -> None:

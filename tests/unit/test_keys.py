@@ -378,6 +378,8 @@ ELSEWHERE = {
     "model.weights": "tests/unit/test_model.py::test_weights_with_another_head",
     "model.variant": "tests/unit/test_keys.py::test_where_a_network_strides",
     "model.layers": "tests/unit/test_keys.py::test_a_layers_json_is_read",
+    "train.device": "tests/unit/test_devices.py::test_the_device_of_a_rank",
+    "train.deterministic": "tests/unit/test_devices.py::test_algorithms_that_repeat",
     "train.compile": "tests/unit/test_keys.py::test_the_network_is_compiled",
     "valid.sharded": "tests/unit/test_keys.py::test_validation_is_on_rank_0_or_on_all",
     "run.keep": "tests/unit/test_keys.py::test_checkpoints_that_are_kept",
