@@ -16,14 +16,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import markdown
 from matplotlib.figure import Figure
 from PIL import Image
 
 from docs.browser import PROGRAM, Browser, browser, load
 from hvd_eurosat import report
-from hvd_eurosat.config.verbs import ExportSettings
-from hvd_eurosat.export import export
 from hvd_eurosat.run.plots import BLUE, GREY
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +64,11 @@ def draw_speeds(path: Path) -> None:
 
 def draw_pages(made: Browser, folder: Path) -> None:
     """The page of RUN, RUN beside its neighbours, and the card of its best checkpoint."""
+    import markdown
+
+    from hvd_eurosat.config.verbs import ExportSettings
+    from hvd_eurosat.export import export
+
     report.main(["page", "--run.dir", str(RUN)])
     shoot(made, RUN / "index.html", "page.png", 1120, 1480)
     report.main(["runs", "--out", str(folder / "runs.html"), str(RUN.parent)])

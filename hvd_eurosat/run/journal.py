@@ -25,7 +25,7 @@ from hvd_eurosat.run.outfile import Outfile
 from hvd_eurosat.run.page import write_page
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.run.signs import Signs
-from hvd_eurosat.run.status import leave_failure, read_failure
+from hvd_eurosat.run.status import FAILURE, leave_failure, read_failure
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Values
 from hvd_eurosat.training.metrics import Evaluation, Sums
@@ -90,6 +90,7 @@ class Journal:
         self._carried = start.seconds if start else 0.0
         hosts = Counter(self._world.gather(socket.gethostname()))
         self._world.together(lambda: self._begin(start, first, header, hosts))
+        self._world.last_words(self._config.run.path / FAILURE)
         if start:
             between = f", step {start.step}" if start.samples else ""
             self.display.say(f"resuming after epoch {start.epoch}{between}")

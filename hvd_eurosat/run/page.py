@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvd_eurosat.errors import UserError
 from hvd_eurosat.run import svg
 from hvd_eurosat.run.status import STALE_SECONDS, span
 from hvd_eurosat.run.story import Counted, Story, defaults, meaning, read_story
@@ -41,8 +42,12 @@ def write_page(folder: Path) -> Path:
 
 
 def render(story: Story) -> str:
-    """The page."""
-    return environment().get_template("page.html").render(page=contents(story))
+    """The page. Raises UserError where the files do not hold what they should."""
+    try:
+        facts = contents(story)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        raise UserError(f"{story.folder}: its metrics.jsonl, status.json or a checkpoint's .json is damaged") from None
+    return environment().get_template("page.html").render(page=facts)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from hvd_eurosat.errors import UserError
 STATUS, FAILURE = "status.json", "failure.json"
 INTERVAL = 5.0  # seconds between two signs of life
 STALE_SECONDS = 60.0  # without one the process is gone, or its machine
+OUTLIVED = 30.0  # seconds that rank 0 lives on after a rank has failed: the job does
 EXIT = {"failed": 1, "stale": 3}  # of `report status`; a run in any other state is as it should be: 0
 Status = dict[str, Any]
 
@@ -39,7 +40,8 @@ def read_status(folder: Path, now: float | None = None) -> Status:
         raise UserError(f"{path} is damaged") from None
     if state != "running":
         return status
-    if failure := read_failure(folder):
+    failure = read_failure(folder)
+    if failure and updated < failure["time"] + OUTLIVED:  # else the others went on without that rank
         return status | {"state": "failed", "error": failure["error"], "updated": failure["time"]}
     silent = (time.time() if now is None else now) - updated
     return status | {"state": "stale"} if silent > STALE_SECONDS else status

@@ -291,12 +291,15 @@ def test_the_worst_of_several_states(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_last_words_of_another_rank(tmp_path: Path) -> None:
     """The first are kept: the others lost their peer."""
-    folder = grow_run(tmp_path / "first", "running", 1)
+    folder = grow_run(tmp_path / "first", "running", 1, {"updated": time.time()})
     status.leave_failure(folder, "the disk is full (rank 3 on node2)")
     status.leave_failure(folder, "lost the other ranks (rank 1 on node1)")
     assert status.read_status(folder)["error"] == "the disk is full (rank 3 on node2)"
     assert "the disk is full (rank 3 on node2)" in read(folder).text
     status.leave_failure(tmp_path / "nowhere", "no folder")
+    told = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(told | {"updated": time.time() + 100}))
+    assert status.read_status(folder)["state"] == "running", "an elastic job goes on without that rank"
 
 
 @pytest.mark.parametrize(
