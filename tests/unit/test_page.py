@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvd_eurosat import report
+from hvd_eurosat import report, train
+from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
-from hvd_eurosat.errors import UserError
+from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run import comparison, examples, page, signs, status, story, svg
 from hvd_eurosat.run.signs import Signs
 from tests.unit.runs import CLASSES, NOW, confusion, grow_run, judged
+from tests.unit.test_keys import BASE, configuration, grow_tree
 
 VOID = {"meta", "link", "img", "br", "input"}
 
@@ -379,3 +381,36 @@ def test_the_fixture_is_as_training_writes_it() -> None:
     np.add.at(counts, (labels, values.argmax(1)), 1)
     assert counts.tolist() == confusion()
     assert len(CLASSES) == 3
+
+
+def test_a_run_whose_page_cannot_be_written_ends_as_if_it_could(
+    alone: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for name in ("index.html", "status.json", "examples.json"):
+        (run / name).mkdir(parents=True)
+    keys = {"data.root": grow_tree(tmp_path / "data", 32), "run.dir": run, "model.trainable": "head"}
+    assert train.train(alone, configuration(BASE | keys)) == 0
+    assert (run / "summary.json").exists()
+    said = capsys.readouterr().err
+    assert said.count("index.html of ") == said.count("status.json of ") == said.count("without images") == 1
+    assert len(said.splitlines()) == 3
+
+
+def test_a_run_that_fails_says_why(alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next start forgets it."""
+    keys = {"data.root": grow_tree(tmp_path / "data", 32), "run.dir": tmp_path / "run", "model.trainable": "head"}
+    config = configuration(BASE | keys)
+
+    def full(*_: object) -> None:
+        raise RunError("cannot write x: No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError):
+        patch.setattr(train, "evaluate", full)
+        train.train(alone, config)
+    assert status.read_status(tmp_path / "run")["error"] == "cannot write x: No space left on device"
+    assert "cannot write x: No space left on device" in (tmp_path / "run" / "index.html").read_text()
+    assert train.train(alone, config) == 0
+    told = status.read_status(tmp_path / "run")
+    assert (told["state"], told.get("error")) == ("done", None)
+    assert "It failed" not in (tmp_path / "run" / "index.html").read_text()
