@@ -405,9 +405,10 @@ def test_a_run_that_fails_says_why(alone: World, tmp_path: Path, monkeypatch: py
     def full(*_: object) -> None:
         raise RunError("cannot write x: No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(RunError):
+    with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", full)
-        train.train(alone, config)
+        with pytest.raises(RunError):
+            train.train(alone, config)
     assert status.read_status(tmp_path / "run")["error"] == "cannot write x: No space left on device"
     assert "cannot write x: No space left on device" in (tmp_path / "run" / "index.html").read_text()
     assert train.train(alone, config) == 0
