@@ -266,7 +266,8 @@ def charts(story: Story) -> list[dict[str, Any]]:
         if best and key != "learning_rate":
             marks.append(Mark(best["epoch"], f"best validation, epoch {best['epoch']}", best[key]))
         curves = [curve(kind, key) for kind in kinds]
-        note = f"best validation: {form.format(best[key])}, epoch {best['epoch']}" if len(marks) > len(resumed) else ""
+        shows_best = best and len(marks) > len(resumed)
+        note = f"best validation: {svg.written(best[key], form)}, epoch {best['epoch']}" if shows_best else ""
         drawn.append({"title": title, "svg": svg.chart(title, x, curves, form, marks), "curves": curves, "note": note})
     return drawn
 
@@ -286,8 +287,8 @@ def _result(story: Story) -> dict[str, Any] | None:
     if not confusion:
         return None
     low, high = confusion.all.interval
-    of = "test" if confusion.split == "test" else f"validation after epoch {confusion.epoch}"
-    return {"of": of, "is_test": confusion.split == "test", "all": confusion.all, "between": _between(low, high)}
+    is_test = confusion.split == "test"
+    return {"is_test": is_test, "epoch": confusion.epoch, "all": confusion.all, "between": _between(low, high)}
 
 
 def per_class(story: Story) -> list[dict[str, Any]]:
@@ -369,7 +370,8 @@ def noted(story: Story) -> list[str]:
             slower = f"{100 * one['slower']:.0f} % slower than the others"
             lines.append(f"Epoch {event['epoch']}: rank {one['rank']} ({one['host']}) was {slower}.")
         if skipped := event.get("skipped_steps"):
-            lines.append(f"Epoch {event['epoch']}: {skipped} steps were skipped; loss or gradients were not finite.")
+            count = f"{skipped} steps were" if skipped > 1 else "a step was"
+            lines.append(f"Epoch {event['epoch']}: {count} skipped; loss or gradients were not finite.")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ def chart(title: str, x: Sequence[float], curves: Sequence[Curve], form: str, ma
     parts += [_mark(mark, across, up) for mark in marks if mark.y is not None]
     shown = [
         {"name": c.name, "kind": c.kind, "y": [v if v is None else up(v) for v in c.values],
-         "text": [v if v is None else form.format(v) for v in c.values]}
+         "text": [v if v is None else written(v, form) for v in c.values]}
         for c in curves
     ]  # fmt: skip
     data = {"epochs": list(x), "x": [across(value) for value in x], "curves": shown}
@@ -60,10 +61,8 @@ def chart(title: str, x: Sequence[float], curves: Sequence[Curve], form: str, ma
 
 
 def _svg(kind: str, title: str, content: Markup, data: Any) -> Markup:
-    from jinja2.utils import htmlsafe_json_dumps
-
     head = Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" tabindex="0" aria-label="{}" data-chart="{}">')
-    return head.format(kind, WIDTH, HEIGHT, title, htmlsafe_json_dumps(data)) + content + Markup("</svg>")
+    return head.format(kind, WIDTH, HEIGHT, title, json.dumps(data)) + content + Markup("</svg>")
 
 
 def _thinned(x: Sequence[float], curves: Sequence[Curve]) -> tuple[Sequence[float], list[Curve]]:
@@ -85,16 +84,14 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def _grid(ticks: Sequence[float], up: Any, form: str) -> Markup:
     line = Markup('<path class="grid" d="M{} {}H{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}</text>')
-    short = form if "%" in form else "{:g}"
-    return Markup("").join(
-        line.format(LEFT, up(tick), WIDTH - RIGHT, LEFT - 7, up(tick) + 4, _number(tick, short)) for tick in ticks
-    )
+    names = [f"{100 * tick:g} %" if "%" in form else f"{tick:g}" for tick in ticks]
+    places = [(LEFT, up(tick), WIDTH - RIGHT, LEFT - 7, up(tick) + 4) for tick in ticks]
+    return Markup("").join(line.format(*place, name) for place, name in zip(places, names, strict=True))
 
 
-def _number(value: float, form: str) -> str:
-    if "%" in form:
-        return f"{100 * value:g}%"
-    return f"{value:g}"
+def written(value: float, form: str) -> str:
+    """A value in its form, with a space before the sign of percent."""
+    return form.format(value).replace("%", " %")
 
 
 def _epochs(first: float, last: float, across: Any) -> Markup:
@@ -138,8 +135,8 @@ def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
     side, left, foot = 300, 44, 34
     room, width = side - left - 8, (side - left - 8) / len(bins)
     top = side - foot - room
-    line = Markup('<path class="grid" d="M{} {}h{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{}%</text>')
-    foot_text = Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}%</text>')
+    line = Markup('<path class="grid" d="M{} {}h{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{} %</text>')
+    foot_text = Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{} %</text>')
     parts = []
     for share in (0, 0.25, 0.5, 0.75, 1):
         up = top + room * (1 - share)
@@ -149,7 +146,8 @@ def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
     for n, one in enumerate(bins):
         if one["images"]:
             height = room * one["accuracy"]
-            text = f"{one['images']:,} images: {one['confidence']:.1%} sure, {one['accuracy']:.1%} right"
+            sure, right = written(one["confidence"], "{:.1%}"), written(one["accuracy"], "{:.1%}")
+            text = f"{one['images']:,} images: {sure} sure, {right} right"
             parts.append(bar.format(left + n * width + 1, top + room - height, width - 2, height, text))
     parts.append(Markup('<path class="diagonal" d="M{} {}L{} {}"/>').format(left, top + room, left + room, top))
     head = Markup('<svg class="reliability" viewBox="0 0 {} {}" role="img" aria-label="reliability diagram">')

@@ -75,7 +75,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "node1 (1 rank), node2 (1 rank)",
         "94:5:1 by prepare, at random by seed 0 (digest abc)",
         "Epoch 3: rank 1 (node2) was 50 % slower than the others.",
-        "Epoch 3: 1 steps were skipped; loss or gradients were not finite.",
+        "Epoch 3: a step was skipped; loss or gradients were not finite.",
         f"evaluate --checkpoint {tmp_path}/first/checkpoints/best.json --data.root data/Patches --split test",
         f"{3:064x}",
         "optim.lr",
