@@ -163,9 +163,10 @@ class Journal:
         if self.display.is_due():
             self.display.progress(number, state.sums, samples)
         if self._signs and self._signs.is_due():
-            self._signs.tell(**self._progress(number, step, state, samples))
+            self._signs.tell(**self._progress(number, state, samples))
 
-    def _progress(self, number: int, step: Step, state: TrainingState, samples: int) -> dict[str, Any]:
+    def _progress(self, number: int, state: TrainingState, samples: int) -> dict[str, Any]:
+        """What status.json says of an epoch in progress."""
         seconds = time.perf_counter() - self._epoch_began
         rate = samples / seconds
         epochs = self._config.train.epochs - state.epoch - 1

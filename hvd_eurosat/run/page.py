@@ -9,8 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.run import svg
+from hvd_eurosat.run.examples import in_turn
 from hvd_eurosat.run.status import STALE_SECONDS, span
 from hvd_eurosat.run.story import Counted, Story, defaults, meaning, read_story
 from hvd_eurosat.run.svg import Curve, Mark
@@ -328,10 +331,9 @@ def images(story: Story) -> dict[str, list[dict[str, Any]]]:
     every = [{**image, "cell": f"{image['true']}-{image['given']}"} for image in story.examples.get("images", [])]
     worst = [image for image in every if image["true"] != image["given"]][:SHOWN]
     others = [image for image in every if image not in worst]
-    unsure = sorted(others, key=lambda image: image["probability"])
-    seen: set[str] = set()
-    first = [image for image in unsure if image["cell"] not in seen and not seen.add(image["cell"])]  # type: ignore[func-returns-value]
-    unsure = [*first, *(image for image in unsure if image not in first)][:SHOWN]
+    doubt = np.argsort([image["probability"] for image in others], kind="stable")
+    pairs = np.array([len(story.classes) * image["true"] + image["given"] for image in others], dtype=np.int64)
+    unsure = [others[n] for n in in_turn(doubt, pairs)[:SHOWN]]
     return {"worst": worst, "unsure": unsure, "rest": [image for image in others if image not in unsure]}
 
 

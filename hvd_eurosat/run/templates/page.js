@@ -38,11 +38,22 @@ for (const chart of document.querySelectorAll("svg[data-chart]")) {
   const asItWas = legend.innerHTML;
   const rule = document.createElementNS(SVG, "path");
   rule.setAttribute("class", "rule");
-  chart.append(rule);
+  const spots = data.curves.map((curve) => {
+    const spot = document.createElementNS(SVG, "circle");
+    spot.setAttribute("class", `dot ${curve.kind}`);
+    return spot;
+  });
+  chart.append(rule, ...spots);
   let at = -1;
   const show = (n) => {
     at = n;
     rule.setAttribute("d", n < 0 ? "" : `M${data.x[n]} 12V210`);
+    data.curves.forEach((curve, one) => {
+      const seen = n >= 0 && curve.y[n] !== null;
+      for (const [key, value] of Object.entries({ cx: data.x[n], cy: curve.y[n], r: 4.5 })) {
+        spots[one].setAttribute(key, seen ? value : 0);
+      }
+    });
     if (n < 0) { legend.innerHTML = asItWas; return; }
     legend.textContent = "";
     const add = (name, text, kind) => {
