@@ -88,6 +88,7 @@ class Journal:
         """
         self.display.header(header)
         self._carried = start.seconds if start else 0.0
+        self._train_images = len(self._tree.files("train"))
         hosts = Counter(self._world.gather(socket.gethostname()))
         self._world.together(lambda: self._begin(start, first, header, hosts))
         self._world.last_words(self._config.run.path / FAILURE)
@@ -96,7 +97,7 @@ class Journal:
             self.display.say(f"resuming after epoch {start.epoch}{between}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are frozen as random numbers: give --model.weights, or train all")
-        valid, shard = len(self._tree.files("valid")), len(self._tree.files("train")) // self._world.size
+        valid, shard = len(self._tree.files("valid")), self._train_images // self._world.size
         if valid > VALIDATION_SHARE * shard and not self._config.valid.sharded and self._world.size > 1:
             waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
             self.display.warn(f"{waste}: --valid.sharded true lets all do it")
@@ -170,7 +171,7 @@ class Journal:
         seconds = time.perf_counter() - self._epoch_began
         rate = samples / seconds
         epochs = self._config.train.epochs - state.epoch - 1
-        left = seconds / number * (self._steps - number) + epochs * (len(self._tree.files("train")) / rate)
+        left = seconds / number * (self._steps - number) + epochs * self._train_images / rate
         validations = [event.get("seconds", 0.0) for event in self._files.events("valid")] if self._files else []
         left += (epochs + 1) * (validations[-1] if validations else 0.0)
         return {

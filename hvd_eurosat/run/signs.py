@@ -32,7 +32,8 @@ class Signs:
         self._draws, self._metrics_file = config.run.page, config.run.metrics_file
         self._status: Status = {}
         self._wanted, self._ending = threading.Event(), False
-        self._page_due = self._draws
+        self._page_due, self._shown = self._draws, -1
+        self._commit = ""
         self._failing: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True, name="signs of life")
         self._due = 0.0
@@ -89,13 +90,15 @@ class Signs:
             self._wanted.clear()
 
     def _write(self) -> None:
-        facts = {"updated": time.time(), "commit": self._commit, "checkpoint": self._checkpoint()}
+        checkpoint = self._checkpoint()
+        facts = {"updated": time.time(), "commit": self._commit, "checkpoint": checkpoint}
         status = plain(self._status | facts)
         self._try(STATUS, lambda: write_text(self._folder / STATUS, json.dumps(status) + "\n"))
         if path := self._metrics_file:
             self._try(str(path), lambda: write_textfile(path, str(self._folder), status))
-        if self._page_due:
-            self._page_due = False
+        saved = checkpoint["epoch"] if checkpoint else -1
+        if self._page_due or (self._draws and saved != self._shown):  # of the epoch that was drawn before it was saved
+            self._page_due, self._shown = False, saved
             self._try(PAGE, lambda: write_page(self._folder))
 
     def _try(self, name: str, write: Callable[[], object]) -> None:
@@ -111,7 +114,8 @@ class Signs:
         """The newest, as last.json names it, and when it was written."""
         path = self._folder / "checkpoints" / "last.json"
         try:
-            return {**json.loads(path.read_bytes()), "time": path.stat().st_mtime}
+            found = {**json.loads(path.read_bytes()), "time": path.stat().st_mtime}
+            return found if found.keys() >= {"epoch", "step"} else None
         except (OSError, ValueError, TypeError):
             return None
 
