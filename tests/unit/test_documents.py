@@ -25,7 +25,7 @@ PROSE = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 README_LINES, PARAGRAPH_LINES, SENTENCE_WORDS, LINE_LENGTH = 120, 6, 35, 120
 SCHEMAS: tuple[type[Settings], ...] = (Config, EvaluateSettings, PredictSettings, ExportSettings, ProjectSettings)
 SECTIONS = "data|model|optim|train|valid|run"
-FILES = {"h5", "json", "md", "onnx", "pt", "py", "safetensors", "sbatch", "sh", "toml"}
+FILES = {"h5", "json", "md", "onnx", "pt", "pt2", "py", "safetensors", "sbatch", "sh", "toml"}
 
 each = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 of_prose = pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))
