@@ -23,7 +23,6 @@ from hvd_eurosat.weights.keras_json import write_layers
 from hvd_eurosat.weights.keras_weights import write_weights
 
 Facts = Mapping[str, Any]
-BATCH = {0: torch.export.Dim("batch")}
 TILES_OVERLAP = 50  # percent of a tile: the plug-in keeps the middle of each, so a class stands on its own surroundings
 
 
@@ -87,7 +86,7 @@ def exported_program(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> No
 
     Facts as JSON in its extra file facts.json.
     """
-    program = torch.export.export(_graph(model, facts), (_sample(facts),), dynamic_shapes=(BATCH,))
+    program = torch.export.export(_graph(model, facts), (_sample(facts),), dynamic_shapes=_any_batch())
     content = io.BytesIO()  # torch closes what it writes to
     torch.export.save(program, content, extra_files={"facts.json": json.dumps(dict(facts))})
     file.write(content.getvalue())
@@ -136,6 +135,10 @@ def _sample(facts: Facts) -> Tensor:
     return torch.zeros(2, 3, size, size, dtype=dtype)
 
 
+def _any_batch() -> Any:
+    return ({0: torch.export.Dim("batch")},)
+
+
 def _deepness(facts: Facts) -> Facts:
     """The metadata that Deepness reads. Its documentation names tiles_size, its code tile_size; centimetres a pixel."""
     notes = {
@@ -161,7 +164,7 @@ def _write_onnx(graph: nn.Module, facts: Facts, output: str, notes: Facts, file:
         (_sample(facts),),
         input_names=["images"],
         output_names=[output],
-        dynamic_shapes=(BATCH,),
+        dynamic_shapes=_any_batch(),
         verbose=False,
     )
     assert program  # it is None only where a file's name was given
