@@ -90,6 +90,7 @@ class Signs:
             self._wanted.clear()
 
     def _write(self) -> None:
+        page_due, self._page_due = self._page_due, False  # first: what is told from here on asks for another
         checkpoint = self._checkpoint()
         facts = {"updated": time.time(), "commit": self._commit, "checkpoint": checkpoint}
         status = plain(self._status | facts)
@@ -97,8 +98,8 @@ class Signs:
         if path := self._metrics_file:
             self._try(str(path), lambda: write_textfile(path, str(self._folder), status))
         saved = checkpoint["epoch"] if checkpoint else -1
-        if self._page_due or (self._draws and saved != self._shown):  # of the epoch that was drawn before it was saved
-            self._page_due, self._shown = False, saved
+        if page_due or (self._draws and saved != self._shown):  # of the epoch that was drawn before it was saved
+            self._shown = saved
             self._try(PAGE, lambda: write_page(self._folder))
 
     def _try(self, name: str, write: Callable[[], object]) -> None:

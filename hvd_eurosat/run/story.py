@@ -173,12 +173,12 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The flat configuration of a run, what config.toml leaves out filled in; only defaults where it is missing."""
-    given: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            given = flatten(tomllib.loads(path.read_text()))
-        except (OSError, ValueError):
-            raise UserError(f"{path} is damaged") from None
+    try:
+        given = flatten(tomllib.loads(path.read_text()))
+    except FileNotFoundError:
+        given = {}
+    except (OSError, ValueError):
+        raise UserError(f"{path} is damaged") from None
     return defaults() | given
 
 

@@ -68,7 +68,7 @@ def test_the_card_of_a_tested_network(checkpoint: Path, tmp_path: Path) -> None:
     card, item = exported(tmp_path, checkpoint, "torch")
     for words in (
         "# Model card: first",
-        "On 180 test images, which it had never seen, it is right in 93.33 % (95 % interval 88.7 to 96.2 %).",
+        "On 180 test images, which it had never seen, it is right in 93.33 % (95 % interval 88.7 to 96.1 %).",
         "| data | Patches: 900 train, 180 valid, 180 test images |",
         "| Pasture | 60 | 80.00 % | 68.2 to 88.2 % | 100.00 % |",
         "| River | 60 | 100.00 % | 94.0 to 100.0 % | 83.33 % |",

@@ -68,7 +68,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     html = read(grow_run(tmp_path / "first", optim__lr=0.25))
     for words in (
         "A resnet50 has learnt to tell 3 classes of images apart, from 900 images of Patches.",
-        "Of 180 test images, which it had never seen, it classifies 93.33 % rightly (95 % interval 88.7 to 96.2 %).",
+        "Of 180 test images, which it had never seen, it classifies 93.33 % rightly (95 % interval 88.7 to 96.1 %).",
         "It is weakest on Pasture, of which 48 of 60 images are recognised. "
         "Most frequent mistakes: Pasture taken for River (12 of 60).",
         "recipes/finetune.toml -> runs/first",
@@ -244,7 +244,7 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_mean_and_deviation() -> None:
-    assert comparison.spread([0.9, 0.92, 0.94]) == {"mean": 0.92, "deviation": pytest.approx(0.02), "count": 3}
+    assert comparison.spread([0.9, 0.92, 0.94]) == {"mean": pytest.approx(0.92), "deviation": pytest.approx(0.02), "count": 3}
     assert comparison.spread([0.9]) == {"mean": 0.9, "deviation": 0, "count": 1}
     assert comparison.spread([]) is None
 
@@ -389,7 +389,7 @@ def test_a_run_whose_page_cannot_be_written_ends_as_if_it_could(
     run = tmp_path / "run"
     for name in ("index.html", "status.json", "examples.json"):
         (run / name).mkdir(parents=True)
-    keys = {"data.root": grow_tree(tmp_path / "data", 32), "run.dir": run, "model.trainable": "head"}
+    keys = {"data.root": grow_tree(tmp_path / "data", 32), "run.dir": run, "model.trainable": "all"}
     assert train.train(alone, configuration(BASE | keys)) == 0
     assert (run / "summary.json").exists()
     said = capsys.readouterr().err
