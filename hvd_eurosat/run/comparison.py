@@ -67,9 +67,11 @@ def _keys(stories: Sequence[Story]) -> list[str]:
 
 
 def groups(stories: Sequence[Story]) -> list[dict[str, Any]]:
-    """Runs of one configuration, the seed apart: mean and standard deviation (of a sample) of their accuracies."""
+    """Finished runs of one configuration, the seed apart: mean and standard deviation (of a sample) of accuracies."""
     same: dict[tuple[tuple[str, str], ...], list[Story]] = {}
     for story in stories:
+        if story.state != "done":
+            continue
         what = {key: value for key, value in story.config.items() if key != SEED and not key.startswith(ABOUT_ITSELF)}
         key = (("data", Path(story.config["data.root"]).name), *((k, shown(v)) for k, v in sorted(what.items())))
         same.setdefault(key, []).append(story)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import time
 from datetime import datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.run import svg
@@ -66,7 +68,14 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"percent": percent, "span": span, "moment": moment, "number": "{:,}".format, "cell": cell}
+    made.filters |= {
+        "percent": percent,
+        "span": span,
+        "moment": moment,
+        "number": "{:,}".format,
+        "cell": cell,
+        "breakable": breakable,
+    }
     return made
 
 
@@ -106,6 +115,11 @@ def contents(story: Story) -> dict[str, Any]:
 def percent(share: float) -> str:
     """96.67 %."""
     return f"{100 * share:.2f} %"
+
+
+def breakable(text: str) -> Markup:
+    """A name that may be broken where its words meet: HerbaceousVegetation_12.jpg."""
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])|(?<=[_.-])", text))
 
 
 def cell(text: object) -> str:
@@ -246,7 +260,7 @@ def stand(story: Story) -> list[dict[str, str]]:
 
 
 def charts(story: Story) -> list[dict[str, Any]]:
-    """Loss, accuracy and learning rate over the epochs, with the best validation and where the run was resumed."""
+    """Loss, accuracy, rate and speed over the epochs, with the best validation and where the run was resumed."""
     events = {kind: {e["epoch"]: e for e in story.of(kind)} for kind in ("train", "valid")}
     x = sorted(events["train"].keys() | events["valid"].keys())
     if not x:
@@ -264,14 +278,16 @@ def charts(story: Story) -> list[dict[str, Any]]:
         ("loss", "Loss", "{:.4f}", ("train", "valid")),
         ("accuracy", "Accuracy", "{:.2%}", ("train", "valid")),
         ("learning_rate", "Learning rate", "{:.4g}", ("train",)),
+        ("images_per_second", "Images per second, all ranks", "{:,.0f}", ("train",)),
     ):
         marks, best = list(resumed), story.best
-        if best and key != "learning_rate":
+        if best and "valid" in kinds:
             marks.append(Mark(best["epoch"], f"best validation, epoch {best['epoch']}", best[key]))
         curves = [curve(kind, key) for kind in kinds]
         shows_best = best and len(marks) > len(resumed)
-        note = f"best validation: {svg.written(best[key], form)}, epoch {best['epoch']}" if shows_best else ""
-        drawn.append({"title": title, "svg": svg.chart(title, x, curves, form, marks), "curves": curves, "note": note})
+        note = f"best: {svg.written(best[key], form)}, epoch {best['epoch']}" if shows_best else ""
+        drawing = svg.chart(title, x, curves, form, marks, least=0.0 if key == "images_per_second" else None)
+        drawn.append({"title": title, "svg": drawing, "curves": curves, "note": note, "resumed": bool(resumed)})
     return drawn
 
 

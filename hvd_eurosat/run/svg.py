@@ -30,13 +30,21 @@ class Mark(NamedTuple):
     y: float | None = None
 
 
-def chart(title: str, x: Sequence[float], curves: Sequence[Curve], form: str, marks: Sequence[Mark] = ()) -> Markup:
+def chart(
+    title: str,
+    x: Sequence[float],
+    curves: Sequence[Curve],
+    form: str,
+    marks: Sequence[Mark] = (),
+    least: float | None = None,
+) -> Markup:
     """Curves over epochs, whose values show under the pointer (data-chart is the page's script's).
 
-    form: of the values, as for str.format; x: ascending, not empty.
+    form: of the values, as for str.format; x: ascending, not empty; least: of the values shown, theirs if None.
     """
     x, curves = _thinned(x, curves)
     flat = [value for curve in curves for value in curve.values if value is not None]
+    flat += [] if least is None else [least]
     ticks = nice_ticks(min(flat, default=0.0), max(flat, default=1.0))
     low, high = min([*flat, ticks[0]], default=0.0), max([*flat, ticks[-1]], default=1.0)
     first, last = min(x[0], 1), max(x[-1], x[0] + 1)

@@ -23,7 +23,7 @@ from hvd_eurosat.run.signs import Signs
 from tests.unit.runs import CLASSES, NOW, confusion, grow_run, judged
 from tests.unit.test_keys import BASE, configuration, grow_tree
 
-VOID = {"meta", "link", "img", "br", "input"}
+VOID = {"meta", "link", "img", "br", "input", "wbr"}
 
 
 class Reader(HTMLParser):
@@ -79,7 +79,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         f"evaluate --checkpoint {tmp_path}/first/checkpoints/best.json --data.root data/Patches --split test",
         f"{3:064x}",
         "optim.lr",
-        "not 0.005",
+        "default 0.005",
     ):
         assert words in html.text, words
     assert html.cells["Pasture, taken for River"] == "12"
@@ -125,7 +125,7 @@ def test_a_run_that_was_resumed(tmp_path: Path) -> None:
     starts = [{"time": NOW - 900 + n, "epoch": n, "step": 10 * n, "world_size": 2} for n in (0, 1, 2)]
     html = read(grow_run(tmp_path / "first", status={"starts": starts}))
     assert "resumed 2 times" in html.text
-    assert len(re.findall('class="mark"', (tmp_path / "first" / "index.html").read_text())) == 6  # in three charts
+    assert len(re.findall('class="mark"', (tmp_path / "first" / "index.html").read_text())) == 8  # in four charts
 
 
 def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
@@ -244,7 +244,11 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_mean_and_deviation() -> None:
-    assert comparison.spread([0.9, 0.92, 0.94]) == {"mean": pytest.approx(0.92), "deviation": pytest.approx(0.02), "count": 3}
+    assert comparison.spread([0.9, 0.92, 0.94]) == {
+        "mean": pytest.approx(0.92),
+        "deviation": pytest.approx(0.02),
+        "count": 3,
+    }
     assert comparison.spread([0.9]) == {"mean": 0.9, "deviation": 0, "count": 1}
     assert comparison.spread([]) is None
 
