@@ -127,6 +127,8 @@ def _plain(model: LandCoverResNet) -> nn.Module:
     for module in list(plain.modules()):  # the tricks of Convolution are for training
         if type(module) is Convolution:
             setattr(module, "__class__", nn.Conv2d)  # noqa: B010
+    for parameter in plain.parameters():  # channels last, and the head's transpose, are as well
+        parameter.data = parameter.data.contiguous()
     return plain
 
 
