@@ -219,7 +219,7 @@ class Journal:
             self.display.warn(f"{sums.skipped} steps of epoch {epoch} were skipped: loss or gradients were not finite")
         self._files.record("valid", epoch, step=step, seconds=validating, **validation.event())
         if self._signs:
-            skipped = sum(event["skipped_steps"] for event in self._files.events("train"))
+            skipped = sum(event.get("skipped_steps", 0) for event in self._files.events("train"))
             self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **self._results())
             self._signs.draw()
         if self._outfile:
