@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -31,14 +32,15 @@ class Browser:
 
     def __init__(self, program: str, folder: str) -> None:
         commands, answers = os.pipe(), os.pipe()
-        # It reads from descriptor 3 and writes to 4.
-        line = f'exec "$0" {FLAGS} --user-data-dir="$1" about:blank 3<&{commands[0]} 4>&{answers[1]}'
+        # It reads from descriptor 3 and writes to 4, which may be these pipes' own: they are moved out of the way.
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands[0], answers[1])]
+        line = f'exec "$0" {FLAGS} --user-data-dir="$1" about:blank 3<&{theirs[0]} 4>&{theirs[1]}'
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen(
-            ["sh", "-c", line, program, folder], pass_fds=[commands[0], answers[1]], stdout=quiet, stderr=quiet
+            ["bash", "-c", line, program, folder], pass_fds=theirs, stdout=quiet, stderr=quiet
         )
-        os.close(commands[0])
-        os.close(answers[1])
+        for end in (commands[0], answers[1], *theirs):
+            os.close(end)
         self._commands, self._answers = os.fdopen(commands[1], "wb"), os.fdopen(answers[0], "rb")
         self._numbers, self._rest = itertools.count(1), b""
         self.events: list[dict[str, Any]] = []
@@ -76,6 +78,8 @@ class Browser:
         with contextlib.suppress(RuntimeError, OSError):
             self.tell("Browser.close")
         self.process.wait(30)
+        self._commands.close()
+        self._answers.close()
 
 
 class Page:
