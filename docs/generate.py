@@ -131,7 +131,7 @@ def _plain(text: str) -> str:
 
 def _formats() -> Iterator[str]:
     yield from ("| `--format` | files |", "|---|---|")
-    for format_and_files in (ExportSettings.model_fields["format"].description or "").split("; "):
+    for format_and_files in _plain(ExportSettings.model_fields["format"].description or "").split("; "):
         name, files = format_and_files.split(": ")
         yield f"| `{name}` | {files} |"
 

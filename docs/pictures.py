@@ -3,18 +3,23 @@
     make pictures
 
 The network and the speed need nothing. What needs more is left as it is where that is missing: the samples need
-data/EuroSAT_RGB and data/sample (`prepare` makes them), the curves and the confusion matrix runs/scratch, an hour's run
-of recipes/scratch.toml. All have a ground of their own, so that they can be read on light pages and on dark ones.
+data/EuroSAT_RGB and data/sample (`prepare` makes them), the curves, the confusion matrix, the pages and the card
+runs/scratch, an hour's run of recipes/scratch.toml, and the last two Chromium. All have a ground of their own, so that
+they can be read on light pages and on dark ones.
 """
 
 from __future__ import annotations
 
+import io
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
+from docs.browser import PROGRAM, Browser, browser, load
 from hvd_eurosat import report
 from hvd_eurosat.run.plots import BLUE, GREY
 
@@ -22,6 +27,12 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 SAMPLES = {"data/EuroSAT_RGB": "samples.png", "data/sample": "sample_synthetic.png"}
 RUN = ROOT / "runs" / "scratch"
+CARD_STYLE = """
+body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2630; background: #fff; margin: 34px 44px; }
+h1 { font-size: 26px; } h2 { font-size: 19px; margin-top: 26px; } table { border-collapse: collapse; }
+th, td { border: 1px solid #dfe4e7; padding: 4px 11px; text-align: left; overflow-wrap: anywhere; }
+thead th:empty { display: none; } code, pre { font-size: 13px; background: #eef2f4; }
+"""
 
 
 def speeds(page: str) -> Iterator[tuple[str, float, float]]:
@@ -51,6 +62,32 @@ def draw_speeds(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_pages(made: Browser, folder: Path) -> None:
+    """The page of RUN, RUN beside its neighbours, and the card of its best checkpoint."""
+    import markdown
+
+    from hvd_eurosat.config.verbs import ExportSettings
+    from hvd_eurosat.export import export
+
+    report.main(["page", "--run.dir", str(RUN)])
+    shoot(made, RUN / "index.html", "page.png", 1120, 1480)
+    report.main(["runs", "--out", str(folder / "runs.html"), str(RUN.parent)])
+    shoot(made, folder / "runs.html", "runs.png", 1120, 760)
+    best = RUN / "checkpoints" / "best.json"
+    export(ExportSettings(checkpoint=best, format="safetensors", out=folder))
+    card = markdown.markdown((folder / "model_card.md").read_text(), extensions=["tables", "fenced_code"])
+    (folder / "card.html").write_text(f'<meta charset="utf-8"><style>{CARD_STYLE}</style>{card}')
+    shoot(made, folder / "card.html", "card.png", 900, 1150)
+
+
+def shoot(made: Browser, file: Path, name: str, width: int, height: int) -> None:
+    """What is seen of a page, with a palette of 256 colours, as the other pictures."""
+    target = IMAGES / name
+    load(made, file, width, height).picture(target)
+    picture = Image.open(io.BytesIO(target.read_bytes())).convert("RGB").quantize(256, kmeans=3)
+    picture.save(target, "PNG", optimize=True)
+
+
 def main() -> None:
     """All that can be drawn here."""
     draw_speeds(IMAGES / "performance.png")
@@ -62,6 +99,9 @@ def main() -> None:
         report.main(["run", "--run.dir", str(RUN)])
         for picture in (RUN / "plots").glob("*.png"):
             shutil.copy(picture, IMAGES)
+    if (RUN / "summary.json").exists() and PROGRAM:
+        with browser() as made, tempfile.TemporaryDirectory() as folder:
+            draw_pages(made, Path(folder))
 
 
 if __name__ == "__main__":

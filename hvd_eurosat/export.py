@@ -1,4 +1,4 @@
-"""Write a trained network, or one prepared for training, in the format of another tool.
+"""Write a trained network, or one prepared for training, in the format of another tool, with a card that describes it.
 
 python -m hvd_eurosat.export --checkpoint runs/finetune/checkpoints/best.json --format keras --out exported
 python -m hvd_eurosat.export --model.weights imagenet --format keras --out prepared
@@ -12,7 +12,6 @@ from hvd_eurosat.config import verbs
 if __name__ == "__main__":
     answer(verbs.export)  # before the imports below, which take seconds
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,11 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
+from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
+from hvd_eurosat.run.card import Export, write_card
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder, replacing
 from hvd_eurosat.weights import exporters
 from hvd_eurosat.weights.loading import load_weights
@@ -34,8 +35,11 @@ WRITERS = {
     "keras": {"model.h5": exporters.keras_weights, "layers.json": exporters.keras_layers},
     "safetensors": {"model.safetensors": exporters.safetensors_file},
     "onnx": {"model.onnx": exporters.onnx_file},
+    "deepness": {"model.onnx": exporters.deepness_file},
     "torch": {"model.pt": exporters.torch_file},
+    "pt2": {"model.pt2": exporters.exported_program},
 }
+NORMALISING = ("keras", "onnx", "pt2")
 
 
 def main(world: World, settings: ExportSettings) -> None:
@@ -48,42 +52,56 @@ def export(settings: ExportSettings) -> list[str]:
     """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
     if settings.checkpoint and (settings.model, images(settings.data)) != (Model(), images(Data())):
         raise UserError("--checkpoint says all about its network and images: leave out model.* and data.*")
-    lacking = ""
-    if settings.checkpoint:
-        model, facts = trained(settings.checkpoint)
+    if settings.with_normalisation and settings.format not in NORMALISING:
+        why = "it does so by itself" if settings.format == "deepness" else "the others hold weights alone"
+        raise UserError(f"--with-normalisation is for {', '.join(NORMALISING)}, not for {settings.format}: {why}")
+    saved, lacking = checkpoint.load(settings.checkpoint) if settings.checkpoint else None, ""
+    if saved:
+        model, facts = trained(saved, settings)
     else:
         model, facts, lacking = prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
     make_folder(settings.out, "--out")
-    for name, write in WRITERS[settings.format].items():
+    writers = WRITERS[settings.format]
+    for name, write in writers.items():
         with replacing(settings.out / name) as file:
             write(model, facts, file)
+    parameters, _ = count_parameters(model)
+    done = Export(settings.out, settings.format, facts, parameters, list(writers), saved, settings.checkpoint)
     notes = [f"model.weights {settings.model.weights}: {lacking}; the one written is random"] if lacking else []
-    return [*notes, *(f"wrote {settings.out / name}" for name in WRITERS[settings.format])]
+    return [*notes, *(f"wrote {path}" for path in [*(settings.out / name for name in writers), *write_card(done)])]
 
 
-def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
+def trained(saved: Checkpoint, settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]:
     """The network of a checkpoint, and what its user must know."""
-    saved = checkpoint.load(path)
     model = saved.build_model(torch.device("cpu"))
     facts = {"classes": saved.classes, "epoch": saved.epoch, "config": saved.config}
-    return model, describe(model, saved.config["model"]["arch"], saved.data) | facts
+    side = saved.image_side or saved.data.image_size
+    return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side) | facts
 
 
 def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], str]:
     """The network as training would begin with it, what its user must know, and why it has a head of its own."""
-    if not settings.data.image_size:
+    size = settings.data.image_size
+    if not size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
-    chosen = settle(settings.model, settings.classes, settings.data.image_size)
+    chosen = settle(settings.model, settings.classes, size)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
     lacking = load_weights(model, chosen)
-    return model, describe(model, chosen.arch, settings.data), lacking
+    return model, describe(model, chosen.arch, settings.data, settings, size), lacking
 
 
-def describe(model: LandCoverResNet, arch: str, data: Data) -> dict[str, Any]:
-    """What an export says of itself: arch, variant, bn_epsilon, and how images become its input."""
-    return {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon, **images(data)}
+def describe(model: LandCoverResNet, arch: str, data: Data, settings: ExportSettings, side: int) -> dict[str, Any]:
+    """What an export says of itself: arch, variant, bn_epsilon, and how images become its input.
+
+    side: of the images' files in pixels; resolution: metres that a pixel of the network's input covers.
+    """
+    first = data.resize or side
+    resolution = settings.resolution * side / first * (data.center_crop or first) / data.image_size
+    network = {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon}
+    inputs = {"normalises": settings.with_normalisation, "resolution": resolution, "outputs": model.fc.out_features}
+    return {**network, **images(data), **inputs}
 
 
 def images(data: Data) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Draw pictures, as PNG files: examples of the data, the network, a schedule, or the course and result of a run."""
+"""Show data, network, schedule and runs: pictures as PNG files, pages as HTML, a run's state as a line."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,10 @@ from hvd_eurosat.data.images import BadImageError, decode, read_file, to_array
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
-from hvd_eurosat.run import plots
+from hvd_eurosat.run import plots, status
+from hvd_eurosat.run.comparison import find_runs, write_comparison
+from hvd_eurosat.run.page import write_page
+from hvd_eurosat.run.story import read_events, read_summary
 from hvd_eurosat.training.schedule import image_size, learning_rate
 
 EXAMPLES_PER_CLASS = 8
@@ -30,18 +32,26 @@ examples:
   what is in the data?               python -m hvd_eurosat.report samples --data.root data/sample --out samples.png
   what does the network look like?   python -m hvd_eurosat.report network --out network.png
   how will it be trained?            python -m hvd_eurosat.report schedule --config recipes/scratch.toml --out s.png
-  how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart-sample
+  how is the run going?              python -m hvd_eurosat.report status runs/quickstart-sample
+  what did it come to?               python -m hvd_eurosat.report page --run.dir runs/quickstart-sample
+  which run is best?                 python -m hvd_eurosat.report runs --out runs/index.html
 
-`report <what> --help` tells more. Training itself draws the plots of a run when it ends.
+`report <what> --help` tells more. Training itself draws the plots of a run when it ends, and keeps its page up to date.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data."""
+    """Run the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data; of `status` see there."""
     options, keys = _parse(argv)
     try:
+        if options.what == "status":
+            return show_status(options.runs)
         if options.what == "run":
             written = run(options.dir)
+        elif options.what == "page":
+            written = [write_page(options.dir)]
+        elif options.what == "runs":
+            written = [write_comparison(find_runs(options.runs or [options.out.parent]), options.out)]
         else:
             _check_out(options.out)
             if options.what == "samples":
@@ -90,7 +100,7 @@ def run(folder: Path) -> list[Path]:
     The matrix is that of the "test" event or of summary.json, before the end that of the newest "valid" event.
     Returns the files written. Raises UserError where metrics.jsonl is missing, damaged or still empty.
     """
-    events, summary = _events(folder / "metrics.jsonl"), _summary(folder / "summary.json")
+    events, summary = read_events(folder / "metrics.jsonl"), read_summary(folder / "summary.json")
     if not any(event["event"] in ("train", "valid") for event in events):
         raise UserError(f"{folder / 'metrics.jsonl'} has no finished epoch yet")
     plotted = folder / "plots"
@@ -111,6 +121,16 @@ def run(folder: Path) -> list[Path]:
         written.append(plotted / "confusion_matrix.png")
         plots.confusion_matrix(counts, classes, written[1], title)
     return written
+
+
+def show_status(folders: Sequence[Path]) -> int:
+    """Print a line for each run; returns 0, or 1 if one failed, else 3 if one gives no sign of life any more.
+
+    Raises UserError where there is no run.
+    """
+    found = [(folder, status.read_status(folder)) for folder in folders]
+    print("\n".join(status.line(folder, one) for folder, one in found))
+    return status.exit_status([one["state"] for _, one in found])
 
 
 def positive(text: str) -> int:
@@ -142,37 +162,6 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: {'is a folder' if out.is_dir() else f'there is no folder {out.parent}'}")
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --run.dir wants the folder of a run") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is damaged: it is not text") from None
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # the run is writing it just now
-    events = []
-    for number, line in enumerate(lines, 1):
-        try:
-            event = json.loads(line)
-            wanted = ("epoch", "loss", "accuracy") if event["event"] in ("train", "valid") else ()
-            for key in wanted:
-                float(event[key])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path} is damaged in line {number}") from None
-        events.append(event)
-    return events
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path} is damaged") from None
-
-
 def _confusion(
     events: Sequence[dict[str, Any]], summary: dict[str, Any], folder: Path
 ) -> tuple[str, NDArray[np.int64] | None]:
@@ -201,7 +190,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=raw,
         allow_abbrev=False,
     )
-    verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run", required=True)
+    verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run|page|runs|status", required=True)
 
     def verb(name: str, does: str, more: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}", allow_abbrev=False)
@@ -233,7 +222,22 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "draw a run's learning curves and confusion matrix",
         "From its metrics.jsonl and summary.json into its plots/; also while it runs.",
     )
-    of_run.add_argument("--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run")
+    page = verb(
+        "page", "write a run's page, index.html", "From the files of the run, as training does after every epoch."
+    )
+    for of_one in (of_run, page):
+        of_one.add_argument("--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run")
+    runs = verb("runs", "compare runs on a page", "Sorted as you like; seeds of one configuration with their mean.")
+    runs.add_argument(
+        "runs", nargs="*", metavar="RUN", type=Path, help="folders of runs, or of such (default: --out's)"
+    )
+    runs.add_argument("--out", metavar="HTML", type=Path, required=True, help="the page, such as runs/index.html")
+    state = verb(
+        "status",
+        "say in a line whether a run is alive",
+        "Exits with 0 (running, done, stopped on request), 1 (failed), 3 (no sign of life for a minute), 2 (no run).",
+    )
+    state.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of runs")
     options, left = parser.parse_known_args(argv)
     if left and options.what != "schedule":
         parser.error(f"unrecognized arguments: {' '.join(left)}")

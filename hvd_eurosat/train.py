@@ -27,14 +27,14 @@ from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.inference import Values, log_probabilities
 from hvd_eurosat.training.memory import room_for
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision, choose_algorithms, choose_precision, precision_of
 from hvd_eurosat.training.schedule import jump, learning_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
-from hvd_eurosat.training.stragglers import stragglers
+from hvd_eurosat.training.stragglers import work_of_ranks
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.settle import settle
 
@@ -94,12 +94,16 @@ def train(world: World, config: Config) -> int:
         journal.saved()
         model.load_state_dict(journal.best_model(), strict=False)
         test = evaluate(world, config, model, state.precision, images["test"], stop)
-        predict_test(world, config, model, state.precision, images["test"], tree)
+        values = predict_test(world, config, model, state.precision, images["test"], tree)
+        journal.show_examples(values, images["test"])
         journal.finish(test, summary(world, model, images))
     except Stopped:
         world.tick("saving")
         journal.stopped(state.snapshot())
         return STOPPED
+    except BaseException as error:
+        journal.failed(error)
+        raise
     finally:
         journal.close()
     return 0
@@ -159,7 +163,7 @@ def train_epoch(
         if world.is_elastic and state.step % COMMIT_STEPS[world.device.type] == 0:
             journal.commit(state.snapshot())
         step.check()
-    journal.trained(state.samples, stragglers(world, step.stopwatch.take()))
+    journal.trained(state.samples, work_of_ranks(world, step.stopwatch.take()))
 
 
 def predict_finished(
@@ -174,17 +178,25 @@ def predict_finished(
 
 def predict_test(
     world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, tree: Tree
-) -> None:
-    """The log-probabilities of the test images, from the test's batches, in files of run.predictions. Collective."""
+) -> Values | None:
+    """The log-probabilities of the test images, from the test's batches, on rank 0; nothing if nobody wants them.
+
+    In files of run.predictions, too. Collective.
+    """
     folder = config.run.predictions
-    if not folder:
-        return
-    world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
+    if not (folder or config.run.page):
+        return None
+    if folder:
+        world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
     values = log_probabilities(world, model, batches, config.data, precision)
     names = tree.files("test")
     groups, files = [name.removeprefix("test/") for name in names], [tree.path(name) for name in names]
-    world.together(lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None)
+    if folder:
+        world.together(
+            lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None
+        )
+    return values
 
 
 def summary(world: World, model: LandCoverResNet, images: dict[str, Images]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import math
 import mmap
 import os
@@ -28,17 +29,22 @@ SIGNAL_GRACE = 1.0  # launchers pass the same signal on twice
 STACKS = signal.SIGQUIT
 
 
-BEAT = struct.Struct("dd?100s200s")
+PATH_ROOM = 400
+BEAT = struct.Struct(f"dd?100s200s{PATH_ROOM}s")
 
 
 class Beat(NamedTuple):
-    """What a rank notes: when (time.monotonic), the limit (s; 0: none), whether it waits, its name and phase."""
+    """What a rank notes: when (time.monotonic), the limit (s; 0: none), whether it waits, its name and phase.
+
+    words: the file for the reason of its end; "" for none.
+    """
 
     time: float
     limit: float
     waits: bool
     name: bytes
     phase: bytes
+    words: bytes
 
 
 class Watchdog:
@@ -48,7 +54,13 @@ class Watchdog:
         self._patient = False
         self._memory: mmap.mmap | None = None
         self._limit, self._name = 0.0, ""
-        self._phase, self._patience = "starting", 1.0
+        self._phase, self._patience, self._words = "starting", 1.0, b""
+
+    def last_words(self, path: str) -> None:
+        """Where to leave, as JSON, why this process was ended, unless another has left its own words there before."""
+        words = os.fsencode(os.path.abspath(path))
+        self._words = words if len(words) <= PATH_ROOM else b""
+        self.beat()
 
     def start(self, seconds: float, name: str, launched: bool, patient: bool) -> None:
         """Watch this process: end it after `seconds` without a beat, or when its launcher dies (if it has one).
@@ -87,7 +99,7 @@ class Watchdog:
 
     def _note(self, limit: float, waits: bool) -> None:
         if self._memory:
-            beat = Beat(time.monotonic(), limit, waits, self._name.encode(), self._phase.encode())
+            beat = Beat(time.monotonic(), limit, waits, self._name.encode(), self._phase.encode(), self._words)
             self._memory[: BEAT.size] = BEAT.pack(*beat)  # pack_into clears it first, which the companion may see
 
     @contextlib.contextmanager
@@ -119,6 +131,8 @@ def _watch(memory: mmap.mmap, rank: int, launcher: int) -> None:
         reason = "lost its launcher" if orphaned else _reason(beat, signals)
         if reason is not None:
             _end(rank, f"error: {_text(beat.name)} {reason}" if reason else "", stacks="threads" in reason)
+            if reason:  # only now, for a disk that hangs must not keep the rank alive
+                _leave_words(beat.words.rstrip(bytes(1)), f"{_text(beat.name)} {reason.partition(';')[0]}")
             return
 
 
@@ -138,6 +152,13 @@ def _reason(beat: Beat, signals: list[tuple[float, int]]) -> str | None:
 
 def _text(padded: bytes) -> str:
     return padded.rstrip(bytes(1)).decode(errors="replace")
+
+
+def _leave_words(path: bytes, reason: str) -> None:
+    with contextlib.suppress(OSError):  # there already, or no disk to write on
+        if path:
+            with open(path, "x") as file:
+                json.dump({"error": reason, "time": time.time()}, file)
 
 
 def _end(rank: int, message: str, stacks: bool) -> None:

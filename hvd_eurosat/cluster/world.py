@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -70,6 +71,10 @@ class World:
         name = f"rank {self.rank} of {self.size} ({socket.gethostname()})"
         patient = self.is_elastic and self.device.type == "cpu"  # NCCL may not tell a rank that the others are gone
         self._process.watchdog.start(seconds, name, is_parallel(), patient)
+
+    def last_words(self, path: Path) -> None:
+        """Where this rank's watchdog leaves why it ended it, as JSON; the words that are there first stay."""
+        self._process.watchdog.last_words(str(path))
 
     def tick(self, phase: str | None = None, patience: float = 1.0) -> None:
         """This rank made progress, and is now in `phase`, which may take `patience` times the watchdog's limit.

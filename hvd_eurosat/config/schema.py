@@ -37,6 +37,12 @@ def _image_size(side: int) -> int:
     return side
 
 
+def _metrics_file(path: Path) -> Path:
+    if path.suffix != ".prom":
+        raise ValueError("a name that ends in .prom is wanted, for node_exporter reads no other")
+    return path
+
+
 class Section(BaseModel):
     """Unknown keys are errors; the text below each field is its help."""
 
@@ -235,6 +241,11 @@ class Run(Section):
     outfile: UserPath | None = None
     """rmldnn's logs: x.txt gives x_train.txt, with a line for each step, and x_test.txt, with one for each
     validation"""
+    page: bool = True
+    """write index.html in run.dir, the page of the run, at its start, after every epoch and at its end"""
+    metrics_file: Annotated[UserPath, AfterValidator(_metrics_file)] | None = None
+    """FILE.prom for Prometheus: what status.json says, replaced every five seconds, for node_exporter's textfile
+    collector"""
     predictions: UserPath | None = None
     """folder for output_1.h5 and predictions.csv of the test images, written at the end; a finished run, started again,
     writes them anew"""

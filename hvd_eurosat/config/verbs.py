@@ -121,10 +121,15 @@ class ExportSettings(Settings):
 
     checkpoint: UserPath | None = None
     """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt; without one, the network that the keys of model describe"""
-    format: Literal["keras", "safetensors", "onnx", "torch"]
-    """keras: layers.json and model.h5; safetensors: model.safetensors; onnx: model.onnx; torch: model.pt"""
+    format: Literal["keras", "safetensors", "onnx", "deepness", "torch", "pt2"]
+    """keras: layers.json and model.h5; safetensors: model.safetensors; onnx: model.onnx; deepness: model.onnx for QGIS'
+    plug-in Deepness; torch: model.pt, a state dict; pt2: model.pt2, a program for torch.export.load"""
     out: UserPath
-    """folder for the files"""
+    """folder for the files, a model card (model_card.md) and a STAC item (stac_item.json) among them"""
+    with_normalisation: CliToggleFlag[bool] = Field(default=False, alias="with-normalisation")
+    """of keras, onnx and pt2: the network takes pixels as they are, uint8, and normalises them itself"""
+    resolution: PositiveFloat = 10.0
+    """metres that a pixel of the images covers, as QGIS and the STAC item are told; Sentinel-2's are 10"""
     classes: PositiveInt = 10
     """classes of the network, where there is no checkpoint"""
     data: Data = Data()

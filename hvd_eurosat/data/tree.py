@@ -141,6 +141,20 @@ def read_manifest(root: Path) -> Manifest:
         ) from None
 
 
+def split_of(tree: Tree) -> str:
+    """How the images came to their splits, in words, and the digest that names them."""
+    try:
+        manifest = read_manifest(tree.root) if (tree.root / MANIFEST).exists() else None
+    except UserError:
+        manifest = None
+    if manifest and manifest.ratios:
+        parts = ":".join(f"{part:g}" for part in manifest.ratios)
+        how = f"{parts} by prepare, at random by seed {manifest.seed}"
+    else:
+        how = "as the images came"
+    return f"{how} (digest {tree.digest[:12]})"
+
+
 def _prepared(root: Path) -> Tree:
     manifest = read_manifest(root)
     text = (root / CHECKSUMS).read_bytes()

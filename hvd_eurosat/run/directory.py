@@ -1,4 +1,7 @@
-"""The files of a run: config.toml, metrics.jsonl, summary.json, checkpoints/, tensorboard/, plots/."""
+"""The files of a run: config.toml, metrics.jsonl, summary.json, checkpoints/, tensorboard/, plots/.
+
+What shows a run to people and to other machines while it goes on, status.json and index.html, is in signs.
+"""
 
 from __future__ import annotations
 
@@ -249,14 +252,14 @@ class RunDirectory:
             lacking.append("run.outfile")
         return lacking
 
-    def finish(self, test: Evaluation, facts: Mapping[str, Any], tree: Tree) -> None:
-        """The plots, and last of all summary.json."""
+    def finish(self, test: Evaluation, took: float, facts: Mapping[str, Any], tree: Tree) -> None:
+        """The plots, and last of all summary.json. took: seconds of the test."""
         trained, validated = self.events("train"), self.events("valid")
         best = self.checkpoints.best()
         if best is None:
             raise RunError(f"no validated checkpoint in {self.checkpoints.folder}")
         seconds = sum(event["seconds"] for event in trained)
-        self.record("test", best.epoch, **test.event())
+        self.record("test", best.epoch, seconds=took, **test.event())
         plots.learning_curves(self._history, self.path / "plots" / "learning_curves.png")
         title = f"{self.path.name}{' (synthetic sample)' if tree.synthetic else ''}: {test.line('test')}"
         plots.confusion_matrix(

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import socket
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.cluster.world import World
+from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config
-from hvd_eurosat.data.tree import Tree
+from hvd_eurosat.data.batches import Images
+from hvd_eurosat.data.tree import SPLITS, Tree, split_of
+from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.display import Display
+from hvd_eurosat.run.examples import EXAMPLES, write_examples
 from hvd_eurosat.run.outfile import Outfile
+from hvd_eurosat.run.page import write_page
 from hvd_eurosat.run.saver import Saver
+from hvd_eurosat.run.signs import Signs
+from hvd_eurosat.run.status import FAILURE, leave_failure, read_failure
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.inference import Values
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
+from hvd_eurosat.training.stragglers import slow_ranks
 
 LOCK_SECONDS = 180.0  # a shared disk keeps the lock of a lost host's rank 0 for a while (NFS: 90 s)
+REGROUPING = ("HorovodInternalError", "HostsUpdatedInterrupt")  # Horovod's, when ranks are lost or join
 VALIDATION_SHARE = 2  # validating two images takes about as long as training on one, of bn+head
 
 
@@ -37,6 +49,7 @@ class Journal:
         self._committed = cast(Checkpoint | None, world.committed())
         self._files = world.together(self._open)
         self._saver: Saver | None = None
+        self._signs: Signs | None = None
         self._outfile: Outfile | None = None
 
     def _open(self) -> RunDirectory | None:
@@ -75,18 +88,23 @@ class Journal:
         """
         self.display.header(header)
         self._carried = start.seconds if start else 0.0
-        self._world.together(lambda: self._begin(start, first))
+        self._train_images = len(self._tree.files("train"))
+        hosts = Counter(self._world.gather(socket.gethostname()))
+        self._world.together(lambda: self._begin(start, first, header, hosts))
+        self._world.last_words(self._config.run.path / FAILURE)
         if start:
             between = f", step {start.step}" if start.samples else ""
             self.display.say(f"resuming after epoch {start.epoch}{between}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are random and do not train: give --model.weights, or train all")
-        valid, shard = len(self._tree.files("valid")), len(self._tree.files("train")) // self._world.size
+        valid, shard = len(self._tree.files("valid")), self._train_images // self._world.size
         if valid > VALIDATION_SHARE * shard and not self._config.valid.sharded and self._world.size > 1:
             waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
             self.display.warn(f"{waste}: with --valid.sharded true all ranks validate")
 
-    def _begin(self, start: Checkpoint | None, first: Checkpoint | None) -> None:
+    def _begin(
+        self, start: Checkpoint | None, first: Checkpoint | None, header: Mapping[str, str], hosts: Mapping[str, int]
+    ) -> None:
         if not self._files or not first:
             return
         self._files.check_space(first.size_on_disk(copies=self._config.run.keep + 2))
@@ -98,12 +116,45 @@ class Journal:
             self._outfile = Outfile(self._config.run.outfile, first.epoch, first.step - before)
         stop_at_once = self._config.run.on_save_error == "stop"
         self._saver = Saver(self._files.checkpoints, stop_at_once, self.display.warn)
+        self._signs = Signs(self._files.path, self._config, self.display.warn)
+        self._signs.begin(start is not None, **self._facts(first, header, hosts))
+
+    def _facts(self, first: Checkpoint, header: Mapping[str, str], hosts: Mapping[str, int]) -> dict[str, Any]:
+        """What the run's signs of life say of it from the beginning on."""
+        return {
+            "phase": "training",
+            "epoch": min(first.epoch + 1, self._config.train.epochs),
+            "epochs": self._config.train.epochs,
+            "step": first.step,
+            "samples": first.samples,
+            "world_size": self._world.size,
+            "hosts": dict(hosts),
+            "header": dict(header),
+            "preparing_seconds": process_seconds(),
+            "classes": list(self._tree.classes),
+            "synthetic": self._tree.synthetic,
+            "images": {split: len(self._tree.files(split)) for split in SPLITS},
+            "split": split_of(self._tree),
+            "skipped_steps": 0,
+        } | self._results()
+
+    def _results(self) -> dict[str, Any]:
+        """Of the epochs that are complete."""
+        events = self._files.events("valid") if self._files else []
+        if not events:
+            return {}
+        best = max(events, key=lambda event: float(event["accuracy"]))
+        accuracies = {"valid_accuracy": events[-1]["accuracy"], "best_valid_accuracy": best["accuracy"]}
+        return {**accuracies, "best_epoch": best["epoch"]}
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         """An epoch (from 1) of training, of which so many steps are left; the seconds of its earlier part count."""
         self._began, self._carried = time.perf_counter() - self._carried, 0.0
         self._ended: float | None = None
+        self._steps, self._epoch_began = steps, time.perf_counter()
         self.display.begin(epoch, self._config.train.epochs, steps)
+        if self._signs:
+            self._signs.tell(phase="training", epoch=epoch)
 
     def stepped(self, number: int, step: Step, state: TrainingState, samples: int) -> None:
         """After step `number` and `samples` samples since begin_epoch: progress, now and then, of rank 0's shard."""
@@ -112,12 +163,36 @@ class Journal:
             self._outfile.stepped(state.epoch + 1, step.loss.clone(), step.gradient_norm(), rate)
         if self.display.is_due():
             self.display.progress(number, state.sums, samples)
+        if self._signs and self._signs.is_due():
+            self._signs.tell(**self._progress(number, state, samples))
 
-    def trained(self, samples: int, stragglers: list[dict[str, Any]]) -> None:
-        """The end of an epoch of training, of so many samples."""
+    def _progress(self, number: int, state: TrainingState, samples: int) -> dict[str, Any]:
+        """What status.json says of an epoch in progress."""
+        seconds = time.perf_counter() - self._epoch_began
+        rate = samples / seconds
+        epochs = self._config.train.epochs - state.epoch - 1
+        left = seconds / number * (self._steps - number) + epochs * self._train_images / rate
+        validations = [event.get("seconds", 0.0) for event in self._files.events("valid")] if self._files else []
+        left += (epochs + 1) * (validations[-1] if validations else 0.0)
+        return {
+            "step": state.step,
+            "samples": state.samples,
+            "loss": state.sums.loss,
+            "accuracy": state.sums.accuracy,
+            "learning_rate": state.optimiser.param_groups[0]["lr"],
+            "images_per_second": rate,
+            "seconds_left": left,
+        }
+
+    def trained(self, samples: int, ranks: Sequence[tuple[str, float]]) -> None:
+        """The end of an epoch of training, of so many samples. ranks: host and seconds of work of each."""
         self.display.end()
         self._ended = time.perf_counter()
-        self._stragglers, self._samples = stragglers, samples
+        self._stragglers, self._samples = slow_ranks(ranks), samples
+        if self._signs:
+            steps = max(self._steps, 1)
+            work = [{"rank": n, "host": host, "step_seconds": s / steps} for n, (host, s) in enumerate(ranks)]
+            self._signs.tell(phase="validation", ranks=work)
 
     def _seconds(self) -> float:
         """Of training in this epoch so far, over all starts of the run."""
@@ -129,6 +204,7 @@ class Journal:
 
     def validated(self, epoch: int, step: int, learning_rate: float, sums: Sums, validation: Evaluation) -> None:
         """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation. Collective."""
+        validating = time.perf_counter() - (self._ended or self._began)
         self._wait_for_saver()
         if not self._files:
             return
@@ -141,7 +217,11 @@ class Journal:
             self.display.warn(f"rank {one['rank']} ({one['host']}) was {slower} in epoch {epoch}")
         if sums.skipped:
             self.display.warn(f"{sums.skipped} steps of epoch {epoch} were skipped: loss or gradients were not finite")
-        self._files.record("valid", epoch, step=step, **validation.event())
+        self._files.record("valid", epoch, step=step, seconds=validating, **validation.event())
+        if self._signs:
+            skipped = sum(event.get("skipped_steps", 0) for event in self._files.events("train"))
+            self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **self._results())
+            self._signs.draw()
         if self._outfile:
             self._outfile.validated(epoch, validation)
         trained = self._files.events("train")[-1]
@@ -182,6 +262,8 @@ class Journal:
         if state and state.samples:
             self.save(state)
         self.saved()
+        if self._signs and state:
+            self._signs.end(state="stopped", step=state.step, samples=state.samples, seconds_left=None)
         if self._files and state:
             self.display.say(
                 f"stopped on request at step {state.step}, saved in {self._files.path}; start again to resume"
@@ -192,21 +274,82 @@ class Journal:
         self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver else None)
 
     def best_model(self) -> dict[str, Tensor]:
-        """What of the best checkpoint's state dict is not frozen, on every rank. Collective."""
+        """What of the best checkpoint's state dict is not frozen, on every rank, for the test. Collective."""
+        self._testing = time.perf_counter()
+        if self._signs:
+            self._signs.tell(phase="test", seconds_left=None)
         return self._world.on_main(self._best_model)
 
     def _best_model(self) -> dict[str, Tensor]:
         return self._files.checkpoints.best_model(self.display.warn) if self._files else {}
 
+    def failed(self, error: BaseException) -> None:
+        """The run ends by an error of this rank, or of all: where status.json and the page say so, others can see why.
+
+        A rank that fails alone leaves a note, because rank 0 is ended before it knows.
+        """
+        lost = type(error).__name__ in REGROUPING
+        folder = self._config.run.path
+        if self._signs and lost and self._world.is_elastic:
+            self._signs.end(phase="waiting for ranks")
+        elif self._signs:
+            noted = read_failure(folder)
+            self._signs.end(state="failed", error=noted["error"] if noted else self._words(error), seconds_left=None)
+        elif not (self._world.is_main or lost or isinstance(error, SharedError)):
+            leave_failure(folder, self._words(error))
+            with contextlib.suppress(Exception):  # the job ends by another error than this
+                if self._config.run.page:
+                    write_page(folder)
+
+    def _words(self, error: BaseException) -> str:
+        """The error, and of which rank it is where not of all."""
+        text = str(error) if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {error}"
+        if type(error).__name__ in REGROUPING:
+            text = "lost the other ranks"
+        if self._world.size == 1 or isinstance(error, SharedError):
+            return text
+        return f"{text} (rank {self._world.rank} on {socket.gethostname()})"
+
     def close(self) -> None:
         """Let another job, or this one once its ranks have changed, use the directory."""
         self.display.end()
+        if self._signs:
+            self._signs.end()
         if self._saver:
             self._saver.close()
         if self._files:
             self._files.close()
 
+    def show_examples(self, values: Values | None, images: Images) -> None:
+        """Keep the test images worth a look for the page. values: log-probabilities [N, C], on rank 0.
+
+        Not to be able to is no reason to fail.
+        """
+        best = self._files.checkpoints.best() if self._files else None
+        if not self._files or values is None or best is None or not self._config.run.page:
+            return
+        names = [name.removeprefix("test/") for name in self._tree.files("test")]
+        pixels, labels = images.images.cpu().numpy(), images.labels.cpu().numpy()
+        try:
+            write_examples(self._files.path / EXAMPLES, names, values, labels, pixels, best.epoch)
+        except Exception as error:
+            self.display.warn(f"the page is without images: {error}")
+
     def finish(self, test: Evaluation, facts: Mapping[str, Any]) -> None:
         """The test result: in the plots, in summary.json and, last, on the terminal. Collective."""
-        self._world.together(lambda: self._files.finish(test, facts, self._tree) if self._files else None)
+        self._world.together(lambda: self._finish(test, facts))
         self.display.result("test", test, self._tree.classes)
+
+    def _finish(self, test: Evaluation, facts: Mapping[str, Any]) -> None:
+        if not self._files:
+            return
+        self._files.finish(test, time.perf_counter() - self._testing, facts, self._tree)
+        if self._signs:
+            self._signs.end(state="done", phase="done", seconds_left=None, test_accuracy=test.accuracy)
+
+
+def process_seconds() -> float:
+    """Since this process was started: what it took to get ready, once the first step begins."""
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -67,7 +68,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
+    """The process's umask, which can only be read by setting it: by one thread at a time, or another's stays."""
+    with _UMASK:
+        mask = os.umask(0o022)
+        os.umask(mask)
     return mask
+
+
+_UMASK = threading.Lock()

@@ -53,13 +53,16 @@ class Stopwatch:
         return float(begin.elapsed_time(end)) / 1000
 
 
-def stragglers(world: World, seconds: float) -> list[dict[str, Any]]:
-    """Ranks that worked much longer than the others for the same steps: rank, host, by which share. Collective."""
-    return slow_ranks(world.gather((socket.gethostname(), seconds)))
+def work_of_ranks(world: World, seconds: float) -> list[tuple[str, float]]:
+    """Host and seconds of work of each rank, in their order. Collective."""
+    return world.gather((socket.gethostname(), seconds))
 
 
 def slow_ranks(ranks: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Of (host, seconds of work) of each rank."""
+    """Ranks that worked much longer than the others for the same steps: rank, host, by which share.
+
+    ranks: host and seconds of work of each.
+    """
     slow = []
     for rank, (host, seconds) in enumerate(ranks):
         others = [s for other, (_, s) in enumerate(ranks) if other != rank]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from hvd_eurosat.model.resnet import Details
 from hvd_eurosat.weights.keras_graph import HEAD, INPUT, Layer, module_name, resnet50, weight_layers
 
 Object = dict[str, Any]
+Scaling = tuple[Sequence[float], Sequence[float]]
+NORMALISATION = "normalisation"
 COMMON: dict[str, Object] = {
     "Conv2D": {"dilation_rate": (1, 1), "groups": 1, "activation": "linear", "data_format": "channels_last"},
     "BatchNormalization": {"axis": 3},  # Keras 2 writes [3], but reads 3 too, and Keras 3 only that
@@ -36,24 +38,45 @@ class Architecture:
     image_size: int | None
 
 
-def write_layers(details: Details, classes: int, image_size: int, trainable: Collection[str]) -> Object:
-    """The functional model for model_from_json. trainable: names of Keras' layers."""
-    layers = []
+def write_layers(
+    details: Details, classes: int, image_size: int, trainable: Collection[str], scaling: Scaling | None = None
+) -> Object:
+    """The functional model for model_from_json. trainable: names of Keras' layers.
+
+    scaling: mean and std of pixels of 0..1, for a model that takes them as they are, uint8, and scales them itself.
+    """
+    layers: list[Object] = []
+    first = NORMALISATION if scaling else INPUT
     for layer in resnet50(details, classes):
         config: Object = {"name": layer.name, "trainable": layer.name in trainable, "dtype": "float32"}
         if layer.kind == "InputLayer":
             shape = [None, image_size, image_size, 3]
-            config = {"name": layer.name, "batch_input_shape": shape, "dtype": "float32", "sparse": False}
+            kind = "uint8" if scaling else "float32"
+            config = {"name": layer.name, "batch_input_shape": shape, "dtype": kind, "sparse": False}
         elif layer.kind == "Conv2D":
             config["use_bias"] = False
-        inbound = [[[name, 0, 0, {}] for name in layer.inputs]] if layer.inputs else []
+        inputs = [first if name == INPUT else name for name in layer.inputs]
         config |= layer.settings | COMMON.get(layer.kind, {})
-        layers.append({"class_name": layer.kind, "config": config, "name": layer.name, "inbound_nodes": inbound})
+        layers.append(_written(layer.name, layer.kind, config, inputs))
+        if layer.kind == "InputLayer" and scaling:
+            layers.append(_rescaling(*scaling))
     ends = {"input_layers": [[INPUT, 0, 0]], "output_layers": [[HEAD, 0, 0]]}
     config = {"name": "resnet50", "trainable": True, "layers": layers, **ends}
     # Keras 3 asks for the module, and 2.13 to 2.15 know it by the same name; others and rmldnn pass it over.
-    kind = {"class_name": "Functional", "module": "keras.src.models", "config": config}
-    return kind | {"keras_version": "2.15.0", "backend": "tensorflow"}
+    whole = {"class_name": "Functional", "module": "keras.src.models", "config": config}
+    return whole | {"keras_version": "2.15.0", "backend": "tensorflow"}
+
+
+def _written(name: str, kind: str, config: Object, inputs: Sequence[str]) -> Object:
+    inbound = [[[one, 0, 0, {}] for one in inputs]] if inputs else []
+    return {"class_name": kind, "config": config, "name": name, "inbound_nodes": inbound}
+
+
+def _rescaling(mean: Sequence[float], std: Sequence[float]) -> Object:
+    """Of pixels of 0..255: x * scale + offset."""
+    scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    config = {"name": NORMALISATION, "trainable": False, "dtype": "float32", "scale": scale, "offset": offset}
+    return _written(NORMALISATION, "Rescaling", config, [INPUT])
 
 
 def read_layers(path: Path) -> Architecture:
@@ -69,6 +92,8 @@ def read_layers(path: Path) -> Architecture:
 def parse_layers(content: Any) -> Architecture:
     """The architecture in the JSON of a Keras model. Raises ValueError for any but our ResNet-50."""
     layers, outputs = _layers(content)
+    if any(layer.kind == "Rescaling" for layer in layers.values()):
+        raise ValueError("it normalises images itself, as training does before it: export it without")
     details = _backbone(layers)
     classes = _find(layers, HEAD).settings.get("units")
     if type(classes) is not int or not 0 < classes < 2**20:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +16,7 @@ import psutil
 import pytest
 
 from hvd_eurosat.errors import STOPPED
+from hvd_eurosat.run.status import read_status
 from tests.faults.conftest import (
     EPOCHS,
     SAVE,
@@ -199,6 +202,8 @@ def test_a_rank_hangs(hung: Found, speed: str) -> None:
         named = [error for error in job.errors if "rank 1 of 2" in error]
         assert patience(named[0]) >= WATCHDOG, name
         assert f"in epoch 2, step {STEPS + 2}; its threads:" in named[0]
+        assert read_status(hung.folder / name)["state"] == "failed"
+        assert "rank 1 of 2" in read_status(hung.folder / name)["error"], "its watchdog left word for the page"
         assert "line" in job.output, name
         assert "inject.py" in job.output, name
 
@@ -212,6 +217,7 @@ def test_a_rank_of_an_elastic_job_hangs(hung: Found) -> None:
     assert "rank 1 of 3" in named
     assert patience(named) >= 2 * WATCHDOG
     assert summary(run_dir)["world_size"] == 2
+    assert read_status(run_dir)["state"] == "done"
     assert [event["epoch"] for event in events(run_dir, "train")] == list(range(1, EPOCHS + 1))
 
 
@@ -240,6 +246,12 @@ def test_one_rank_fails(inject: Inject, tmp_path: Path, phase: str, action: str)
     assert len(job.errors) == 1, job.output
     assert job.errors[0].startswith(f"error: the run failed (rank {rank} on ")
     assert ("planted" in job.output) == (action == "fail")
+    if phase != "packing":  # before which the run has no folder
+        status = read_status(tmp_path / "run")
+        assert status["state"] == "failed"
+        assert status["error"].endswith(f"(rank {rank} on {socket.gethostname()})")
+        assert ("planted" in status["error"]) == (action == "fail")
+        assert status["error"] in html.unescape((tmp_path / "run" / "index.html").read_text())
 
 
 def test_rank_0_fails_while_it_saves(inject: Inject, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hvd_eurosat.data.inputs import EUROSAT
 from hvd_eurosat.model.resnet import build
+from hvd_eurosat.run.status import read_status
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.statistics import Statistics
 from tests.parallel.conftest import (
@@ -75,6 +76,12 @@ def test_every_launcher(finished: Finished) -> None:
     assert checkpoint_file(run_dir, "best.json").exists()
     kinds = [json.loads(line)["event"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["start", "train", "valid", "checkpoint", "test", "end"]
+    status = read_status(run_dir)
+    assert (status["state"], status["epoch"], status["test_accuracy"]) == ("done", 1, facts["test_accuracy"])
+    assert len(status["ranks"]) == sum(status["hosts"].values()) == finished.ranks
+    page = (run_dir / "index.html").read_text()
+    assert f"{round(20 * facts['test_accuracy'])} of 20" in page
+    assert page.count("data:image/jpeg") > 10
 
 
 def test_frozen_weights_stay_bit_identical(finished: Finished, weights: Path) -> None:
@@ -94,12 +101,12 @@ def test_checkpoints_say_what_their_network_takes(finished: Finished) -> None:
 
 
 def test_a_rank_imports_what_it_uses(trained: Path) -> None:
-    """No rank what training does not need; matplotlib and tensorboard rank 0 alone."""
+    """No rank what training does not need; matplotlib, tensorboard and jinja2 rank 0 alone."""
     main, other = (set(json.loads((trained.parent / f"imported-{rank}.json").read_text())) for rank in (0, 1))
     assert {"torch", "horovod.torch", "mpi4py.MPI"} <= other
     assert not (main | other) & {"torch._dynamo", "torchvision", "h5py"}
-    assert {"matplotlib", "tensorboard"} <= main
-    assert not other & {"matplotlib", "tensorboard"}
+    assert {"matplotlib", "tensorboard", "jinja2"} <= main
+    assert not other & {"matplotlib", "tensorboard", "jinja2", "prometheus_client"}
 
 
 def test_over_mpi_training_goes_before_horovods_thread(warm: str) -> None:

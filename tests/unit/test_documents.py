@@ -32,7 +32,7 @@ SCHEMAS: tuple[type[Settings], ...] = (
     ProjectSettings,
 )
 SECTIONS = "data|model|optim|train|valid|run"
-FILES = {"h5", "json", "md", "onnx", "pt", "py", "safetensors", "sbatch", "sh", "toml"}
+FILES = {"h5", "json", "md", "onnx", "pt", "pt2", "py", "safetensors", "sbatch", "sh", "toml"}
 
 each = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 of_prose = pytest.mark.parametrize("path", PROSE, ids=lambda path: str(path.relative_to(ROOT)))

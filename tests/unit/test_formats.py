@@ -63,7 +63,7 @@ def test_what_goes_out_comes_back(saved: tuple[Path, LandCoverResNet], tmp_path:
     again = build("resnet18", 3, "all", seed=1)
     load_weights(again, Model(weights=str(tmp_path / name), arch="resnet18"))
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in saved[1].state_dict().items())
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "model_card.md", "stac_item.json"]
     if format_ == "torch":
         theirs = resnet18(num_classes=3)
         theirs.fc = torch.nn.Linear(512, 3, bias=False)

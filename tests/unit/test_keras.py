@@ -88,7 +88,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     saved_checkpoint(folder / "source.pt", model, list("abcdefghij"), model_settings)
     section = Model(weights=str(folder / "source.pt"), variant=request.param, bn_epsilon=2e-5)
     lines = export(ExportSettings(format="keras", out=folder, model=section))
-    assert lines == [f"wrote {folder / 'model.h5'}", f"wrote {folder / 'layers.json'}"]
+    names = ("model.h5", "layers.json", "model_card.md", "stac_item.json")
+    assert lines == [f"wrote {folder / name}" for name in names]
     return folder, model
 
 
@@ -126,6 +127,23 @@ def test_keras_counts_the_same(exported: tuple[Path, LandCoverResNet], in_keras:
     variant = exported[1].details.variant
     assert len(in_keras.layers) == {"v1": 177, "v1.5": 180}[variant]
     assert [layer.name for layer in in_keras.layers] == [layer.name for layer in resnet50(Details(variant), 10)]
+
+
+def test_keras_normalises_pixels_itself(exported: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
+    """--with-normalisation: the same weights, and a layer before them. A training would normalise twice."""
+    import keras
+
+    folder, model = exported
+    scaling = (Data().mean, Data().std)
+    content = json.dumps(write_layers(model.details, 10, 64, (), scaling))
+    network = keras.models.model_from_json(content)
+    network.load_weights(folder / "model.h5")
+    pixels = np.stack([to_array(decode(content), 64) for _, content in generate(per_class=1, seed=3)])
+    ours = in_torch(model, normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2), Data()))
+    assert np.abs(network.predict(pixels, verbose=0) - ours).max() < 1e-4
+    (tmp_path / "layers.json").write_text(content)
+    with pytest.raises(UserError, match="it normalises images itself, as training does before it: export it without"):
+        read_layers(tmp_path / "layers.json")
 
 
 def test_keras_trains_a_step(in_keras: Any) -> None:

@@ -257,6 +257,7 @@ SETTINGS: dict[str, Any] = {
     "run.on_save_error": "stop",
     "run.watchdog_seconds": 123.0,
     "run.verify_interval": 4,
+    "run.page": False,
 }
 FOLDERS = ("data.root", "data.cache_dir", "run.dir", "run.numbered_checkpoints", "run.predictions")
 
@@ -267,7 +268,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("job")
     grow_tree(folder / "root", 32)
     paths = {key: folder / key.split(".")[1] for key in FOLDERS} | {"run.dir": folder / "run"}
-    config = configuration(SETTINGS | paths | {"run.outfile": folder / "out.txt"})
+    files = {"run.outfile": folder / "out.txt", "run.metrics_file": folder / "run.prom"}
+    config = configuration(SETTINGS | paths | files)
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGUSR1, signal.SIGTERM)]
     job = Job(folder, build("resnet18", 2, "head", seed=0))
     with pytest.MonkeyPatch.context() as patch:
@@ -352,6 +354,8 @@ JOB: dict[str, Callable[[Job], bool]] = {
     ),
     "run.outfile": lambda job: len((job.folder / "out_train.txt").read_text().splitlines()) >= 9,
     "run.predictions": lambda job: (job.folder / "predictions" / "output_1.h5").exists(),
+    "run.page": lambda job: not (job.run / "index.html").exists(),
+    "run.metrics_file": lambda job: (job.folder / "run.prom").exists(),
 }
 
 

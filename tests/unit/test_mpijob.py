@@ -41,6 +41,12 @@ POD: dict[str, Any] = {
     "volumes": list,
     "securityContext": {"runAsUser": int, "fsGroup": int},
 }
+PROBE: dict[str, Any] = {
+    "exec*": {"command*": list},
+    "periodSeconds": int,
+    "timeoutSeconds": int,
+    "failureThreshold": int,
+}
 CONTAINER: dict[str, Any] = {
     "name*": str,
     "image*": str,
@@ -48,6 +54,8 @@ CONTAINER: dict[str, Any] = {
     "args": list,
     "resources": {"limits": dict, "requests": dict},
     "volumeMounts": list,
+    "startupProbe": PROBE,
+    "livenessProbe": PROBE,
 }
 
 
@@ -109,3 +117,11 @@ def test_the_schema_finds_mistakes(job: dict[str, Any], place: tuple[str, ...], 
         inner = inner[name]
     inner[place[-1]] = value
     assert any(found.startswith(problem) for found in problems(broken, MPIJOB))
+
+
+def test_the_probes_ask_for_the_run_that_is_started(job: dict[str, Any]) -> None:
+    (launcher,) = job["spec"]["mpiReplicaSpecs"]["Launcher"]["template"]["spec"]["containers"]
+    recipe = launcher["args"][launcher["args"].index("--config") + 1]
+    for kind in ("startupProbe", "livenessProbe"):
+        *_, module, verb, run = launcher[kind]["exec"]["command"]
+        assert (module, verb, run) == ("hvd_eurosat.report", "status", f"runs/{Path(recipe).stem}")
