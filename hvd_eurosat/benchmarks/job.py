@@ -229,7 +229,7 @@ def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
 def time_validation(loop: Loop, settings: JobSettings, images: Images) -> float:
     """Seconds of the validation that follows an epoch. Collective."""
     began = time.perf_counter()
-    with loop.state.statistics.averaged(loop.world):
+    with loop.state.averaged():
         evaluate(loop.world, settings, loop.state.model, loop.state.precision, images, lambda: False)
     return time.perf_counter() - began
 

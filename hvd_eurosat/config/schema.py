@@ -168,6 +168,9 @@ class Train(Section):
     """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.image_size, every size
     for as many epochs of the schedule, the last at full size, which makes training from scratch shorter; where there
     are fewer epochs than sizes the smallest are left out; 0: full size from the start"""
+    ema: Fraction = 0.0
+    """decay per step of a running average of the weights and of BatchNorm's statistics, 0.999 for example, which is
+    validated, saved and exported in their place; 0: the weights as they are"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()

@@ -34,11 +34,12 @@ class Checkpoint:
     """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
     model: state dict with the BatchNorm statistics averaged over the ranks; frozen: the weights that do not train, by
-    name; rank_buffers: float32 [world size, n],
-    each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
+    name; rank_buffers: float32 [world size, n], each rank's own statistics, flattened, and with train.ema n more, their
+    running averages; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
-    training images' files in pixels, None where unknown.
+    training images' files in pixels, None where unknown; live: with train.ema, the weights that train as training goes
+    on with them, where model has their average; share: of the steps in that average, as Average.share.
     """
 
     model: dict[str, Tensor]
@@ -56,6 +57,8 @@ class Checkpoint:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     image_side: int | None = None
+    live: dict[str, Tensor] = field(default_factory=dict)
+    share: float = 0.0
 
     @property
     def data(self) -> Data:
@@ -80,7 +83,8 @@ class Checkpoint:
         """The bytes that so many checkpoints like this one take, with two numbers a weight for the optimiser."""
         frozen = sum(tensor.nbytes for name, tensor in self.model.items() if name in self.frozen)
         changing = sum(tensor.nbytes for tensor in self.model.values()) - frozen
-        return frozen + copies * (3 * changing + self.rank_buffers.nbytes)
+        live = sum(tensor.nbytes for tensor in self.live.values())
+        return frozen + copies * (3 * changing + live + self.rank_buffers.nbytes)
 
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""

@@ -101,7 +101,7 @@ class Step:
         state.statistics.flat.copy_(torch.where(skip, before, state.statistics.flat))
         state.sums.add(log_probabilities.detach(), batch, skip)
         self._findings.add(torch.stack([skip.float(), gradients.notes[1]]))
-        state.advance(batch.total)
+        state.advance(batch.total, skip)
 
     def _compile(self) -> None:
         """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""

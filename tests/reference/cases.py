@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, Valid
+from hvd_eurosat.training.checkpoint import Checkpoint
 from tests.reference import product
 from tests.reference.trainer import DivergedError, Log, Split, Trainer, network
 
@@ -85,6 +86,7 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         epochs=epochs,
         batch_size=draw(st.integers(3, min(6, shard))),
         start_size=draw(st.sampled_from(sizes)),
+        ema=draw(either(0.0, 0.9, 0.99)),
         label_smoothing=draw(either(0.0, 0.1, 0.5)),
         class_weights=draw(either((), (1.0, 2.0, 0.5), (3.0, 3.0, 0.1))),
         precision="fp32",
@@ -194,7 +196,7 @@ def check(case: Case) -> None:
         assert theirs.diverged == diverged
         saved = theirs.saved
         compare_logs(theirs.log, reference.log, case.config.optim.compression)
-        compare_weights(saved.model, saved.rank_buffers, reference, start)
+        compare_weights(saved, reference, start)
         if stop is None or diverged:
             break
 
@@ -211,15 +213,20 @@ def compare_logs(theirs: Log, ours: Log, compression: str) -> None:
         assert counts[0] == counts[1]
 
 
-def compare_weights(theirs: dict[str, Tensor], buffers: Tensor, ours: Trainer, start: dict[str, Tensor]) -> None:
-    """Weights and averaged statistics, and each rank's own statistics, by what they have moved."""
+def compare_weights(saved: Checkpoint, ours: Trainer, start: dict[str, Tensor]) -> None:
+    """The network as saved, its weights as they go on, and each rank's own statistics, by what they have moved."""
     flat = torch.stack([torch.cat(one) for one in ours.statistics])
     first = torch.cat([t for name, t in start.items() if name.endswith(("running_mean", "running_var"))])
-    close("the ranks' statistics", buffers, flat, first)
-    ours.show_averaged()
-    for name, tensor in ours.model.state_dict().items():
+    if ours.config.train.ema:
+        averages = torch.stack([torch.cat(one) for one in ours.averages()[1]])
+        flat, first = torch.cat([flat, averages], 1), first.repeat(2)
+        for name, tensor in ours.model.named_parameters():
+            if tensor.requires_grad:
+                close(name, saved.live[name], tensor.detach(), start[name])
+    close("the ranks' statistics", saved.rank_buffers, flat, first)
+    for name, tensor in ours.as_saved().state_dict().items():
         if tensor.is_floating_point():
-            close(name, theirs[name], tensor, start[name])
+            close(name, saved.model[name], tensor, start[name])
 
 
 def close(name: str, theirs: Tensor, ours: Tensor, start: Tensor) -> None:

@@ -256,7 +256,7 @@ def _train(
         while state.epoch < config.train.epochs:
             asked = (lambda: state.step + 1 == stop) if world.is_main else (lambda: False)
             train.train_epoch(world, config, state, step, batches, Recorder(log), asked)
-            with state.statistics.averaged(world):
+            with state.averaged():
                 found = evaluate(world, config, model, state.precision, images["valid"], lambda: False)
             sums = state.sums.over_all(world)
             correct = int(sums.total[1])

@@ -107,6 +107,7 @@ TRAINING = [
     Row("train.epochs", 2, "epochs"),
     Row("train.batch_size", 6, "images"),
     Row("train.start_size", 32, "images", {**EPOCHS, "data.image_size": 48}),
+    Row("train.ema", 0.9, "weights"),
     Row("train.label_smoothing", 0.1, "losses"),
     Row("train.class_weights", (1.0, 2.0, 4.0), "losses"),
     Row("train.seed", 1, "images"),
