@@ -56,7 +56,7 @@ def main(world: World, settings: EvaluateSettings) -> None:
     if settings.out:
         world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
     model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
-    values = log_probabilities(world, model, work.batches, saved.data, precision)
+    values = log_probabilities(world, model, work.batches, saved.data, precision, saved.views(settings.views))
     if not world.is_main:
         return
     display = Display(speaks=True)
@@ -76,9 +76,9 @@ def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
     if layers := expected.pop("layers", None):
         architecture = read_layers(Path(layers))
         details, side = architecture.details, architecture.image_size
-        if side not in (None, data.image_size):
+        if side not in (None, data.input_side):
             taken = f"neural_network.layers {layers} takes images of {side}x{side} pixels"
-            raise UserError(f"{taken}; the checkpoint has {data.image_size}")
+            raise UserError(f"{taken}; the checkpoint has {data.input_side}")
         if details != Details.of(model):
             raise UserError(f"neural_network.layers {layers} is of {details}; the checkpoint has {Details.of(model)}")
     if expected.get("image_size") == 0:  # the images' own, which `from_folder` compares

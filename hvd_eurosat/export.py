@@ -70,7 +70,7 @@ def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]
     """The network as training would begin with it."""
     if not settings.data.image_size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
-    chosen = settle(settings.model, settings.classes, settings.data.image_size)
+    chosen = settle(settings.model, settings.classes, settings.data.input_side)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
     load_weights(model, chosen)
     return model, describe(model, chosen.arch, settings.data)
@@ -82,11 +82,12 @@ def describe(model: LandCoverResNet, arch: str, data: Data) -> dict[str, Any]:
 
 
 def images(data: Data) -> dict[str, Any]:
-    """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`;
+    """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`,
 
-    of their pixels of 0..1 mean and std.
+    then at `input_size`; of their pixels of 0..1 mean and std.
     """
     sides = {"resize": data.resize, "center_crop": data.center_crop, "image_size": data.image_size}
+    sides |= {"input_size": data.input_side}
     return {**sides, "mean": list(data.mean), "std": list(data.std)}
 
 

@@ -35,7 +35,7 @@ def main(world: World, settings: PredictSettings) -> None:
     paths, precision = list(files.values()), precision_of(settings.precision, saved.precision)
     batches = file_batches(paths, saved.data, saved.config["valid"]["batch_size"], world.device, world.rank, world.size)
     model = saved.build_model(world.device)
-    values = log_probabilities(world, model, batches, saved.data, precision)
+    values = log_probabilities(world, model, batches, saved.data, precision, saved.views(settings.views))
     if world.is_main:
         rate = len(files) / (time.perf_counter() - began)
         write_predictions(settings.out, list(files), paths, values, saved.classes)

@@ -102,7 +102,7 @@ def train(world: World, config: Config) -> int:
 def settled(config: Config, tree: Tree) -> Config:
     """With values in place of what it leaves to the data and to files of the network. Raises UserError."""
     data = resolve_size(tree, config.data)
-    model = settle(config.model, len(tree.classes), data.image_size)
+    model = settle(config.model, len(tree.classes), data.input_side)
     return config.model_copy(update={"data": data, "model": model})
 
 
@@ -170,7 +170,7 @@ def predict_test(
         return
     world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
-    values = log_probabilities(world, model, batches, config.data, precision)
+    values = log_probabilities(world, model, batches, config.data, precision, config.valid.views)
     names = tree.files("test")
     groups, files = [name.removeprefix("test/") for name in names], [tree.root / name for name in names]
     world.together(lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None)

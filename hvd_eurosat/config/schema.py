@@ -37,6 +37,15 @@ def _image_size(side: int) -> int:
     return side
 
 
+def _views(number: int) -> int:
+    if number not in (1, 8):
+        raise ValueError("1 or 8 is wanted")
+    return number
+
+
+Views = Annotated[int, AfterValidator(_views)]
+
+
 class Section(BaseModel):
     """Unknown keys are errors; the text below each field is its help."""
 
@@ -62,6 +71,9 @@ class Data(Place):
     image_size: Annotated[int, AfterValidator(_image_size)] = 64
     """side of the images in pixels; the packed arrays are resized to it when the files differ; 0, for train: the side
     that they have after resize and center_crop, which must be that of all"""
+    input_size: Annotated[int, AfterValidator(_image_size)] = 0
+    """side of the images as the network sees them, to which they are brought on its device; 128 or 224 suits
+    weights that come from larger photographs. 0: image_size"""
     center_crop: Side = 0
     """keep a square of this side from the centre of each image before that; 0: the whole image"""
     resize: Side = 0
@@ -84,6 +96,11 @@ class Data(Place):
     """also cut up to this share of half the side off each of the four borders, then resize"""
     random_zoom: Fraction = 0.0
     """also cut up to this share of half the side off all four borders alike, then resize"""
+
+    @property
+    def input_side(self) -> int:
+        """Of the images as the network sees them, in pixels."""
+        return self.input_size or self.image_size
 
 
 class Model(Section):
@@ -165,7 +182,7 @@ class Train(Section):
     batch_size: PositiveInt = 64
     """images per rank and step"""
     start_size: Side = 0
-    """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.image_size, every size
+    """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.input_size, every size
     for as many epochs of the schedule, the last at full size, which makes training from scratch shorter; where there
     are fewer epochs than sizes the smallest are left out; 0: full size from the start"""
     ema: Fraction = 0.0
@@ -192,6 +209,9 @@ class Valid(Section):
 
     batch_size: PositiveInt = 128
     """images per step"""
+    views: Views = 1
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns, whose mean probabilities count,
+    which takes eight times as long; predict and evaluate do as the run did"""
     sharded: bool = False
     """spread validation over all ranks instead of rank 0 alone: the same counts; at 64 ranks rank 0 alone takes longer
     to validate EuroSAT than all take to train an epoch"""
@@ -294,8 +314,9 @@ class Config(Settings):
             raise ValueError(f"optim.warmup_epochs must be below {key} ({epochs})")
         if optim.schedule == "multistep" and min(optim.milestones, default=0) <= optim.warmup_epochs:
             raise ValueError("optim.schedule multistep wants optim.milestones, all of them after optim.warmup_epochs")
-        if self.train.start_size and not 32 <= self.train.start_size <= self.data.image_size:
-            raise ValueError(f"train.start_size must be 0 or between 32 and data.image_size ({self.data.image_size})")
+        if self.train.start_size and not 32 <= self.train.start_size <= self.data.input_side:
+            key = "data.input_size" if self.data.input_size else "data.image_size"
+            raise ValueError(f"train.start_size must be 0 or between 32 and {key} ({self.data.input_side})")
         return self
 
     def to_toml(self) -> str:

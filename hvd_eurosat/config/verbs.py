@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic_settings import CliSuppress
 
 from hvd_eurosat.config.reading import read
-from hvd_eurosat.config.schema import Data, Model, Place, Settings, UserPath
+from hvd_eurosat.config.schema import Data, Model, Place, Settings, UserPath, Views
 
 
 class EvaluateSettings(Settings):
@@ -26,6 +26,9 @@ class EvaluateSettings(Settings):
     """folder for output_1.h5 (log-probabilities) and predictions.csv, if they are wanted"""
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
+    views: Views | None = None
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that saved
+    the checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
@@ -43,6 +46,9 @@ class PredictSettings(Settings):
     """images, and folders of images, searched with their subfolders"""
     out: UserPath
     """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
+    views: Views | None = None
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that saved
+    the checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""

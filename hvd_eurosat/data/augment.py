@@ -37,6 +37,13 @@ def turn_and_flip(images: Tensor, view: Tensor) -> Tensor:
     return torch.where(bit[2], images.transpose(2, 3), images)
 
 
+def view_of(images: Tensor, view: int) -> Tensor:
+    """The same view of all images [B, C, S, S]."""
+    images = images.flip(3) if view & 1 else images
+    images = images.flip(2) if view & 2 else images
+    return images.transpose(2, 3) if view & 4 else images
+
+
 def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
     """Each image [B, C, S, S] moved by its own dy, dx pixels (int64 [B]), mirrored at the border."""
     size = images.shape[-1]
@@ -48,11 +55,16 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
 
 
 def network_input(images: Tensor, indices: Tensor, seed: int, epoch: Tensor, size: int, data: Data) -> Tensor:
-    """Training images uint8 [B, 3, S, S] augmented, shrunk to `size` and normalised: float32 [B, 3, size, size].
+    """Training images uint8 [B, 3, S, S] augmented, brought to `size` and normalised: float32 [B, 3, size, size].
 
     indices int64 [B]; epoch int64 []: as a tensor, so that where this is compiled every epoch has the same code.
     """
-    return normalise(shrink(augment(images, indices, seed, epoch, data), size), data)
+    return normalise(resized(augment(images, indices, seed, epoch, data), size), data)
+
+
+def plain_input(images: Tensor, data: Data) -> Tensor:
+    """Images to be judged, uint8 [B, 3, S, S], as the network takes them: float32 [B, 3, I, I] of data.input_side I."""
+    return normalise(resized(images, data.input_side), data)
 
 
 def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
@@ -103,13 +115,13 @@ def _uniform(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
     return (mix(seed, indices, *keys) >> 7).float() / 2**24
 
 
-def shrink(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """Images uint8 [B, C, S, S] as [B, C, size, size]: bilinear, antialiased."""
     if size == images.shape[-1]:
         return images
-    pixels = images if images.is_cpu else images.float()  # torch shrinks uint8 on CPUs only
-    small = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return small if images.is_cpu else small.round().to(torch.uint8)
+    pixels = images if images.is_cpu else images.float()  # torch resizes uint8 on CPUs only
+    others = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return others if images.is_cpu else others.round().to(torch.uint8)
 
 
 def normalise(images: Tensor, data: Data) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
+from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, Valid, flatten, schedule_epochs
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
@@ -67,6 +67,10 @@ class Checkpoint:
         if not data.center_crop or data.resize or not self.image_side:
             return data
         return data.model_copy(update={"resize": self.image_side})
+
+    def views(self, asked: int | None) -> int:
+        """In how many of its views each image is shown: as asked, or else as in the run."""
+        return asked or Valid(**self.config["valid"]).views
 
     @property
     def metric(self) -> float | None:

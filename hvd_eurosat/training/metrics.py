@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config, Data
-from hvd_eurosat.data.augment import normalise
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch, Images, ordered_batches
 from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.training.inference import answer
 from hvd_eurosat.training.precision import Precision
 
 
@@ -126,7 +126,7 @@ def evaluate(
     batches = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
     was_training = model.training
     model.eval()
-    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, config.data, precision, world, stop))
+    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, config, precision, world, stop))
     model.train(was_training)
     loss, confusion, stopped = world.sum(loss), world.sum(confusion).cpu(), world.sum(stopped)
     if stopped:
@@ -138,7 +138,7 @@ def evaluate(
 def _evaluate(
     model: LandCoverResNet,
     batches: Iterable[Batch],
-    data: Data,
+    config: Config,
     precision: Precision,
     world: World,
     stop: Callable[[], bool],
@@ -151,7 +151,7 @@ def _evaluate(
         if stop():
             return loss, confusion, torch.ones(())
         with precision.autocast(world.device):
-            log_probabilities = model(normalise(batch.images, data))
+            log_probabilities = answer(model, batch.images, config.data, config.valid.views)
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
         count(confusion, log_probabilities, batch.labels, batch.weights)

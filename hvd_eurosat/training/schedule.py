@@ -61,7 +61,7 @@ def image_sizes(full: int, start: int) -> list[int]:
 
 def image_size(data: Data, train: Train, epochs: int, epoch: int) -> int:
     """The side of the training images in an epoch (from 0) of the schedule's `epochs`; full in the last."""
-    sizes = image_sizes(data.image_size, train.start_size)[-epochs:]
+    sizes = image_sizes(data.input_side, train.start_size)[-epochs:]
     left = max(0, epochs - 1 - epoch)
     return sizes[-1 - left * len(sizes) // epochs]
 

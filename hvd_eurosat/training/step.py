@@ -105,7 +105,7 @@ class Step:
 
     def _compile(self) -> None:
         """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
-        limit = RECOMPILES * len(image_sizes(self._config.data.image_size, self._config.train.start_size))
+        limit = RECOMPILES * len(image_sizes(self._config.data.input_side, self._config.train.start_size))
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False, recompile_limit=limit)
         self._network = compiled(self._state.model, mode="reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing

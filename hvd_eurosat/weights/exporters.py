@@ -28,7 +28,7 @@ def keras_layers(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
         for name in weight_layers()
         if is_trainable(module_name(name), model.get_submodule(module_name(name)), model.trainable)
     }
-    content = write_layers(model.details, model.fc.out_features, facts["image_size"], trains)
+    content = write_layers(model.details, model.fc.out_features, facts["input_size"], trains)
     file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -67,7 +67,7 @@ def onnx_file(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
     for module in list(plain.modules()):  # the tricks of Convolution are for torch
         if type(module) is Convolution:
             setattr(module, "__class__", nn.Conv2d)  # noqa: B010
-    size = facts["image_size"]
+    size = facts["input_size"]
     program = torch.onnx.export(
         plain,
         (torch.zeros(2, 3, size, size),),

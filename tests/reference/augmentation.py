@@ -35,6 +35,13 @@ def order_seed(seed: int) -> int:
     return mix(seed, 0)
 
 
+def view_of(image: Pixels, view: int) -> Pixels:
+    """One of its eight flips and quarter turns."""
+    image = image[:, ::-1] if view & 1 else image
+    image = image[::-1] if view & 2 else image
+    return image.swapaxes(0, 1) if view & 4 else image
+
+
 def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> Pixels:
     """uint8 [S, S, 3], as is the result."""
 
@@ -42,10 +49,7 @@ def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> P
         return (mix(seed, index, epoch, key) >> 7) / 2**24
 
     if data.augment:
-        view = (mix(seed, index) ^ epoch) % 8
-        image = image[:, ::-1] if view & 1 else image
-        image = image[::-1] if view & 2 else image
-        image = image.swapaxes(0, 1) if view & 4 else image
+        image = view_of(image, (mix(seed, index) ^ epoch) % 8)
     if data.max_shift:
         down, right = (mix(seed, index, epoch, axis) % (2 * data.max_shift + 1) - data.max_shift for axis in (1, 2))
         room = data.max_shift
@@ -95,14 +99,13 @@ def neighbours(at: Numbers, size: int) -> tuple[Any, Any, Numbers]:
 
 def network_input(image: Pixels, index: int, seed: int, epoch: int, size: int, data: Data) -> Tensor:
     """float64 [3, size, size]."""
-    pixels = augmented(image, index, seed, epoch, data)
-    if len(image) != size:
+    return normalised(augmented(image, index, seed, epoch, data), size, data)
+
+
+def normalised(pixels: Pixels, size: int, data: Data) -> Tensor:
+    """float64 [3, size, size] of uint8 [S, S, 3]."""
+    if len(pixels) != size:
         planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
-        small = F.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        pixels = small[0].numpy().transpose(1, 2, 0)
-    return normalised(pixels, data)
-
-
-def normalised(pixels: Pixels, data: Data) -> Tensor:
-    """float64 [3, S, S] of uint8 [S, S, 3]."""
+        other = F.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        pixels = other[0].numpy().transpose(1, 2, 0)
     return torch.from_numpy(((pixels / 255.0 - data.mean) / data.std).transpose(2, 0, 1).copy())

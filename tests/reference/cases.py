@@ -60,10 +60,11 @@ def either(plain: Any, *others: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
     """For ranks with `shard` images each."""
-    size = draw(either(32, 33, 49))
-    sizes = [0] * 3 + [side for side in (32, 33) if side <= size]
+    size, shown = draw(either(32, 33, 49)), draw(either(0, 32, 45))
+    sizes = [0] * 3 + [side for side in (32, 33) if side <= (shown or size)]
     data = Data(
         image_size=size,
+        input_size=shown,
         augment=draw(st.booleans()),
         max_shift=draw(either(0, 1, 4)),
         random_horizontal_flip=draw(either(0.0, 0.5, 1.0)),
@@ -92,7 +93,7 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         precision="fp32",
         seed=draw(st.integers(0, 2**31 - 1) | st.integers(0, 3)),
     )
-    valid = Valid(batch_size=draw(st.integers(1, 9)), sharded=draw(st.booleans()))
+    valid = Valid(batch_size=draw(st.integers(1, 9)), sharded=draw(st.booleans()), views=draw(either(1, 1, 8)))
     run = Run(verify_interval=0)
     return Config(data=data, model=model, optim=draw(optims(epochs)), train=train, valid=valid, run=run)
 

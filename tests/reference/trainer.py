@@ -239,8 +239,12 @@ class Trainer:
     def _validate(self) -> None:
         split, data = self.splits["valid"], self.config.data
         model = self.as_saved().eval()
-        shown = torch.stack([augmentation.normalised(image, data) for image in split.images])
-        values = torch.log_softmax(model(shown), 1)
+        size = data.input_size or data.image_size
+        each = []
+        for view in range(self.config.valid.views):
+            seen = [augmentation.view_of(image, view) for image in split.images]
+            each.append(torch.stack([augmentation.normalised(image, size, data) for image in seen]))
+        values = torch.stack([torch.softmax(model(images), 1) for images in each]).mean(0).log()
         confusion = np.zeros((values.shape[1],) * 2, int)
         for label, row in zip(split.labels, values, strict=True):
             confusion[label, int(row.argmax())] += 1

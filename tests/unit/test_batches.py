@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hvd_eurosat.config.schema import Data
-from hvd_eurosat.data.augment import augment, mix, network_input, normalise, shift, shrink, turn_and_flip
+from hvd_eurosat.data.augment import augment, mix, network_input, normalise, resized, shift, turn_and_flip, view_of
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, ordered_batches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.errors import UserError
@@ -89,6 +89,7 @@ def test_the_eight_views_are_the_flips_and_quarter_turns() -> None:
     turns = [torch.rot90(flipped, n, (2, 3)) for flipped in (image, image.flip(3)) for n in range(4)]
     assert len({tuple(view.flatten().tolist()) for view in views}) == 8
     assert all(any(torch.equal(view, turn[0]) for turn in turns) for view in views)
+    assert all(torch.equal(view_of(image, number), view[None]) for number, view in enumerate(views))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_normalisation_is_that_of_the_imagenet_weights() -> None:
 def test_shrunk_images_are_averages_of_what_was_there() -> None:
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     images[:, :, :, 32:] = 200
-    small = shrink(images, 32)
+    small = resized(images, 32)
     assert small.dtype == torch.uint8
     assert small[0, 0, 16].tolist()[:15] + small[0, 0, 16].tolist()[17:] == [0] * 15 + [200] * 15
-    assert shrink(images, 64) is images
+    assert resized(images, 64) is images

@@ -100,6 +100,10 @@ def test_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--data.augment", "perhaps"], "data.augment: Input should be a valid boolean"),
         (["--model.arch", "vgg"], "model.arch: Input should be 'resnet50' or 'resnet18'"),
         (["--train.start_size", "65"], "train.start_size must be 0 or between 32 and data.image_size (64)"),
+        (["--train.start_size", "97", "--data.input_size", "96"], "or between 32 and data.input_size (96)"),
+        (["--data.input_size", "31"], "data.input_size: 0 or 32 to 1024 is wanted, got '31'"),
+        (["--valid.views", "2"], "valid.views: 1 or 8 is wanted, got '2'"),
+        (["--train.ema", "1"], "train.ema: Input should be less than 1, got '1'"),
         (["--data.image_size", "31"], "data.image_size: 0 or 32 to 1024 is wanted, got '31'"),
         (["--optim.warmup_epochs", "99"], "optim.warmup_epochs must be below train.epochs (15)"),
         (

@@ -72,6 +72,7 @@ BASE: dict[str, Any] = {
 ADAM, EPOCHS = {"optim.name": "adam"}, {"train.epochs": 2}
 WARM = {"optim.warmup_epochs": 0.5, "optim.schedule": "cosine"}
 TRAINING = [
+    Row("data.input_size", 48, "images"),
     Row("data.mean", (0.1, 0.2, 0.3), "images"),
     Row("data.std", (0.1, 0.2, 0.3), "images"),
     Row("data.augment", True, "images"),
@@ -145,6 +146,22 @@ def test_it_changes_training(row: Row) -> None:
     plain = BASE | row.setting
     with_it, without = (trained(frozenset(flat.items()), ranks) for flat in (plain | {row.key: row.value}, plain))
     assert facet(with_it, row.facet) != facet(without, row.facet)
+
+
+@pytest.mark.parametrize("views", [1, 8])
+def test_validation_shows_each_image_in_so_many_views(monkeypatch: pytest.MonkeyPatch, views: int) -> None:
+    shown = set()
+    forward = product.Double.forward
+
+    def spy(self: product.Double, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            shown.update(tuple(image.flatten().tolist()) for image in images)
+        return forward(self, images)
+
+    monkeypatch.setattr(product.Double, "forward", spy)
+    config = configuration(BASE | {"valid.views": views})
+    product.run(config, cases.splits(12, 32), cases.CLASSES, cases.weights(True), None, 1, None, {})
+    assert len(shown) == 7 * views
 
 
 @pytest.mark.parametrize(("sharded", "ranks"), [(False, 1), (True, 2)])
@@ -379,6 +396,7 @@ ELSEWHERE = {
     "model.variant": "tests/unit/test_keys.py::test_where_a_network_strides",
     "model.layers": "tests/unit/test_keys.py::test_a_layers_json_is_read",
     "train.compile": "tests/unit/test_keys.py::test_the_network_is_compiled",
+    "valid.views": "tests/unit/test_keys.py::test_validation_shows_each_image_in_so_many_views",
     "valid.sharded": "tests/unit/test_keys.py::test_validation_is_on_rank_0_or_on_all",
     "run.keep": "tests/unit/test_keys.py::test_checkpoints_that_are_kept",
     "run.resume": "tests/unit/test_training.py::test_a_run_goes_on_in_place_from_its_newest_checkpoint",
