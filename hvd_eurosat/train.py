@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config, schedule_epochs
+from hvd_eurosat.config.schema import Config, mixes, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, open_images, ordered_batches
 from hvd_eurosat.data.packed import resolve_size
 from hvd_eurosat.data.tree import SPLITS, Tree, open_tree
@@ -49,7 +49,14 @@ def train(world: World, config: Config) -> int:
     config = world.on_main(lambda: settled(config, tree))
     images = open_images(world, tree, SPLITS, config.data, config.data)
     batches = world.together(
-        lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
+        lambda: TrainBatches(
+            images["train"],
+            config.train.batch_size,
+            world.rank,
+            world.size,
+            config.train.seed,
+            mixes(config.train),
+        )
     )
     journal = Journal(world, config, tree)
     start = journal.find_start()

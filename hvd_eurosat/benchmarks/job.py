@@ -23,6 +23,7 @@ from hvd_eurosat.benchmarks.settings import JobSettings
 from hvd_eurosat.cluster import environment, job
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import read
+from hvd_eurosat.config.schema import mixes
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
@@ -92,7 +93,8 @@ class Loop:
         self.step.stopwatch = self.clock
         self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
         self.state.optimiser.register_step_post_hook(lambda *_: self.clock.begin("step"))
-        batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, config.train.seed)
+        train = config.train
+        batches = TrainBatches(images, train.batch_size, world.rank, world.size, train.seed, mixes(train))
         self._batches = self._endless(batches)
 
     def _endless(self, batches: TrainBatches) -> Iterator[Batch]:

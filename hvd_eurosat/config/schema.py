@@ -27,6 +27,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Mixing = Annotated[float, Field(ge=0, le=10)]
 Side = Annotated[int, Field(ge=0, le=4096)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -97,6 +98,15 @@ class Data(Place):
     random_zoom: Fraction = 0.0
     """also cut up to this share of half the side off all four borders alike, then resize"""
 
+    random_brightness: Fraction = 0.0
+    """also make each training image brighter or darker by up to this share"""
+    random_contrast: Fraction = 0.0
+    """also move its pixels away from their mean, or towards it, by up to this share"""
+    random_gain: Fraction = 0.0
+    """also make red, green and blue brighter or darker by up to this share, each by another: haze, light, sensors"""
+    random_erase: Probability = 0.0
+    """with this probability also paint a rectangle of a training image, of 2 to 33 % of its area, in data.mean"""
+
     @property
     def input_side(self) -> int:
         """Of the images as the network sees them, in pixels."""
@@ -147,6 +157,12 @@ class Optim(Section):
     """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
     """not applied to BatchNorm"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """factor of the learning rate for each stage that a layer lies before the head: 0.5 gives layer4 half of it, layer3
+    a quarter, the first layers 1/32; for `all` from pretrained weights"""
+    unfreeze_epochs: NonNegativeInt = 0
+    """a stage begins to train so many epochs after the one behind it: layer4 after the head, layer3 after layer4, the
+    first layers last, after five times as many; BatchNorm's statistics follow from the beginning; 0: all at once"""
     schedule: Literal["constant", "exponential", "step", "multistep", "cosine", "one_cycle"] = "one_cycle"
     """exponential: times gamma every epoch, step: every step_size epochs, both counted from the end of the warm-up in
     whole epochs; multistep: at milestones; cosine: down to 0; one_cycle: up over 30 % of the epochs, then down to 0"""
@@ -188,6 +204,12 @@ class Train(Section):
     ema: Fraction = 0.0
     """decay per step of a running average of the weights and of BatchNorm's statistics, 0.999 for example, which is
     validated, saved and exported in their place; 0: the weights as they are"""
+    mixup: Mixing = 0.0
+    """alpha of mixup: each training image is blended with another, and so are their labels, by a share drawn from
+    Beta(alpha, alpha); 0.2 is usual, 1 draws any share alike, 0 blends nothing"""
+    cutmix: Mixing = 0.0
+    """alpha of CutMix: a square of another image takes the place of as much of each training image, and of its label;
+    1 is usual; with mixup, too, each image has one of them by chance"""
     label_smoothing: Fraction = 0.0
     """share of the target spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
@@ -210,8 +232,8 @@ class Valid(Section):
     batch_size: PositiveInt = 128
     """images per step"""
     views: Views = 1
-    """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns, whose mean probabilities count,
-    which takes eight times as long; predict and evaluate do as the run did"""
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns, of whose probabilities
+    the mean counts; that takes eight times as long. predict and evaluate do as the run did"""
     sharded: bool = False
     """spread validation over all ranks instead of rank 0 alone: the same counts; at 64 ranks rank 0 alone takes longer
     to validate EuroSAT than all take to train an epoch"""
@@ -312,6 +334,9 @@ class Config(Settings):
         if optim.warmup_epochs >= epochs:
             key = "optim.schedule_epochs" if optim.schedule_epochs else "train.epochs"
             raise ValueError(f"optim.warmup_epochs must be below {key} ({epochs})")
+        if optim.unfreeze_epochs and 5 * optim.unfreeze_epochs >= epochs:
+            key = "optim.schedule_epochs" if optim.schedule_epochs else "train.epochs"
+            raise ValueError(f"optim.unfreeze_epochs must be below a fifth of {key} ({epochs})")
         if optim.schedule == "multistep" and min(optim.milestones, default=0) <= optim.warmup_epochs:
             raise ValueError("optim.schedule multistep wants optim.milestones, all of them after optim.warmup_epochs")
         if self.train.start_size and not 32 <= self.train.start_size <= self.data.input_side:
@@ -322,6 +347,11 @@ class Config(Settings):
     def to_toml(self) -> str:
         """Every key with its value: a recipe that repeats the run."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def mixes(train: Train) -> bool:
+    """Whether training images are mixed with each other."""
+    return train.mixup > 0 or train.cutmix > 0
 
 
 def schedule_epochs(optim: Optim, train: Train) -> int:

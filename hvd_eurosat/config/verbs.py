@@ -27,8 +27,8 @@ class EvaluateSettings(Settings):
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
     views: Views | None = None
-    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that saved
-    the checkpoint"""
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that
+    saved the checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
@@ -47,8 +47,8 @@ class PredictSettings(Settings):
     out: UserPath
     """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
     views: Views | None = None
-    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that saved
-    the checkpoint"""
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that
+    saved the checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hvd_eurosat import train
 from hvd_eurosat.cluster.world import SharedError, World
-from hvd_eurosat.config.schema import Config, Model
+from hvd_eurosat.config.schema import Config, Model, mixes
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
@@ -249,7 +249,8 @@ def _train(
     state = TrainingState(world, config, tree, model, Precision("fp32"))
     train.begin(world, config, state, start)
     step = Step(state, world, config, class_weights(config, images["train"], classes))
-    batches = Batches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
+    size = config.train.batch_size
+    batches = Batches(images["train"], size, world.rank, world.size, config.train.seed, mixes(config.train))
     batches.faults, batches.step = faults, state.step
     log, diverged = Log(), False
     try:

@@ -100,7 +100,8 @@ class Trainer:
         self.config, self.splits = config, splits
         self.model = copy.deepcopy(network(config.model, classes))
         self.model.load_state_dict(start)
-        self.optimiser = optimiser(self.model, config.optim)
+        self.optimiser = optimiser(self.model, config.optim)  # with a group for each weight
+        self.stages = [name.split(".")[0] for name, p in self.model.named_parameters() if p.requires_grad]
         self.norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
         self.statistics = [self._statistics()]  # of each rank
         self.taken: list[Moment] = []  # into the running average
@@ -206,19 +207,36 @@ class Trainer:
         self.samples, self.step = self.samples + total, self.step + 1
 
     def _loss(self, mine: list[int], counts: Tensor, rank: int, settle: Settle) -> tuple[Tensor, Any]:
-        data, split = self.config.data, self.splits["train"]
-        size, seed = schedule.image_size(self.config, self.epoch), self.config.train.seed
-        shown = [augmentation.network_input(split.images[i], i, seed, self.epoch, size, data) for i in mine]
-        labels = torch.from_numpy(split.labels[mine])
+        size = schedule.image_size(self.config, self.epoch)
+        pixels, others, shares = zip(*map(self._shown, mine), strict=True)
+        shown = [augmentation.normalised(one, size, self.config.data) for one in pixels]
+        labels, other_labels = (torch.from_numpy(self.splits["train"].labels[list(n)]) for n in (mine, others))
         for norm in self.norms:
             norm.train(norm.trains)
         values = torch.log_softmax(self.model(settle(self.step, rank, torch.stack(shown))), 1)
         own = -values[range(len(mine)), labels]
         smoothing = self.config.train.label_smoothing
-        losses = ((1 - smoothing) * own - smoothing * values.mean(1)) * self.weights[labels]
+        share, losses = torch.tensor(shares, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for part, target in ((share, labels), (1 - share, other_labels)):
+            of_target = -values[range(len(mine)), target]
+            smoothed = (1 - smoothing) * of_target - smoothing * values.mean(1)
+            losses = losses + part * smoothed * self.weights[target]
         correct = (values.argmax(1) == labels).double()
         facts = [float((fact.detach() * counts).sum()) for fact in (own, correct, torch.ones_like(own))]
         return (losses * counts).sum(), np.array(facts)
+
+    def _shown(self, index: int) -> tuple[augmentation.Pixels, int, float]:
+        """An image augmented and mixed with another; that one's index; the share of the first."""
+        train, images = self.config.train, self.splits["train"].images
+
+        def augmented(index: int) -> augmentation.Pixels:
+            return augmentation.augmented(images[index], index, train.seed, self.epoch, self.config.data)
+
+        if not train.mixup and not train.cutmix:
+            return augmented(index), index, 1.0
+        other = augmentation.mix(train.seed, index, self.epoch, 70) % len(images)
+        pixels, share = augmentation.mixed(augmented(index), augmented(other), index, train.seed, self.epoch, train)
+        return pixels, other, share
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, self.trainable()))
@@ -231,8 +249,10 @@ class Trainer:
     def _update(self, gradients: list[Tensor], rate: float) -> None:
         for parameter, gradient in zip(self.trainable(), gradients, strict=True):
             parameter.grad = gradient
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        optim, stages = self.config.optim, ["fc", "layer4", "layer3", "layer2", "layer1"]
+        for group, stage in zip(self.optimiser.param_groups, self.stages, strict=True):
+            before = stages.index(stage) if stage in stages else 5
+            group["lr"] = rate * optim.layer_decay**before if self.epoch >= before * optim.unfreeze_epochs else 0.0
         self.optimiser.step()
 
     @torch.no_grad()

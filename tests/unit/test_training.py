@@ -32,6 +32,7 @@ from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision, choose_precision
+from hvd_eurosat.training.schedule import rate_share
 from hvd_eurosat.training.state import TrainingState, digest
 from hvd_eurosat.training.step import sample_losses
 from hvd_eurosat.weights.loading import read_weights
@@ -56,6 +57,16 @@ def test_optimiser_has_the_trainable_parameters_and_spares_batch_norm_from_decay
     optimiser = build_optimiser(build("resnet50", 10, "bn+head", seed=0), Optim(weight_decay=0.1))
     sizes = {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in optimiser.param_groups}
     assert sizes == {0.1: 20_480, 0.0: 53_120}
+
+
+def test_learning_rates_by_depth() -> None:
+    """The head's first, whose rate is reported; layer4 begins after 2 epochs, the stem, at 1/32, after 10."""
+    optim = Optim(layer_decay=0.5, unfreeze_epochs=2, weight_decay=0.1)
+    groups = build_optimiser(build("resnet18", 10, "all", seed=0), optim).param_groups
+    assert [group["depth"] for group in groups] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert {tuple(p.shape) for group in groups[-2:] for p in group["params"]} == {(64, 3, 7, 7), (64,)}
+    assert [rate_share(optim, depth, 4) for depth in range(6)] == [1, 0.5, 0.25, 0, 0, 0]
+    assert rate_share(optim, 5, 10) == 1 / 32
 
 
 def test_accuracy_line() -> None:
