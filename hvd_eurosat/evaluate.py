@@ -32,9 +32,10 @@ from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.inference import Values, log_probabilities, tempered
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import precision_of
+from hvd_eurosat.training.scores import mcnemar
 from hvd_eurosat.weights.keras_json import read_layers
 
 
@@ -52,21 +53,58 @@ def main(world: World, settings: EvaluateSettings) -> None:
     """Spread the images over the ranks in whole batches: the counts are the same on any number of ranks."""
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
     world.on_main(lambda: check_expected(settings, saved))
-    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
-    if settings.out:
-        world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
-    model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
-    values = log_probabilities(world, model, work.batches, saved.data, precision, saved.views(settings.views))
+    work, raw = ask(world, settings, saved)
+    against = ask_other(world, settings, saved.classes) if settings.against else None
     if not world.is_main:
         return
-    display = Display(speaks=True)
+    display, precision = Display(speaks=True), precision_of(settings.precision, saved.precision)
+    temperature = 1.0 if settings.raw else saved.temperature(saved.views(settings.views))
+    values = tempered(raw, temperature)
     display.say(f"{len(work.names):,} images, {precision.name}")
     if settings.out:
         write_predictions(settings.out, work.names, work.files, values, saved.classes)
         display.say(f"{len(work.names):,} predictions in {settings.out}")
-    if work.labels is not None:
-        split = settings.input.name if settings.input else settings.split
-        display.result(split, Evaluation.of(values, work.labels), saved.classes)
+    if work.labels is None:
+        return
+    if against is not None:
+        display.say(compare(values, against, work.labels, settings.against))
+    if temperature != 1:
+        without = Evaluation.of(raw, work.labels)
+        display.say(
+            f"temperature {temperature:.3f}, without which negative log-likelihood {without.loss:.4f}, "
+            f"calibration error {100 * without.calibration_error:.2f}%"
+        )
+    split = settings.input.name if settings.input else settings.split
+    display.result(split, Evaluation.of(values, work.labels), saved.classes)
+
+
+def ask(world: World, settings: EvaluateSettings, saved: Checkpoint) -> tuple[Work, Values]:
+    """The images, and the checkpoint's log-probabilities of them, without temperature, on rank 0. Collective."""
+    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
+    if settings.out:
+        world.on_main(lambda: make_folder(Path(settings.out or ""), "--out"))
+    model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
+    views = saved.views(settings.views)
+    return work, log_probabilities(world, model, work.batches, saved.data, precision, views)
+
+
+def ask_other(world: World, settings: EvaluateSettings, classes: list[str]) -> Values:
+    """The log-probabilities of --against. Collective."""
+    other = settings.model_copy(update={"checkpoint": settings.against})
+    saved = world.on_main(lambda: checkpoint.load(other.checkpoint))
+    if saved.classes != classes:
+        raise SharedError(f"--against {settings.against} knows other classes: {', '.join(saved.classes)}")
+    return ask(world, other, saved)[1]
+
+
+def compare(values: Values, others: Values, labels: NDArray[np.int64], name: Path | None) -> str:
+    """A line on whether two networks differ, from their log-probabilities [N, C] of the same images."""
+    first, second = (one.argmax(1) == labels for one in (values, others))
+    alone, other_alone = int((first & ~second).sum()), int((second & ~first).sum())
+    return (
+        f"against {name}, {100 * second.mean():.2f}% ({second.sum()}/{len(labels)}): {alone} images are right here "
+        f"alone, {other_alone} there alone, McNemar's p = {mcnemar(alone, other_alone):.2g}"
+    )
 
 
 def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
@@ -113,8 +151,9 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     world.agree("input", {"files": list(files)})
     names, paths = list(files), list(files.values())
     labels = world.together(lambda: folder_labels(names, saved.classes, str(folder)))
-    if labels is None and not settings.out:
-        raise SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
+    if labels is None and (settings.against or not settings.out):
+        cure = "leave out --against" if settings.against else "give --out for predictions"
+        raise SharedError(f"{folder} has no class folders, so there is no accuracy: {cure}")
     size, resizes = batch_size(settings, saved), settings.expected.get("image_size") != 0
     batches = file_batches(paths, saved.data, size, world.device, world.rank, world.size, resizes)
     return Work(names, paths, labels, batches)

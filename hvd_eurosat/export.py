@@ -48,7 +48,7 @@ def export(settings: ExportSettings) -> list[str]:
     """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
     if settings.checkpoint and (settings.model, images(settings.data)) != (Model(), images(Data())):
         raise UserError("--checkpoint says all about its network and images: leave out model.* and data.*")
-    model, facts = trained(settings.checkpoint) if settings.checkpoint else prepared(settings)
+    model, facts = trained(settings.checkpoint, settings.raw) if settings.checkpoint else prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
     make_folder(settings.out, "--out")
@@ -58,11 +58,13 @@ def export(settings: ExportSettings) -> list[str]:
     return [f"wrote {settings.out / name}" for name in WRITERS[settings.format]]
 
 
-def trained(path: Path) -> tuple[LandCoverResNet, dict[str, Any]]:
-    """The network of a checkpoint, and what its user must know."""
+def trained(path: Path, raw: bool) -> tuple[LandCoverResNet, dict[str, Any]]:
+    """The network of a checkpoint, its temperature in the head unless `raw`, and what its user must know."""
     saved = checkpoint.load(path)
     model = saved.build_model(torch.device("cpu"))
-    facts = {"classes": saved.classes, "epoch": saved.epoch, "config": saved.config}
+    temperature = 1.0 if raw else saved.temperature(views=1)
+    model.fc.weight.data /= temperature
+    facts = {"classes": saved.classes, "epoch": saved.epoch, "temperature": temperature, "config": saved.config}
     return model, describe(model, saved.config["model"]["arch"], saved.data) | facts
 
 

@@ -21,7 +21,7 @@ from hvd_eurosat.run.display import Display
 from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.inference import log_probabilities, tempered
 from hvd_eurosat.training.precision import precision_of
 
 
@@ -35,8 +35,10 @@ def main(world: World, settings: PredictSettings) -> None:
     paths, precision = list(files.values()), precision_of(settings.precision, saved.precision)
     batches = file_batches(paths, saved.data, saved.config["valid"]["batch_size"], world.device, world.rank, world.size)
     model = saved.build_model(world.device)
-    values = log_probabilities(world, model, batches, saved.data, precision, saved.views(settings.views))
+    views = saved.views(settings.views)
+    values = log_probabilities(world, model, batches, saved.data, precision, views)
     if world.is_main:
+        values = values if settings.raw else tempered(values, saved.temperature(views))
         rate = len(files) / (time.perf_counter() - began)
         write_predictions(settings.out, list(files), paths, values, saved.classes)
         Display(speaks=True).say(

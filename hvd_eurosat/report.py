@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,15 @@ from hvd_eurosat.training.schedule import image_size, learning_rate
 
 EXAMPLES_PER_CLASS = 8
 POINTS_PER_EPOCH = 50
+FIGURES = {  # of summary.json, and by what they are multiplied
+    "best_valid_accuracy": 100,
+    "test_accuracy": 100,
+    "test_macro_f1": 100,
+    "test_loss": 1,
+    "test_calibration_error": 100,
+    "seconds": 1,
+}
+MAY_DIFFER = ("train.seed", "data.cache_dir")
 RANKS = "of the job, for optim.lr_scaling (default 1)"
 
 EXAMPLES = """
@@ -30,6 +40,7 @@ examples:
   what does the network look like?   python -m hvd_eurosat.report network --out network.png
   how will it be trained?            python -m hvd_eurosat.report schedule --config recipes/scratch.toml --out s.png
   how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart-sample
+  how good is it, whatever the seed? python -m hvd_eurosat.report runs runs/scratch-0 runs/scratch-1 runs/scratch-2
 
 `report <what> --help` tells more. Training itself draws the plots of a run when it ends.
 """
@@ -39,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status: 0 done, 1 failed, 2 bad usage or data."""
     options, keys = _parse(argv)
     try:
+        if options.what == "runs":
+            print(runs(options.dirs))
+            return 0
         if options.what == "run":
             written = run(options.dir)
         else:
@@ -84,7 +98,7 @@ def schedule(config: Config, ranks: int, out: Path) -> None:
 
 
 def run(folder: Path) -> list[Path]:
-    """Draw learning_curves.png and, where a confusion matrix is known, confusion_matrix.png into folder/plots.
+    """Draw learning_curves.png and, where they are known, confusion_matrix.png and reliability.png into folder/plots.
 
     The matrix is that of the "test" event or of summary.json, before the end that of the newest "valid" event.
     Returns the files written. Raises UserError where metrics.jsonl is missing, damaged or still empty.
@@ -109,7 +123,42 @@ def run(folder: Path) -> list[Path]:
         title = f"{folder.resolve().name}{data}: {split} accuracy {correct / max(total, 1):.2%} ({correct}/{total})"
         written.append(plotted / "confusion_matrix.png")
         plots.confusion_matrix(counts, classes, written[1], title)
+    if curves := plots.reliability_curves(events):
+        written.append(plotted / "reliability.png")
+        plots.reliability(curves, written[-1], folder.resolve().name)
     return written
+
+
+def runs(folders: Sequence[Path]) -> str:
+    """A table of finished runs of one configuration, and the mean and standard deviation of each figure.
+
+    Seeds and folders may differ. Raises UserError for a run that is not finished, or is of another configuration.
+    """
+    first, *others = [_configuration(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise UserError(f"{folder} is of another configuration than {folders[0]}: {key} {other.get(key)!r}")
+    found = [_summary(folder / "summary.json") for folder in folders]
+    rows = []
+    for folder, summary in zip(folders, found, strict=True):
+        if missing := [key for key in FIGURES if key not in summary]:
+            raise UserError(f"{folder} is not finished: its summary.json has no {missing[0]}")
+        rows.append((folder.name, [float(summary[key]) * scale for key, scale in FIGURES.items()]))
+    columns = list(zip(*(figures for _, figures in rows), strict=True))
+    rows.append(("mean", [statistics.mean(column) for column in columns]))
+    if len(folders) > 1:
+        rows.append(("deviation", [statistics.stdev(column) for column in columns]))
+    width = max(len(name) for name, _ in rows)
+    heads = " ".join(f"{key.replace('_', ' '):>22}" for key in FIGURES)
+    lines = [f"{name:<{width}} " + " ".join(f"{figure:>22.4f}" for figure in figures) for name, figures in rows]
+    return "\n".join([f"{'':<{width}} {heads}", *lines])
+
+
+def _configuration(folder: Path) -> dict[str, object]:
+    """What of a run's configuration may not differ between runs that are averaged."""
+    flat = load(["--config", str(folder / "config.toml")]).flat()
+    return {key: value for key, value in flat.items() if not key.startswith("run.") and key not in MAY_DIFFER}
 
 
 def positive(text: str) -> int:
@@ -202,7 +251,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=raw,
         allow_abbrev=False,
     )
-    verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run", required=True)
+    verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run|runs", required=True)
 
     def verb(name: str, does: str, more: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}", allow_abbrev=False)
@@ -231,10 +280,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         picture.add_argument("--out", metavar="PNG", type=Path, required=True, help="the file to write")
     of_run = verb(
         "run",
-        "draw a run's learning curves and confusion matrix",
+        "draw a run's learning curves, confusion matrix and reliability",
         "From its metrics.jsonl and summary.json into its plots/; also while it runs.",
     )
     of_run.add_argument("--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run")
+    of_runs = verb(
+        "runs",
+        "mean and standard deviation over finished runs of one configuration",
+        "Of validation and test, from their summary.json; seeds may differ. Slurm's job arrays train them.",
+    )
+    of_runs.add_argument("dirs", metavar="DIR", type=Path, nargs="+", help="folders of runs")
     options, left = parser.parse_known_args(argv)
     if left and options.what != "schedule":
         parser.error(f"unrecognized arguments: {' '.join(left)}")

@@ -23,9 +23,10 @@ from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_para
 from hvd_eurosat.run.header import header
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.predictions import write_predictions
+from hvd_eurosat.training.calibration import calibrate
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import log_probabilities
+from hvd_eurosat.training.inference import log_probabilities, tempered
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision, choose_precision
 from hvd_eurosat.training.schedule import jump, learning_rate
@@ -94,8 +95,11 @@ def train(world: World, config: Config) -> int:
         world.tick("test")
         journal.saved()
         model.load_state_dict(journal.best_model(), strict=False)
-        test = evaluate(world, config, model, state.precision, images["test"], stop)
-        predict_test(world, config, model, state.precision, images["test"], tree)
+        if config.valid.calibrate:
+            journal.calibrated(calibrate(world, config, model, state.precision, images["valid"], stop))
+        temperature = journal.temperature()
+        test = evaluate(world, config, model, state.precision, images["test"], stop, temperature)
+        predict_test(world, config, model, state.precision, temperature, images["test"], tree)
         journal.finish(test, summary(world, model, images))
     except Stopped:
         world.tick("saving")
@@ -165,11 +169,17 @@ def predict_finished(
     if config.run.predictions:
         model = start.build_model(world.device)
         model.load_state_dict(journal.best_model(), strict=False)
-        predict_test(world, config, model, Precision(start.precision), images, tree)
+        predict_test(world, config, model, Precision(start.precision), journal.temperature(), images, tree)
 
 
 def predict_test(
-    world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, tree: Tree
+    world: World,
+    config: Config,
+    model: LandCoverResNet,
+    precision: Precision,
+    temperature: float,
+    images: Images,
+    tree: Tree,
 ) -> None:
     """The log-probabilities of the test images, from the test's batches, in files of run.predictions. Collective."""
     folder = config.run.predictions
@@ -178,6 +188,7 @@ def predict_test(
     world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
     values = log_probabilities(world, model, batches, config.data, precision, config.valid.views)
+    values = tempered(values, temperature)
     names = tree.files("test")
     groups, files = [name.removeprefix("test/") for name in names], [tree.root / name for name in names]
     world.together(lambda: write_predictions(folder, groups, files, values, tree.classes) if world.is_main else None)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
-from pydantic_settings import CliSuppress
+from pydantic_settings import CliSuppress, CliToggleFlag
 
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.config.schema import Data, Model, Place, Settings, UserPath, Views
@@ -29,9 +29,13 @@ class EvaluateSettings(Settings):
     views: Views | None = None
     """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that
     saved the checkpoint"""
+    raw: CliToggleFlag[bool] = False
+    """probabilities without the temperature that was fitted after training"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
+    against: UserPath | None = None
+    """another checkpoint, which is asked about the same images: is either better, by McNemar's test?"""
     data: Place = Place()
     expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
     """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
@@ -49,6 +53,8 @@ class PredictSettings(Settings):
     views: Views | None = None
     """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that
     saved the checkpoint"""
+    raw: CliToggleFlag[bool] = False
+    """probabilities without the temperature that was fitted after training"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
@@ -63,6 +69,8 @@ class ExportSettings(Settings):
     """keras: layers.json and model.h5; safetensors: model.safetensors; onnx: model.onnx; torch: model.pt"""
     out: UserPath
     """folder for the files"""
+    raw: CliToggleFlag[bool] = False
+    """without the temperature that was fitted after training; else the head's weights are divided by it"""
     classes: PositiveInt = 10
     """units of the head, where there is no checkpoint"""
     data: Data = Data()

@@ -17,6 +17,7 @@ from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.run.outfile import Outfile
 from hvd_eurosat.run.saver import Saver
+from hvd_eurosat.training.calibration import Calibration
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
@@ -195,6 +196,21 @@ class Journal:
 
     def _best_model(self) -> dict[str, Tensor]:
         return self._files.checkpoints.best_model(self.display.warn) if self._files else {}
+
+    def calibrated(self, calibration: Calibration) -> None:
+        """Keep the temperatures with the best checkpoint. Collective."""
+        self._world.together(lambda: self._files.calibrated(calibration) if self._files else None)
+        before, after = calibration.before, calibration.after
+        self.display.say(
+            f"temperature {calibration.temperatures[self._config.valid.views]:.3f}: validation calibration error "
+            f"{100 * before.calibration_error:.2f}% -> {100 * after.calibration_error:.2f}%, "
+            f"loss {before.loss:.4f} -> {after.loss:.4f}"
+        )
+
+    def temperature(self) -> float:
+        """Of the best checkpoint, for valid.views. Collective."""
+        views = self._config.valid.views
+        return self._world.on_main(lambda: self._files.checkpoints.temperature(views) if self._files else 1.0)
 
     def close(self) -> None:
         """Let another job, or this one once its ranks have changed, use the directory."""

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Checkpoint:
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
     training images' files in pixels, None where unknown; live: with train.ema, the weights that train as training goes
-    on with them, where model has their average; share: of the steps in that average, as Average.share.
+    on with them, where model has their average; share: of the steps in that average, as Average.share; temperatures: by
+    the number of views that an image is shown in, as FILE.json has them.
     """
 
     model: dict[str, Tensor]
@@ -59,6 +60,7 @@ class Checkpoint:
     image_side: int | None = None
     live: dict[str, Tensor] = field(default_factory=dict)
     share: float = 0.0
+    temperatures: dict[int, float] = field(default_factory=dict)
 
     @property
     def data(self) -> Data:
@@ -71,6 +73,10 @@ class Checkpoint:
     def views(self, asked: int | None) -> int:
         """In how many of its views each image is shown: as asked, or else as in the run."""
         return asked or Valid(**self.config["valid"]).views
+
+    def temperature(self, views: int) -> float:
+        """By which log-probabilities are divided; 1 where none was fitted."""
+        return temperature(self.temperatures, views)
 
     @property
     def metric(self) -> float | None:
@@ -126,7 +132,7 @@ def load(path: Path, frozen: bool = True) -> Checkpoint:
     path = named(path)
     content, record = read_content(path, frozen), read_record(path)
     try:
-        checkpoint = Checkpoint(**content)
+        checkpoint = Checkpoint(**content, temperatures=record.temperatures)
         noted = (record.epoch, record.step, record.samples)
     except TypeError:
         raise UserError(f"checkpoint {path}: not a checkpoint of this version of hvd_eurosat") from None
@@ -207,7 +213,8 @@ def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
     """
     buffer = io.BytesIO()
     model = {name: tensor for name, tensor in checkpoint.model.items() if not frozen or name not in checkpoint.frozen}
-    torch.save(vars(dataclasses.replace(checkpoint, model=model)), buffer)
+    fields = vars(dataclasses.replace(checkpoint, model=model))
+    torch.save({name: value for name, value in fields.items() if name != "temperatures"}, buffer)
     content = buffer.getvalue()
     with replacing(path) as file:
         file.write(content)
@@ -221,13 +228,23 @@ def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
         content=Blob.of(path.name, content),
         frozen=frozen,
         versions=VERSIONS,
+        temperatures=checkpoint.temperatures,
     )
     try:
-        write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+        _write_record(path, record)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return record
+
+
+def _write_record(path: Path, record: Record) -> None:
+    write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+
+
+def temperature(temperatures: Mapping[int, float], views: int) -> float:
+    """That of so many views, else that of one; 1 where none was fitted."""
+    return temperatures.get(views, temperatures.get(1, 1.0))
 
 
 class CheckpointFolder:
@@ -286,6 +303,16 @@ class CheckpointFolder:
                 _set_aside(self.path(best), error, report)
                 self._point_at_newest_and_best()
         raise RunError(f"no validated checkpoint in {self.folder}")
+
+    def calibrate_best(self, temperatures: Mapping[int, float]) -> None:
+        """Note temperatures with the best checkpoint. Raises RunError where the disk is full or gone."""
+        if best := self.best():
+            _write_record(self.path(best), best.model_copy(update={"temperatures": dict(temperatures)}))
+
+    def temperature(self, views: int) -> float:
+        """Of the best checkpoint."""
+        best = self.best()
+        return temperature(best.temperatures, views) if best else 1.0
 
     def path(self, record: Record) -> Path:
         """Where a checkpoint is."""

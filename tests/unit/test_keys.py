@@ -30,7 +30,7 @@ from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
-from hvd_eurosat.training import step
+from hvd_eurosat.training import checkpoint, step
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
@@ -347,6 +347,19 @@ def norms(job: Job, attribute: str) -> set[Any]:
     return {getattr(m, attribute) for m in job.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
 
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_a_run_is_calibrated(alone: World, tmp_path: Path, calibrate: bool) -> None:
+    """For one view, which exports show, and for those of the run."""
+    grow_tree(tmp_path / "root", 32)
+    keys = {"train.epochs": 1, "valid.views": 8, "valid.calibrate": calibrate}
+    places = {"data.root": tmp_path / "root", "run.dir": tmp_path / "run"}
+    assert train.train(alone, configuration(BASE | {"train.batch_size": 8} | keys | places)) == 0
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "best.json")
+    assert saved.temperatures.keys() == ({1, 8} if calibrate else set())
+    assert ("temperatures" in summary(tmp_path / "run")) == calibrate
+    assert (tmp_path / "run" / "plots" / "reliability.png").stat().st_size > 0
+
+
 def saved_epochs(job: Job) -> list[int]:
     return [event["epoch"] for event in events(job.run, "checkpoint")]
 
@@ -404,6 +417,7 @@ ELSEWHERE = {
     "model.variant": "tests/unit/test_keys.py::test_where_a_network_strides",
     "model.layers": "tests/unit/test_keys.py::test_a_layers_json_is_read",
     "train.compile": "tests/unit/test_keys.py::test_the_network_is_compiled",
+    "valid.calibrate": "tests/unit/test_keys.py::test_a_run_is_calibrated",
     "valid.views": "tests/unit/test_keys.py::test_validation_shows_each_image_in_so_many_views",
     "valid.sharded": "tests/unit/test_keys.py::test_validation_is_on_rank_0_or_on_all",
     "run.keep": "tests/unit/test_keys.py::test_checkpoints_that_are_kept",

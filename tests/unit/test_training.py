@@ -71,7 +71,7 @@ def test_learning_rates_by_depth() -> None:
 
 def test_accuracy_line() -> None:
     confusion = torch.tensor([[130, 5], [5, 130]])
-    assert Evaluation(0.1, confusion).line("test") == "test accuracy: 96.30% (260/270)"
+    assert Evaluation(0.1, confusion, torch.zeros(3, 15)).line("test") == "test accuracy: 96.30% (260/270)"
 
 
 @pytest.fixture
@@ -247,6 +247,29 @@ def test_frozen_weights_that_cannot_be_made_again_cost_no_checkpoint(tmp_path: P
             folder.newest(never)
         away.rename(frozen)
         assert folder.newest(never) is not None
+
+
+def test_the_best_checkpoint_keeps_its_temperatures(tmp_path: Path, state: Checkpoint) -> None:
+    """It alone; and where its run goes on with it."""
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch, accuracy in ((1, 0.9), (2, 0.6)):
+        folder.add(at(state, epoch, accuracy))
+    assert folder.temperature(1) == 1
+    folder.calibrate_best({1: 1.5, 8: 1.25})
+    best, last = (checkpoint.load(tmp_path / name) for name in ("best.json", "last.json"))
+    assert [best.temperature(views) for views in (1, 8)] == [1.5, 1.25]
+    assert last.temperature(1) == 1
+    folder.add(best)
+    assert CheckpointFolder(tmp_path, keep=2).temperature(8) == 1.25
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1", "1e999", '"warm"'])
+def test_a_temperature_that_is_none_is_damage(tmp_path: Path, state: Checkpoint, temperature: str) -> None:
+    CheckpointFolder(tmp_path, keep=1).add(state)
+    path = tmp_path / "epoch-0001.json"
+    path.write_text(path.read_text().replace('"temperatures": {}', f'"temperatures": {{"1": {temperature}}}'))
+    with pytest.raises(UserError, match=r"epoch-0001\.json: damaged"):
+        checkpoint.load(tmp_path / "epoch-0001.pt")
 
 
 def test_a_damaged_file_of_frozen_weights_is_not_taken_for_whole(tmp_path: Path, state: Checkpoint) -> None:
@@ -491,7 +514,7 @@ def test_an_interrupted_epoch_counts_as_one(tmp_path: Path, state: Checkpoint, m
     journal.trained(72, [])
     journal.save(dataclasses.replace(part, samples=72, step=19))
     sums = Sums(ALONE)
-    journal.validated(2, 19, 0.1, sums, Evaluation(0.1, torch.eye(2, dtype=torch.int64)))
+    journal.validated(2, 19, 0.1, sums, Evaluation(0.1, torch.eye(2, dtype=torch.int64), torch.ones(3, 15)))
     rows = [line.split()[1:3] for line in (tmp_path / "out_train.txt").read_text().splitlines()[1:]]
     assert rows == [[str(epoch), str(step)] for epoch, step in [*steps[:18], (2, 9)]]
     for step in (18, 19):
