@@ -223,7 +223,7 @@ def finished(folder: Path, seed: int, accuracy: float, *words: str) -> Path:
     """A finished run, as far as `report runs` reads it."""
     folder.mkdir()
     (folder / "config.toml").write_text(load(["--train.seed", str(seed), "--run.dir", str(folder), *words]).to_toml())
-    figures = {key: 0.5 for key in report.FIGURES} | {"test_accuracy": accuracy}
+    figures = dict.fromkeys(report.FIGURES, 0.5) | {"test_accuracy": accuracy}
     (folder / "summary.json").write_text(json.dumps(figures))
     return folder
 
