@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config
+from hvd_eurosat.data.augment import VIEWS
 from hvd_eurosat.data.batches import Images, ordered_batches
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.inference import Values, every_view, mean_of_views, tempered
@@ -22,7 +23,10 @@ from hvd_eurosat.training.precision import Precision
 
 @dataclass(frozen=True)
 class Calibration:
-    """temperatures: by the number of views that an image is shown in; before, after: validation, in valid.views."""
+    """temperatures: by the number of views that an image is shown in, 1 and 8; before, after: of the validation images, in
+
+    valid.views.
+    """
 
     temperatures: dict[int, float]
     before: Evaluation
@@ -32,19 +36,19 @@ class Calibration:
 def calibrate(
     world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, stop: Callable[[], bool]
 ) -> Calibration:
-    """Fitted to the validation images, for valid.views and for one view, as exports show it. Collective.
+    """Fitted to the validation images, for one view and for all eight: their mean is less sure of itself. Collective.
 
     Raises Stopped on every rank if `stop` came true on one.
     """
-    views, labels = config.valid.views, images.labels.cpu().numpy()
+    labels = images.labels.cpu().numpy()
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
-    values = every_view(world, model, batches, config.data, precision, views, stop)
+    values = every_view(world, model, batches, config.data, precision, VIEWS, stop)
 
     def fit() -> Calibration:
-        by_views = {n: mean_of_views(values[:, :n]) for n in {1, views}}
-        temperatures = {n: fit_temperature(shown, labels) for n, shown in sorted(by_views.items())}
-        before = by_views[views]
-        after = tempered(before, temperatures[views])
+        by_views = {n: mean_of_views(values[:, :n]) for n in (1, VIEWS)}
+        temperatures = {n: fit_temperature(shown, labels) for n, shown in by_views.items()}
+        before = by_views[config.valid.views]
+        after = tempered(before, temperatures[config.valid.views])
         return Calibration(temperatures, Evaluation.of(before, labels), Evaluation.of(after, labels))
 
     return world.on_main(fit)

@@ -243,8 +243,8 @@ def _write_record(path: Path, record: Record) -> None:
 
 
 def temperature(temperatures: Mapping[int, float], views: int) -> float:
-    """That of so many views, else that of one; 1 where none was fitted."""
-    return temperatures.get(views, temperatures.get(1, 1.0))
+    """That of so many views; 1 where none was fitted."""
+    return temperatures.get(views, 1.0)
 
 
 class CheckpointFolder:
