@@ -23,7 +23,7 @@ from hvd_eurosat.training.precision import Precision
 
 @dataclass(frozen=True)
 class Calibration:
-    """temperatures: by the number of views of an image, 1 and 8; before, after: of the validation images in valid.views."""
+    """temperatures: by the number of views of an image, 1 and 8; before, after: of validation in valid.views."""
 
     temperatures: dict[int, float]
     before: Evaluation
