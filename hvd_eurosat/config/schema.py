@@ -27,7 +27,6 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Mixing = Annotated[float, Field(ge=0, le=10)]
 Side = Annotated[int, Field(ge=0, le=4096)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
@@ -44,6 +43,13 @@ def _views(number: int) -> int:
     return number
 
 
+def _mixing(alpha: float) -> float:
+    if alpha and not 0.01 <= alpha <= 10:
+        raise ValueError("0 or 0.01 to 10 is wanted")
+    return alpha
+
+
+Mixing = Annotated[float, AfterValidator(_mixing)]
 Views = Annotated[int, AfterValidator(_views)]
 
 

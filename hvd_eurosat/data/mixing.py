@@ -15,7 +15,7 @@ from hvd_eurosat.data.augment import augment, box, mix, normalise, resized, unif
 
 PARTNER, SHARE, PLACE, KIND = 70, 71, 72, 74  # keys of `mix`
 LEVELS = 1024  # of the share, all equally likely
-GRID = 2**14  # points at which the density of shares is added up
+GRID = 2**14  # places at which the density of shares is added up
 
 
 def partners(seed: int, indices: Tensor, epoch: int, count: int) -> Tensor:
@@ -24,13 +24,19 @@ def partners(seed: int, indices: Tensor, epoch: int, count: int) -> Tensor:
 
 
 def quantiles(alpha: float, device: torch.device) -> Tensor | None:
-    """Of Beta(alpha, alpha), from which a share is drawn: float64 [LEVELS]; None for an alpha of 0."""
+    """Of Beta(alpha, alpha), from which a share is drawn: float64 [LEVELS]; None for an alpha of 0.
+
+    The density is added up over t of 0..1, where the share is t^(1/alpha) / (t^(1/alpha) + (1 - t)^(1/alpha)): over the
+    share itself it has no bound at 0 and 1.
+    """
     if not alpha:
         return None
-    points = (np.arange(GRID) + 0.5) / GRID
-    density = (points * (1 - points)) ** (alpha - 1)
-    places = (np.arange(LEVELS) + 0.5) / LEVELS
-    return torch.from_numpy(np.interp(places, density.cumsum() / density.sum(), points)).to(device)
+    t = (np.arange(GRID) + 0.5) / GRID
+    one, other = t ** (1 / alpha), (1 - t) ** (1 / alpha)
+    density = (one + other) ** (-2 * alpha)
+    below = (density.cumsum() - density / 2) / density.sum()
+    levels = np.interp((np.arange(LEVELS) + 0.5) / LEVELS, below, one / (one + other))
+    return torch.from_numpy(levels).to(device)
 
 
 def mixed_input(

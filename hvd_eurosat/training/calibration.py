@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,4 +71,4 @@ def fit_temperature(values: Values, labels: NDArray[np.int64]) -> float:
         return mean
 
     optimiser.step(loss)
-    return float(logarithm.exp())
+    return math.exp(logarithm.item())

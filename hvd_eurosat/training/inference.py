@@ -51,7 +51,8 @@ def every_view(
         raise Stopped
     count = sum(map(len, every)) if world.is_main else 0
     none = np.empty((0, views, model.fc.out_features), np.float32)
-    return np.concatenate([none, *(every[n % world.size][n // world.size] for n in range(count))])
+    found = [every[n % world.size][n // world.size] for n in range(count)]
+    return np.concatenate([none, *(values for values in found if values is not None)])
 
 
 def mean_of_views(values: Values) -> Values:

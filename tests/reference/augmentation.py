@@ -110,9 +110,12 @@ def mixed(image: Pixels, other: Pixels, index: int, seed: int, epoch: int, train
 @cache
 def quantiles(alpha: float) -> Numbers:
     """1,024 of Beta(alpha, alpha)."""
-    points = (np.arange(2**14) + 0.5) / 2**14
-    mass = np.cumsum(points ** (alpha - 1) * (1 - points) ** (alpha - 1))
-    return np.interp((np.arange(1024) + 0.5) / 1024, mass / mass[-1], points)
+    t = (np.arange(2**14) + 0.5) / 2**14
+    total = t ** (1 / alpha) + (1 - t) ** (1 / alpha)
+    mass = total ** (-2 * alpha)
+    return np.interp(
+        (np.arange(1024) + 0.5) / 1024, (np.cumsum(mass) - mass / 2) / mass.sum(), t ** (1 / alpha) / total
+    )
 
 
 def place(uniform: Callable[[int], float], data: Data) -> Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]:
