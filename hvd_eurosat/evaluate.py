@@ -12,7 +12,7 @@ if __name__ == "__main__":
     answer(verbs.evaluate)  # before the imports below, which take seconds
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,10 @@ from hvd_eurosat.run.display import Display
 from hvd_eurosat.run.predictions import INCOMPLETE, check_top, output_folder, tell, write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.inference import infer, join
+from hvd_eurosat.training.inference import Values, infer, join, mean_of_views, tempered
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import precision_of
+from hvd_eurosat.training.scores import mcnemar
 from hvd_eurosat.weights.keras_json import read_layers
 
 
@@ -54,23 +55,68 @@ def main(world: World, settings: EvaluateSettings) -> int:
     world.on_main(lambda: check_expected(settings, saved))
     world.on_main(lambda: check_top(settings.top, saved.classes))
     with output_folder(world, settings.out, "--out"):
-        work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
-        names, files = list(work.images.paths), list(work.images.paths.values())
-        model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
-        mine = infer(world, model, work.batches, saved.data, precision)
-        seen = agree_on_bad(world, work.seen, files, settings.skip_bad)
-        values = join(world, mine, model)
+        work, raw = ask(world, settings, saved)
+        against = ask_other(world, settings, saved.classes) if settings.against else None
         if world.is_main:
-            display, good = Display(speaks=True), np.setdiff1d(np.arange(len(names)), list(seen.bad))
-            tell(display, work.images, seen, saved.data.image_size)
-            display.say(f"{len(good):,} images, {precision.name}")
-            if settings.out:
-                write_predictions(settings.out, names, files, values, saved.classes, settings.top, seen.bad)
-                display.say(f"{len(good):,} predictions in {settings.out}")
-            if work.labels is not None:
-                split = settings.input.name if settings.input else settings.split
-                display.result(split, Evaluation.of(values[good], work.labels[good]), saved.classes)
-    return INCOMPLETE if settings.strict and seen.bad else 0
+            tell_results(settings, saved, work, raw, against)
+    return INCOMPLETE if settings.strict and work.seen.bad else 0
+
+
+def ask(world: World, settings: EvaluateSettings, saved: Checkpoint) -> tuple[Work, Values]:
+    """The images, and the checkpoint's log-probabilities of them, without temperature, on rank 0. Collective."""
+    work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
+    model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
+    views = saved.views(settings.views)
+    mine = infer(world, model, work.batches, saved.data, precision, views)
+    seen = agree_on_bad(world, work.seen, list(work.images.paths.values()), settings.skip_bad)
+    return replace(work, seen=seen), mean_of_views(join(world, mine, model, views))
+
+
+def ask_other(world: World, settings: EvaluateSettings, classes: list[str]) -> Values:
+    """The log-probabilities of --against. Collective."""
+    other = settings.model_copy(update={"checkpoint": settings.against})
+    saved = world.on_main(lambda: checkpoint.load(other.checkpoint))
+    if saved.classes != classes:
+        raise SharedError(f"--against {settings.against} knows other classes: {', '.join(saved.classes)}")
+    return ask(world, other, saved)[1]
+
+
+def tell_results(
+    settings: EvaluateSettings, saved: Checkpoint, work: Work, raw: Values, against: Values | None
+) -> None:
+    """Write and print, on rank 0, what came out. raw, against: log-probabilities [N, C] without temperature."""
+    names, files, bad = list(work.images.paths), list(work.images.paths.values()), work.seen.bad
+    display, good = Display(speaks=True), np.setdiff1d(np.arange(len(names)), list(bad))
+    temperature = 1.0 if settings.raw else saved.temperature(saved.views(settings.views))
+    values = tempered(raw, temperature)
+    tell(display, work.images, work.seen, saved.data.image_size)
+    display.say(f"{len(good):,} images, {precision_of(settings.precision, saved.precision).name}")
+    if settings.out:
+        write_predictions(settings.out, names, files, values, saved.classes, settings.top, bad)
+        display.say(f"{len(good):,} predictions in {settings.out}")
+    if work.labels is None:
+        return
+    labels = work.labels[good]
+    if against is not None:
+        display.say(compare(values[good], against[good], labels, settings.against))
+    if temperature != 1:
+        without = Evaluation.of(raw[good], labels)
+        display.say(
+            f"temperature {temperature:.3f}, without which negative log-likelihood {without.loss:.4f}, "
+            f"calibration error {100 * without.calibration_error:.2f}%"
+        )
+    split = settings.input.name if settings.input else settings.split
+    display.result(split, Evaluation.of(values[good], labels), saved.classes)
+
+
+def compare(values: Values, others: Values, labels: NDArray[np.int64], name: Path | None) -> str:
+    """A line on whether two networks differ, from their log-probabilities [N, C] of the same images."""
+    first, second = (one.argmax(1) == labels for one in (values, others))
+    alone, other_alone = int((first & ~second).sum()), int((second & ~first).sum())
+    return (
+        f"against {name}, {100 * second.mean():.2f}% ({second.sum()}/{len(labels)}): {alone} images are right here "
+        f"alone, {other_alone} there alone, McNemar's p = {mcnemar(alone, other_alone):.2g}"
+    )
 
 
 def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
@@ -80,9 +126,9 @@ def check_expected(settings: EvaluateSettings, saved: Checkpoint) -> None:
     if layers := expected.pop("layers", None):
         architecture = read_layers(Path(layers))
         details, side = architecture.details, architecture.image_size
-        if side not in (None, data.image_size):
+        if side not in (None, data.input_side):
             taken = f"neural_network.layers {layers} takes images of {side}x{side} pixels"
-            raise UserError(f"{taken}; the checkpoint has {data.image_size}")
+            raise UserError(f"{taken}; the checkpoint has {data.input_side}")
         if details != Details.of(model):
             raise UserError(f"neural_network.layers {layers} is of {details}; the checkpoint has {Details.of(model)}")
     if expected.get("image_size") == 0:  # the images' own, which `from_folder` compares
@@ -116,8 +162,9 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     images, labels = world.together(lambda: find_labelled(folder))
     names, paths = list(images.paths), list(images.paths.values())
     world.agree("input", {"files": names})
-    if labels is None and not settings.out:
-        raise SharedError(f"{folder} has no class folders, so there is no accuracy: give --out for predictions")
+    if labels is None and (settings.against or not settings.out):
+        cure = "leave out --against" if settings.against else "give --out for predictions"
+        raise SharedError(f"{folder} has no class folders, so there is no accuracy: {cure}")
     numbers = labels and world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)))
     size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen()
     place = world.device, world.rank, world.size

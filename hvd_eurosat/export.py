@@ -74,9 +74,11 @@ def export(settings: ExportSettings) -> list[str]:
 
 
 def trained(saved: Checkpoint, settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any]]:
-    """The network of a checkpoint, and what its user must know."""
+    """The network of a checkpoint, its temperature in the head unless `raw`, and what its user must know."""
     model = saved.build_model(torch.device("cpu"))
-    facts = {"classes": saved.classes, "epoch": saved.epoch, "config": saved.config}
+    temperature = 1.0 if settings.raw else saved.temperature(views=1)
+    model.fc.weight.data /= temperature
+    facts = {"classes": saved.classes, "epoch": saved.epoch, "temperature": temperature, "config": saved.config}
     side = saved.image_side or saved.data.image_size
     return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side) | facts
 
@@ -86,7 +88,7 @@ def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any],
     size = settings.data.image_size
     if not size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
-    chosen = settle(settings.model, settings.classes, size)
+    chosen = settle(settings.model, settings.classes, settings.data.input_side)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
     lacking = load_weights(model, chosen)
     return model, describe(model, chosen.arch, settings.data, settings, size), lacking
@@ -105,11 +107,12 @@ def describe(model: LandCoverResNet, arch: str, data: Data, settings: ExportSett
 
 
 def images(data: Data) -> dict[str, Any]:
-    """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`;
+    """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`,
 
-    of their pixels of 0..1 mean and std.
+    then at `input_size`; of their pixels of 0..1 mean and std.
     """
     sides = {"resize": data.resize, "center_crop": data.center_crop, "image_size": data.image_size}
+    sides |= {"input_size": data.input_side}
     return {**sides, "mean": list(data.mean), "std": list(data.std)}
 
 

@@ -45,7 +45,9 @@ def main(world: World, settings: MapSettings) -> int:
     stop, display = StopRequest(), Display(world.is_main)
     saved = world.on_main(lambda: checkpoint.load(settings.checkpoint))
     precision = precision_of(settings.precision, saved.precision)
-    network = Network(saved.build_model(world.device).eval(), saved, precision, world.device)
+    views = saved.views(settings.views)
+    temperature = 1.0 if settings.raw else saved.temperature(views)
+    network = Network(saved.build_model(world.device).eval(), saved, precision, world.device, views, temperature)
     scenes = world.on_main(lambda: scenes_in(settings))
     failed = 0
     for out, paths in scenes.items():

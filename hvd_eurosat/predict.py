@@ -24,7 +24,7 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.run.predictions import INCOMPLETE, check_top, output_folder, tell, write_predictions
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.inference import infer, join
+from hvd_eurosat.training.inference import infer, join, mean_of_views, tempered
 from hvd_eurosat.training.precision import precision_of
 
 
@@ -41,10 +41,12 @@ def main(world: World, settings: PredictSettings) -> int:
         precision, size = precision_of(settings.precision, saved.precision), saved.config["valid"]["batch_size"]
         batches = file_batches(paths, saved.data, size, world.device, world.rank, world.size, seen, skip)
         model = saved.build_model(world.device)
-        mine = infer(world, model, batches, saved.data, precision)
+        views = saved.views(settings.views)
+        mine = infer(world, model, batches, saved.data, precision, views)
         seen = agree_on_bad(world, seen, paths, skip)
-        values = join(world, mine, model)
+        values = mean_of_views(join(world, mine, model, views))
         if world.is_main:
+            values = values if settings.raw else tempered(values, saved.temperature(views))
             rate = len(paths) / (time.perf_counter() - began)
             write_predictions(settings.out, names, paths, values, saved.classes, settings.top, seen.bad)
             display, count = Display(speaks=True), len(paths) - len(seen.bad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,15 @@ from hvd_eurosat.training.schedule import image_size, learning_rate
 
 EXAMPLES_PER_CLASS = 8
 POINTS_PER_EPOCH = 50
+FIGURES = {  # of summary.json, and by what they are multiplied
+    "best_valid_accuracy": 100,
+    "test_accuracy": 100,
+    "test_macro_f1": 100,
+    "test_loss": 1,
+    "test_calibration_error": 100,
+    "seconds": 1,
+}
+MAY_DIFFER = ("train.seed", "data.cache_dir")
 RANKS = "number of ranks of the job, for optim.lr_scaling (default 1)"
 
 EXAMPLES = """
@@ -35,6 +45,7 @@ examples:
   how is the run going?              python -m hvd_eurosat.report status runs/quickstart-sample
   what did it come to?               python -m hvd_eurosat.report page --run.dir runs/quickstart-sample
   which run is best?                 python -m hvd_eurosat.report runs --out runs/index.html
+  how good is it, whatever the seed? python -m hvd_eurosat.report runs runs/scratch-0 runs/scratch-1 runs/scratch-2
 
 `report <what> --help` tells more. Training itself draws the plots of a run when it ends, and keeps its page up to date.
 """
@@ -46,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.what == "status":
             return show_status(options.runs)
+        if options.what == "runs" and not options.out:
+            print(runs(options.runs))
+            return 0
         if options.what == "run":
             written = run(options.dir)
         elif options.what == "page":
@@ -95,7 +109,7 @@ def schedule(config: Config, ranks: int, out: Path) -> None:
 
 
 def run(folder: Path) -> list[Path]:
-    """Draw learning_curves.png and, where a confusion matrix is known, confusion_matrix.png into folder/plots.
+    """Draw learning_curves.png and, where they are known, confusion_matrix.png and reliability.png into folder/plots.
 
     The matrix is that of the "test" event or of summary.json, before the end that of the newest "valid" event.
     Returns the files written. Raises UserError where metrics.jsonl is missing, damaged or still empty.
@@ -120,6 +134,9 @@ def run(folder: Path) -> list[Path]:
         title = f"{folder.resolve().name}{data}: {split} accuracy {correct / max(total, 1):.2%} ({correct}/{total})"
         written.append(plotted / "confusion_matrix.png")
         plots.confusion_matrix(counts, classes, written[1], title)
+    if curves := plots.reliability_curves(events):
+        written.append(plotted / "reliability.png")
+        plots.reliability(curves, written[-1], folder.resolve().name)
     return written
 
 
@@ -131,6 +148,40 @@ def show_status(folders: Sequence[Path]) -> int:
     found = [(folder, status.read_status(folder)) for folder in folders]
     print("\n".join(status.line(folder, one) for folder, one in found))
     return status.exit_status([one["state"] for _, one in found])
+
+
+def runs(folders: Sequence[Path]) -> str:
+    """A table of finished runs of one configuration, and the mean and standard deviation of each figure.
+
+    Seeds and folders may differ. Raises UserError for a run that is not finished, or is of another configuration.
+    """
+    if not folders:
+        raise UserError("which runs? Give their folders, or --out for a page of all")
+    first, *others = [_configuration(folder) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise UserError(f"{folder} is of another configuration than {folders[0]}: {key} {other.get(key)!r}")
+    found = [read_summary(folder) for folder in folders]
+    rows = []
+    for folder, summary in zip(folders, found, strict=True):
+        if missing := [key for key in FIGURES if key not in summary]:
+            raise UserError(f"{folder} is not finished: its summary.json has no {missing[0]}")
+        rows.append((folder.name, [float(summary[key]) * scale for key, scale in FIGURES.items()]))
+    columns = list(zip(*(figures for _, figures in rows), strict=True))
+    rows.append(("mean", [statistics.mean(column) for column in columns]))
+    if len(folders) > 1:
+        rows.append(("deviation", [statistics.stdev(column) for column in columns]))
+    width = max(len(name) for name, _ in rows)
+    heads = " ".join(f"{key.replace('_', ' '):>22}" for key in FIGURES)
+    lines = [f"{name:<{width}} " + " ".join(f"{figure:>22.4f}" for figure in figures) for name, figures in rows]
+    return "\n".join([f"{'':<{width}} {heads}", *lines])
+
+
+def _configuration(folder: Path) -> dict[str, object]:
+    """What of a run's configuration may not differ between runs that are averaged."""
+    flat = load(["--config", str(folder / "config.toml")]).flat()
+    return {key: value for key, value in flat.items() if not key.startswith("run.") and key not in MAY_DIFFER}
 
 
 def positive(text: str) -> int:
@@ -219,7 +270,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         picture.add_argument("--out", metavar="PNG", type=Path, required=True, help="the file to write")
     of_run = verb(
         "run",
-        "draw a run's learning curves and confusion matrix",
+        "draw a run's learning curves, confusion matrix and reliability",
         "From its metrics.jsonl and summary.json into its plots/; also while it runs.",
     )
     page = verb(
@@ -227,11 +278,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     for of_one in (of_run, page):
         of_one.add_argument("--run.dir", dest="dir", metavar="DIR", type=Path, required=True, help="folder of the run")
-    runs = verb("runs", "compare runs on a page", "Sorted as you like; seeds of one configuration with their mean.")
-    runs.add_argument(
-        "runs", nargs="*", metavar="RUN", type=Path, help="folders of runs, or of such (default: --out's)"
+    runs = verb(
+        "runs",
+        "compare runs: as a table here, or on a page",
+        "Here: mean and standard deviation over finished runs of one configuration, whose seeds may differ. On the "
+        "page: any runs, sorted as you like.",
     )
-    runs.add_argument("--out", metavar="HTML", type=Path, required=True, help="the page, such as runs/index.html")
+    runs.add_argument(
+        "runs", nargs="*", metavar="RUN", type=Path, help="folders of runs; for a page, or of such (default: --out's)"
+    )
+    runs.add_argument("--out", metavar="HTML", type=Path, help="the page, such as runs/index.html")
     state = verb(
         "status",
         "say in a line whether a run is alive",

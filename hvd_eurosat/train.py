@@ -14,7 +14,7 @@ if __name__ == "__main__":
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.signals import StopRequest
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config, schedule_epochs
+from hvd_eurosat.config.schema import Config, mixes, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.inputs import SAMPLED
 from hvd_eurosat.data.layout import SPLITS
@@ -25,9 +25,10 @@ from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_para
 from hvd_eurosat.run.header import header
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.predictions import write_predictions
+from hvd_eurosat.training.calibration import calibrate
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import Values, log_probabilities
+from hvd_eurosat.training.inference import Values, log_probabilities, tempered
 from hvd_eurosat.training.memory import room_for
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision, choose_algorithms, choose_precision, precision_of
@@ -52,7 +53,14 @@ def train(world: World, config: Config) -> int:
     images = open_images(world, tree, SPLITS, config.data, config.data)
     tree = by_content(tree, images)
     batches = world.together(
-        lambda: TrainBatches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
+        lambda: TrainBatches(
+            images["train"],
+            config.train.batch_size,
+            world.rank,
+            world.size,
+            config.train.seed,
+            mixes(config.train),
+        )
     )
     journal = Journal(world, config, tree)
     start = journal.find_start()
@@ -81,7 +89,7 @@ def train(world: World, config: Config) -> int:
         while state.epoch < config.train.epochs:
             train_epoch(world, config, state, step, batches, journal, stop)
             world.tick(f"validation after epoch {state.epoch + 1}")
-            with state.statistics.averaged(world):
+            with state.averaged():
                 validation = evaluate(world, config, model, state.precision, images["valid"], stop)
             sums, rate = state.sums.over_all(world), state.optimiser.param_groups[0]["lr"]
             state.end_epoch()
@@ -93,8 +101,11 @@ def train(world: World, config: Config) -> int:
         world.tick("test")
         journal.saved()
         model.load_state_dict(journal.best_model(), strict=False)
-        test = evaluate(world, config, model, state.precision, images["test"], stop)
-        values = predict_test(world, config, model, state.precision, images["test"], tree)
+        if config.valid.calibrate:
+            journal.calibrated(calibrate(world, config, model, state.precision, images["valid"], stop))
+        temperature = journal.temperature()
+        test = evaluate(world, config, model, state.precision, images["test"], stop, temperature)
+        values = predict_test(world, config, model, state.precision, temperature, images["test"], tree)
         journal.show_examples(values, images["test"])
         journal.finish(test, summary(world, model, images))
     except Stopped:
@@ -112,7 +123,7 @@ def train(world: World, config: Config) -> int:
 def settled(config: Config, tree: Tree) -> Config:
     """With values in place of what it leaves to the data and to files of the network. Raises UserError."""
     data = resolve_size(tree, config.data)
-    model = settle(config.model, len(tree.classes), data.image_size)
+    model = settle(config.model, len(tree.classes), data.input_side)
     return config.model_copy(update={"data": data, "model": model})
 
 
@@ -173,11 +184,18 @@ def predict_finished(
     if config.run.predictions:
         model = start.build_model(world.device)
         model.load_state_dict(journal.best_model(), strict=False)
-        predict_test(world, config, model, precision_of("auto", start.precision), images, tree)
+        precision = precision_of("auto", start.precision)
+        predict_test(world, config, model, precision, journal.temperature(), images, tree)
 
 
 def predict_test(
-    world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, tree: Tree
+    world: World,
+    config: Config,
+    model: LandCoverResNet,
+    precision: Precision,
+    temperature: float,
+    images: Images,
+    tree: Tree,
 ) -> Values | None:
     """The log-probabilities of the test images, from the test's batches, on rank 0; nothing if nobody wants them.
 
@@ -189,7 +207,8 @@ def predict_test(
     if folder:
         world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
-    values = log_probabilities(world, model, batches, config.data, precision)
+    values = log_probabilities(world, model, batches, config.data, precision, config.valid.views)
+    values = tempered(values, temperature)
     names = tree.files("test")
     groups, files = [name.removeprefix("test/") for name in names], [tree.path(name) for name in names]
     if folder:

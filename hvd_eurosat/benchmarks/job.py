@@ -23,6 +23,7 @@ from hvd_eurosat.benchmarks.settings import JobSettings
 from hvd_eurosat.cluster import environment, job
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import read
+from hvd_eurosat.config.schema import mixes
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
@@ -93,7 +94,8 @@ class Loop:
         self.step.stopwatch = self.clock
         self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
         self.state.optimiser.register_step_post_hook(lambda *_: self.clock.begin("step"))
-        batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, config.train.seed)
+        train = config.train
+        batches = TrainBatches(images, train.batch_size, world.rank, world.size, train.seed, mixes(train))
         self._batches = self._endless(batches)
 
     def _endless(self, batches: TrainBatches) -> Iterator[Batch]:
@@ -233,7 +235,7 @@ def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
 def time_validation(loop: Loop, settings: JobSettings, images: Images) -> float:
     """Seconds of the validation that follows an epoch. Collective."""
     began = time.perf_counter()
-    with loop.state.statistics.averaged(loop.world):
+    with loop.state.averaged():
         evaluate(loop.world, settings, loop.state.model, loop.state.precision, images, lambda: False)
     return time.perf_counter() - began
 

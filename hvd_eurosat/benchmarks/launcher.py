@@ -105,7 +105,7 @@ class Launcher:
     def baseline(self, ranks: int, steps: int, threads: int, *flags: str) -> Results:
         """What each rank of the baseline measured."""
         config = self.settings
-        sizes = [f"--image-size={config.data.image_size}", f"--batch-size={config.train.batch_size}"]
+        sizes = [f"--image-size={config.data.input_side}", f"--batch-size={config.train.batch_size}"]
         what = [f"--data={config.data.root}", f"--arch={config.model.arch}", f"--steps={steps}"]
         return self._run("baseline", ranks, threads, [*what, *sizes, *flags])
 

@@ -192,7 +192,7 @@ def _train(network: NeuralNetwork) -> Values:
         "model": model,
         "optim": _optim(network.optimizer),
         "train": {"epochs": network.num_epochs, "batch_size": data.batch_size, "class_weights": network.loss.weight},
-        "valid": {"batch_size": data.test_batch_size},
+        "valid": {"batch_size": data.test_batch_size, "calibrate": False},  # its output is the network's own
         "run": run | {key: value for key, value in outputs.items() if value},
     }
 

@@ -43,6 +43,22 @@ def _metrics_file(path: Path) -> Path:
     return path
 
 
+def _views(number: int) -> int:
+    if number not in (1, 8):
+        raise ValueError("1 or 8 is wanted")
+    return number
+
+
+def _mixing(alpha: float) -> float:
+    if alpha and not 0.01 <= alpha <= 10:
+        raise ValueError("0 or 0.01 to 10 is wanted")
+    return alpha
+
+
+Mixing = Annotated[float, AfterValidator(_mixing)]
+Views = Annotated[int, AfterValidator(_views)]
+
+
 class Section(BaseModel):
     """Unknown keys are errors; the text below each field is its help."""
 
@@ -66,8 +82,11 @@ class Data(Place):
     model_config = ConfigDict(extra="forbid")
 
     image_size: Annotated[int, AfterValidator(_image_size)] = 64
-    """side in pixels of the images that the network sees; others are resized to it. 0, for train alone: the side that
-    they have after resize and center_crop, which must be the same for all"""
+    """side in pixels of the images as they are kept; others are resized to it. 0, for train alone: the side that they
+    have after resize and center_crop, which must be the same for all"""
+    input_size: Annotated[int, AfterValidator(_image_size)] = 0
+    """side in pixels of the images as the network sees them, to which they are brought on its device. 128 or 224 suits
+    weights that come from larger photographs. 0: image_size"""
     center_crop: Side = 0
     """cut a square of this side from the middle of each image, before it is resized to image_size; 0: the whole
     image"""
@@ -91,6 +110,20 @@ class Data(Place):
     """also cut a strip off each of the four borders, each up to this share of half the side, then resize"""
     random_zoom: Fraction = 0.0
     """also cut the same strip off all four borders, up to this share of half the side, then resize"""
+
+    random_brightness: Fraction = 0.0
+    """also make each training image brighter or darker by up to this share"""
+    random_contrast: Fraction = 0.0
+    """also move its pixels away from their mean, or towards it, by up to this share"""
+    random_gain: Fraction = 0.0
+    """also make red, green and blue brighter or darker by up to this share, each by another: haze, light, sensors"""
+    random_erase: Probability = 0.0
+    """with this probability also paint a rectangle of a training image, of 2 to 33 % of its area, in data.mean"""
+
+    @property
+    def input_side(self) -> int:
+        """Of the images as the network sees them, in pixels."""
+        return self.input_size or self.image_size
 
 
 class Model(Section):
@@ -140,6 +173,12 @@ class Optim(Section):
     """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
     """weight decay; BatchNorm is spared"""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """factor of the learning rate for each stage that a layer lies before the head: 0.5 gives layer4 half of it, layer3
+    a quarter, the first layers 1/32. It is for `all` from pretrained weights"""
+    unfreeze_epochs: NonNegativeInt = 0
+    """epochs after which the next stage begins to train: layer4 after the head, layer3 after layer4, the first layers
+    last, after five times as many. BatchNorm's statistics follow from the beginning. 0: all train at once"""
     schedule: Literal["constant", "exponential", "step", "multistep", "cosine", "one_cycle"] = "one_cycle"
     """how the learning rate changes. exponential: times gamma after every epoch. step: times gamma after every
     step_size epochs. Both count from the end of the warm-up, in whole epochs. multistep: times gamma at milestones.
@@ -180,8 +219,17 @@ class Train(Section):
     """images of each rank in a step"""
     start_size: Side = 0
     """side in pixels of the training images in the first epochs, which makes training from scratch shorter. It grows in
-    steps of 16 to data.image_size. Every size has equally many epochs, and the last epoch is at full size. Where there
+    steps of 16 to data.input_size. Every size has equally many epochs, and the last epoch is at full size. Where there
     are fewer epochs than sizes, the smallest are left out. 0: full size from the start"""
+    ema: Fraction = 0.0
+    """decay per step of a running average of the weights and of BatchNorm's statistics, 0.999 for example, which is
+    validated, saved and exported in their place; 0: the weights as they are"""
+    mixup: Mixing = 0.0
+    """alpha of mixup: each training image is blended with another, and so are their labels, by a share drawn from
+    Beta(alpha, alpha); 0.2 is usual, 1 draws any share alike, 0 blends nothing"""
+    cutmix: Mixing = 0.0
+    """alpha of CutMix: a square of another image takes the place of as much of each training image, and of its label;
+    1 is usual; with mixup, too, each image has one of them by chance"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
@@ -209,6 +257,13 @@ class Valid(Section):
 
     batch_size: PositiveInt = 128
     """images per step"""
+    views: Views = 1
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns, of whose probabilities
+    the mean counts; that takes eight times as long. predict and evaluate do as the run did"""
+    calibrate: bool = True
+    """after training fit to the validation images a temperature by which log-probabilities are divided, so that of
+    answers with a probability of 0.9 nine in ten are right; it changes no class, and --raw of predict, evaluate and
+    export leaves it out"""
     sharded: bool = False
     """let all ranks validate, not rank 0 alone; the counts are the same. Set it from 64 ranks on: there rank 0 alone
     takes longer to validate EuroSAT than all ranks take to train an epoch"""
@@ -326,15 +381,24 @@ class Config(Settings):
         if optim.warmup_epochs >= epochs:
             key = "optim.schedule_epochs" if optim.schedule_epochs else "train.epochs"
             raise ValueError(f"optim.warmup_epochs must be below {key} ({epochs})")
+        if optim.unfreeze_epochs and 5 * optim.unfreeze_epochs >= epochs:
+            key = "optim.schedule_epochs" if optim.schedule_epochs else "train.epochs"
+            raise ValueError(f"optim.unfreeze_epochs must be below a fifth of {key} ({epochs})")
         if optim.schedule == "multistep" and min(optim.milestones, default=0) <= optim.warmup_epochs:
             raise ValueError("optim.schedule multistep wants optim.milestones, all of them after optim.warmup_epochs")
-        if self.train.start_size and not 32 <= self.train.start_size <= self.data.image_size:
-            raise ValueError(f"train.start_size must be 0 or between 32 and data.image_size ({self.data.image_size})")
+        if self.train.start_size and not 32 <= self.train.start_size <= self.data.input_side:
+            key = "data.input_size" if self.data.input_size else "data.image_size"
+            raise ValueError(f"train.start_size must be 0 or between 32 and {key} ({self.data.input_side})")
         return self
 
     def to_toml(self) -> str:
         """Every key with its value: a recipe that repeats the run."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def mixes(train: Train) -> bool:
+    """Whether training images are mixed with each other."""
+    return train.mixup > 0 or train.cutmix > 0
 
 
 def schedule_epochs(optim: Optim, train: Train) -> int:

@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_settings import CliSuppress, CliToggleFlag
 
 from hvd_eurosat.config.reading import read
-from hvd_eurosat.config.schema import Data, Model, Number, Place, Probability, Settings, UserPath
+from hvd_eurosat.config.schema import Data, Model, Number, Place, Probability, Settings, UserPath, Views
 
 
 class Predictions(Settings):
@@ -33,6 +33,11 @@ class Predictions(Settings):
     """leave files out that are no usable image, and name them in skipped.csv; else any of them is an error"""
     strict: CliToggleFlag[bool] = False
     """with --skip-bad: end with status 3 where files were left out"""
+    views: Views | None = None
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and turns; default: as in the run that
+    saved the checkpoint"""
+    raw: CliToggleFlag[bool] = False
+    """probabilities without the temperature that was fitted after training"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
     in log-probabilities"""
@@ -55,6 +60,8 @@ class EvaluateSettings(Predictions):
     """folder for output_1.h5 (log-probabilities) and predictions.csv; default: they are not written"""
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
+    against: UserPath | None = None
+    """another checkpoint, which is asked about the same images: is either better, by McNemar's test?"""
     data: Place = Place()
     expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
     """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
@@ -109,6 +116,11 @@ class MapSettings(Settings):
     """GB that a rank may take for a scene, beside what the network needs"""
     batch_size: NonNegativeInt = 0
     """windows per step; 0: as in the run that saved the checkpoint"""
+    views: Views | None = None
+    """1 or 8, how often each window is shown: as it is, or in its eight flips and turns; default: as in the run that
+    saved the checkpoint"""
+    raw: CliToggleFlag[bool] = False
+    """probabilities without the temperature that was fitted after training"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
     and of an exported network"""
@@ -128,6 +140,8 @@ class ExportSettings(Settings):
     """folder for the files, a model card (model_card.md) and a STAC item (stac_item.json) among them"""
     with_normalisation: CliToggleFlag[bool] = Field(default=False, alias="with-normalisation")
     """of keras, onnx and pt2: the network takes pixels as they are, uint8, and normalises them itself"""
+    raw: CliToggleFlag[bool] = False
+    """without the temperature that was fitted after training; else the head's weights are divided by it"""
     resolution: PositiveFloat = 10.0
     """metres that a pixel of the images covers, as QGIS and the STAC item are told; Sentinel-2's are 10"""
     classes: PositiveInt = 10

@@ -11,7 +11,8 @@ from torch import Tensor
 from hvd_eurosat.config.schema import Data
 
 VIEWS = 8
-FLIP, TURN, CROP, ZOOM = 10, 20, 30, 40  # keys of `mix`, so that each draws numbers of its own
+FLIP, TURN, CROP, ZOOM, COLOUR, ERASE = 10, 20, 30, 40, 50, 60  # keys of `mix`, so that each draws numbers of its own
+ERASED_AREA, ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)  # as in the paper
 
 
 def mix(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
@@ -37,6 +38,13 @@ def turn_and_flip(images: Tensor, view: Tensor) -> Tensor:
     return torch.where(bit[2], images.transpose(2, 3), images)
 
 
+def view_of(images: Tensor, view: int) -> Tensor:
+    """The same view of all images [B, C, S, S]."""
+    images = images.flip(3) if view & 1 else images
+    images = images.flip(2) if view & 2 else images
+    return images.transpose(2, 3) if view & 4 else images
+
+
 def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
     """Each image [B, C, S, S] moved by its own dy, dx pixels (int64 [B]), mirrored at the border."""
     size = images.shape[-1]
@@ -48,11 +56,16 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
 
 
 def network_input(images: Tensor, indices: Tensor, seed: int, epoch: Tensor, size: int, data: Data) -> Tensor:
-    """Training images uint8 [B, 3, S, S] augmented, shrunk to `size` and normalised: float32 [B, 3, size, size].
+    """Training images uint8 [B, 3, S, S] augmented, brought to `size` and normalised: float32 [B, 3, size, size].
 
     indices int64 [B]; epoch int64 []: as a tensor, so that where this is compiled every epoch has the same code.
     """
-    return normalise(shrink(augment(images, indices, seed, epoch, data), size), data)
+    return normalise(resized(augment(images, indices, seed, epoch, data), size), data)
+
+
+def plain_input(images: Tensor, data: Data) -> Tensor:
+    """Images to be judged, uint8 [B, 3, S, S], as the network takes them: float32 [B, 3, I, I] of data.input_side I."""
+    return normalise(resized(images, data.input_side), data)
 
 
 def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
@@ -69,10 +82,14 @@ def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, dat
         images = shift(images, dy, dx)
     for key, (probability, axis) in enumerate(((data.random_horizontal_flip, 3), (data.random_vertical_flip, 2))):
         if probability:
-            flips = _uniform(seed, indices, epoch, FLIP + key) < probability
+            flips = uniform(seed, indices, epoch, FLIP + key) < probability
             images = torch.where(flips.view(-1, 1, 1, 1), images.flip(axis), images)
     if data.random_rotate or data.jitter_crop or data.random_zoom:
         images = resample(images, _places(indices, seed, epoch, data))
+    if data.random_brightness or data.random_contrast or data.random_gain:
+        images = recolour(images, *_colours(indices, seed, epoch, data))
+    if data.random_erase:
+        images = erase(images, _erased(images, indices, seed, epoch, data), data)
     return images
 
 
@@ -88,9 +105,9 @@ def resample(images: Tensor, places: Tensor) -> Tensor:
 
 def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
     """A random turn about the centre, then a random window: the map from the output to the image, [B, 2, 3]."""
-    angle = (2 * _uniform(seed, indices, epoch, TURN) - 1) * math.radians(data.random_rotate)
-    left, right, top, bottom = (data.jitter_crop * _uniform(seed, indices, epoch, CROP + side) for side in range(4))
-    zoom = 1 - data.random_zoom * _uniform(seed, indices, epoch, ZOOM)
+    angle = (2 * uniform(seed, indices, epoch, TURN) - 1) * math.radians(data.random_rotate)
+    left, right, top, bottom = (data.jitter_crop * uniform(seed, indices, epoch, CROP + side) for side in range(4))
+    zoom = 1 - data.random_zoom * uniform(seed, indices, epoch, ZOOM)
     width, height = (1 - (left + right) / 2) * zoom, (1 - (top + bottom) / 2) * zoom
     x, y = (left - right) / 2 * zoom, (top - bottom) / 2 * zoom
     cos, sin = angle.cos(), angle.sin()
@@ -98,18 +115,66 @@ def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tens
     return torch.stack(rows, 1).view(-1, 2, 3)
 
 
-def _uniform(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
+def recolour(images: Tensor, gains: Tensor, contrast: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] with each band times its gain (float32 [B, 3]), then the distances from the mean of all pixels
+
+    times the contrast (float32 [B]).
+    """
+    pixels = images.float()
+    mean = (pixels.mean((2, 3)) * gains).mean(1)
+    scale, offset = gains * contrast[:, None], mean * (1 - contrast)
+    recoloured = pixels.mul_(scale[:, :, None, None]).add_(offset.view(-1, 1, 1, 1))
+    return recoloured.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _colours(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    """Gains of the bands, float32 [B, 3], with the brightness in them, and contrast, float32 [B]."""
+    spreads = (data.random_brightness, data.random_contrast, *[data.random_gain] * 3)
+    draws = [uniform(seed, indices, epoch, COLOUR + n) for n in range(len(spreads))]
+    brightness, contrast, *bands = (1 + s * (2 * u - 1) for s, u in zip(spreads, draws, strict=True))
+    return brightness[:, None] * torch.stack(bands, 1), contrast
+
+
+def erase(images: Tensor, inside: Tensor, data: Data) -> Tensor:
+    """Random erasing (Zhong et al. 2020): data.mean where `inside`, bool [B, 1, S, S]."""
+    colour = _per_channel(tuple(round(255 * mean) for mean in data.mean), images.device).to(images.dtype)
+    return torch.where(inside, colour, images)
+
+
+def _erased(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
+    """Rectangles that lie within their images, or nothing: bool [B, 1, S, S]."""
+    chance, area, aspect, down, right = (uniform(seed, indices, epoch, ERASE + n).double() for n in range(5))
+    area = ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area
+    aspect = ERASED_ASPECT[0] * (ERASED_ASPECT[1] / ERASED_ASPECT[0]) ** aspect
+    height, width = ((area * a).sqrt().clamp(max=1) for a in (aspect, 1 / aspect))
+    inside = box(height / 2 + down * (1 - height), width / 2 + right * (1 - width), height, width, images.shape[-1])
+    return inside & (chance < data.random_erase).view(-1, 1, 1, 1)
+
+
+def box(down: Tensor, right: Tensor, height: Tensor, width: Tensor, size: int) -> Tensor:
+    """Which pixels of size x size lie in a box about its middle (down, right), all float64 [B] in sides of the image:
+
+    bool [B, 1, size, size].
+    """
+    middles = (torch.arange(size, dtype=torch.float64, device=down.device) + 0.5) / size
+    rows, columns = (
+        (middles - at.double()[:, None]).abs() < side[:, None] / 2 for at, side in ((down, height), (right, width))
+    )
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def uniform(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
     """Random numbers in [0, 1), float32 [B]."""
     return (mix(seed, indices, *keys) >> 7).float() / 2**24
 
 
-def shrink(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """Images uint8 [B, C, S, S] as [B, C, size, size]: bilinear, antialiased."""
     if size == images.shape[-1]:
         return images
-    pixels = images if images.is_cpu else images.float()  # torch shrinks uint8 on CPUs only
-    small = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return small if images.is_cpu else small.round().to(torch.uint8)
+    pixels = images if images.is_cpu else images.float()  # torch resizes uint8 on CPUs only
+    others = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return others if images.is_cpu else others.round().to(torch.uint8)
 
 
 def normalise(images: Tensor, data: Data) -> Tensor:

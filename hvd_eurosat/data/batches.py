@@ -17,9 +17,19 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
 from hvd_eurosat.data.augment import mix
 from hvd_eurosat.data.images import BadFilesError, Crop
+from hvd_eurosat.data.mixing import partners
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import UserError
+
+
+@dataclass(frozen=True)
+class Partners:
+    """What the samples of a batch are mixed with: indices, images and labels, as Batch has them."""
+
+    indices: Tensor
+    images: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,8 @@ class Batch:
     """What one rank works on in one step; always of the full batch size B.
 
     indices: int64 [B], positions in the split; images: uint8 [B, 3, S, S], channels last; labels: int64 [B];
-    weights: float32 [B], 1 for a sample that counts, 0 for padding; total: samples that count on all ranks.
+    weights: float32 [B], 1 for a sample that counts, 0 for padding; total: samples that count on all ranks;
+    partners: with train.mixup or train.cutmix.
     """
 
     indices: Tensor
@@ -35,6 +46,7 @@ class Batch:
     labels: Tensor
     weights: Tensor
     total: int
+    partners: Partners | None = None
 
 
 class Images:
@@ -58,8 +70,16 @@ class Images:
     def batch(self, indices: Tensor, real: int, total: int) -> Batch:
         """The samples at `indices` (int64 [B], on the storage's device), of which the first `real` count."""
         weights = (torch.arange(len(indices), device=self.device) < real).float()
+        return Batch(*self._take(indices), weights, total)
+
+    def partners(self, indices: Tensor) -> Partners:
+        """The samples at `indices` (int64 [B], on the storage's device) as such."""
+        return Partners(*self._take(indices))
+
+    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices, images and labels."""
         images, labels = (self._send(all_of.index_select(0, indices)) for all_of in (self.images, self.labels))
-        return Batch(self._send(indices), images.permute(0, 3, 1, 2), labels, weights, total)
+        return self._send(indices), images.permute(0, 3, 1, 2), labels
 
     def _send(self, chosen: Tensor) -> Tensor:
         """To the device; from pinned memory, so that the host does not wait for it."""
@@ -117,10 +137,13 @@ class TrainBatches:
     The order is that of DistributedSampler, and so is the interleaving: of the epoch's position p on, rank r of W has
     p + r, p + W + r, ... A DistributedSampler of W ranks knows no offset, so one of a single rank gives the order.
     The last batch goes on from the order's beginning with samples of weight 0: every step has the same shape and
-    well-filled BatchNorm statistics. A global batch is the same set of samples whatever the number of ranks.
+    well-filled BatchNorm statistics. A global batch is the same set of samples whatever the number of ranks, and with
+    `mixes` each sample has the same partner.
     """
 
-    def __init__(self, images: Images, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self, images: Images, batch_size: int, rank: int, world_size: int, seed: int, mixes: bool = False
+    ) -> None:
         self.length = len(images)
         self.shard = math.ceil(self.length / world_size)
         self.global_batch = batch_size * world_size
@@ -134,7 +157,7 @@ class TrainBatches:
                 f"train.batch_size {batch_size} is larger than a rank's shard of {self.shard} training images: "
                 f"give {self.shard} or less{fewer}"
             )
-        self._images = images
+        self._images, self._seed, self._mixes = images, seed, mixes
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
         self._mine = rank + world_size * torch.arange(batch_size, device=images.storage)
         # It adds the epoch to its seed: seed s + 1 would have the orders of seed s, an epoch earlier.
@@ -154,7 +177,12 @@ class TrainBatches:
         for first in range(samples, self.length, self.global_batch):
             real = min(self._batch_size, len(range(first + self._rank, self.length, self._world_size)))
             total = min(self.global_batch, self.length - first)
-            yield self._images.batch(order[(first + self._mine) % self.length], real, total)
+            chosen = order[(first + self._mine) % self.length]
+            batch = self._images.batch(chosen, real, total)
+            if self._mixes:
+                others = partners(self._seed, chosen, epoch, self.length)
+                batch = replace(batch, partners=self._images.partners(others))
+            yield batch
 
 
 class _Length(Dataset[Tensor]):

@@ -210,6 +210,13 @@ def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:
     return trainable == "all" or any(f"{name}.".startswith(f"{chosen}.") for chosen in trainable.split(","))
 
 
+def depth(name: str) -> int:
+    """How many stages a parameter of this name lies before the head: 0 for fc, 1 for layer4 ..., 5 for the stem."""
+    stages = ("fc", "layer4", "layer3", "layer2", "layer1")
+    stage = name.split(".")[0]
+    return stages.index(stage) if stage in stages else len(stages)
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """All parameters, and those that train."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]

@@ -21,10 +21,12 @@ from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run import outfile, plots
 from hvd_eurosat.run.predictions import CSV, HDF5
 from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.calibration import Calibration
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import free_name, make_folder, write_text
 from hvd_eurosat.training.lock import FolderLock
 from hvd_eurosat.training.metrics import Evaluation
+from hvd_eurosat.training.scores import macro_f1, wilson
 from hvd_eurosat.weights.stored import named
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class RunDirectory:
         self._report = report
         self._history: list[Event] = []
         self._tensorboard: SummaryWriter | None = None
+        self._calibration: dict[str, Any] = {}
         self._patience, self._tick = patience, tick
         self._open()
 
@@ -180,7 +183,8 @@ class RunDirectory:
         try:
             lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
             test = next(line for line in reversed(lines) if line["event"] == "test")
-            return Evaluation(float(test["loss"]), torch.tensor(test["confusion"]))
+            bins = torch.tensor(test["reliability"], dtype=torch.float64)
+            return Evaluation(float(test["loss"]), torch.tensor(test["confusion"]), bins)
         except (OSError, ValueError, KeyError, TypeError, StopIteration):
             raise UserError(f"{self.path / 'metrics.jsonl'}: unreadable; remove summary.json to test again") from None
 
@@ -252,6 +256,16 @@ class RunDirectory:
             lacking.append("run.outfile")
         return lacking
 
+    def calibrated(self, calibration: Calibration) -> None:
+        """Keep temperatures, and what they did, until the end."""
+        self.checkpoints.calibrate_best(calibration.temperatures)
+        self._calibration = {
+            "temperatures": calibration.temperatures,
+            "valid_loss": [calibration.before.loss, calibration.after.loss],
+            "valid_calibration_error": [calibration.before.calibration_error, calibration.after.calibration_error],
+            "valid_reliability": [calibration.before.bins.tolist(), calibration.after.bins.tolist()],
+        }
+
     def finish(self, test: Evaluation, took: float, facts: Mapping[str, Any], tree: Tree) -> None:
         """The plots, and last of all summary.json. took: seconds of the test."""
         trained, validated = self.events("train"), self.events("valid")
@@ -259,14 +273,19 @@ class RunDirectory:
         if best is None:
             raise RunError(f"no validated checkpoint in {self.checkpoints.folder}")
         seconds = sum(event["seconds"] for event in trained)
-        self.record("test", best.epoch, seconds=took, **test.event())
+        self.record("test", best.epoch, seconds=took, **test.event(), **self._calibration)
         plots.learning_curves(self._history, self.path / "plots" / "learning_curves.png")
         title = f"{self.path.name}{' (synthetic sample)' if tree.synthetic else ''}: {test.line('test')}"
         plots.confusion_matrix(
             test.confusion.numpy(), tree.classes, self.path / "plots" / "confusion_matrix.png", title
         )
+        plots.reliability(plots.reliability_curves(self._history), self.path / "plots" / "reliability.png", title)
         summary = {
             "test_accuracy": test.accuracy,
+            "test_interval": wilson(test.correct, test.count),
+            "test_macro_f1": macro_f1(test.confusion),
+            "test_loss": test.loss,
+            "test_calibration_error": test.calibration_error,
             "valid_accuracy": validated[-1]["accuracy"],
             "best_valid_accuracy": best.metric,
             "best_epoch": best.epoch,
@@ -275,6 +294,7 @@ class RunDirectory:
             "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in trained) / seconds,
             "seconds": seconds,
             "skipped_steps": sum(event["skipped_steps"] for event in trained),
+            **{key: value for key, value in self._calibration.items() if key != "valid_reliability"},
             "stragglers": [{"epoch": e["epoch"], **one} for e in trained for one in e.get("stragglers", [])],
             "synthetic": tree.synthetic,
             "classes": list(tree.classes),

@@ -13,9 +13,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from hvd_eurosat.training.metrics import Evaluation, Sums
+from hvd_eurosat.training.scores import macro_f1, wilson
 
 BAR_SECONDS = 0.5
 LINE_SECONDS = 20.0
+
+
+def worth(evaluation: Evaluation) -> str:
+    """A line: interval, F1, likelihood and calibration."""
+    low, high = wilson(evaluation.correct, evaluation.count)
+    return (
+        f"95% interval {100 * low:.2f} to {100 * high:.2f}%, macro F1 {100 * macro_f1(evaluation.confusion):.2f}%, "
+        f"negative log-likelihood {evaluation.loss:.4f}, calibration error {100 * evaluation.calibration_error:.2f}%"
+    )
 
 
 class Display:
@@ -109,9 +119,10 @@ class Display:
         )
 
     def result(self, split: str, evaluation: Evaluation, classes: Sequence[str]) -> None:
-        """The per-class table and then, last, the accuracy with its counts."""
+        """What the figures are worth, the per-class table and then, last, the accuracy with its counts."""
         if not self._speaks:
             return
+        self.say(worth(evaluation))
         table = Table(title=f"{split} set", box=box.SIMPLE_HEAD)
         for column in ("class", "images", "correct", "recall", "precision", "F1"):
             table.add_column(column, justify="left" if column == "class" else "right")

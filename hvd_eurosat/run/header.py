@@ -28,6 +28,7 @@ def header(
     total, trainable = count_parameters(state.model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
     train, optim = config.train, config.optim
+    side = config.data.input_side
     first = image_size(config.data, train, schedule_epochs(optim, train), 0)
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
@@ -38,7 +39,8 @@ def header(
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"
-        + (f", in training from {first}x{first} on" if first < config.data.image_size else ""),
+        + (f", shown at {side}x{side}" if side != config.data.image_size else "")
+        + (f", in training from {first}x{first} on" if first < side else ""),
         "network": f"{config.model.arch}, weights {config.model.weights}{f' ({lacking})' if lacking else ''}, "
         f"{total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",

@@ -16,7 +16,8 @@ from hvd_eurosat import __version__
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Images
-from hvd_eurosat.data.tree import SPLITS, Tree, split_of
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import Tree, split_of
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.display import Display
@@ -26,6 +27,7 @@ from hvd_eurosat.run.page import write_page
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.run.signs import Signs
 from hvd_eurosat.run.status import FAILURE, leave_failure, read_failure
+from hvd_eurosat.training.calibration import Calibration
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Values
 from hvd_eurosat.training.metrics import Evaluation, Sums
@@ -282,6 +284,21 @@ class Journal:
 
     def _best_model(self) -> dict[str, Tensor]:
         return self._files.checkpoints.best_model(self.display.warn) if self._files else {}
+
+    def calibrated(self, calibration: Calibration) -> None:
+        """Keep the temperatures with the best checkpoint. Collective."""
+        self._world.together(lambda: self._files.calibrated(calibration) if self._files else None)
+        before, after = calibration.before, calibration.after
+        self.display.say(
+            f"temperature {calibration.temperatures[self._config.valid.views]:.3f}: validation calibration error "
+            f"{100 * before.calibration_error:.2f}% -> {100 * after.calibration_error:.2f}%, "
+            f"loss {before.loss:.4f} -> {after.loss:.4f}"
+        )
+
+    def temperature(self) -> float:
+        """Of the best checkpoint, for valid.views. Collective."""
+        views = self._config.valid.views
+        return self._world.on_main(lambda: self._files.checkpoints.temperature(views) if self._files else 1.0)
 
     def failed(self, error: BaseException) -> None:
         """The run ends by an error of this rank, or of all: where status.json and the page say so, others can see why.

@@ -97,6 +97,47 @@ def confusion_matrix(counts: NDArray[np.integer[Any]], classes: Sequence[str], p
     _save(figure, path)
 
 
+def reliability(curves: Mapping[str, NDArray[np.float64]], path: Path, title: str) -> None:
+    """Draw how often answers are right against the probability that they state, and how many there are.
+
+    curves: by name, training.scores.reliability's sums, [3, bins].
+    """
+    figure = _figure(5.4, 6.2)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 100], [0, 100], color=GREY, lw=0.8, ls=":")
+    for (name, (number, probability, correct)), colour in zip(curves.items(), (GREY, ORANGE, BLUE), strict=False):
+        there = number > 0
+        stated, right = (100 * sums[there] / number[there] for sums in (probability, correct))
+        error = 100 * np.abs(correct - probability).sum() / number.sum()
+        above.plot(stated, right, "o-", color=colour, ms=4, lw=1.6, label=f"{name}: {error:.2f} % off")
+        edges = np.linspace(0, 100, len(number) + 1)
+        below.stairs(100 * number / number.sum(), edges, color=colour, lw=1.4)
+    above.set_title(title, fontsize=10)
+    above.set_ylabel("right, %")
+    above.legend(frameon=False, loc="upper left")
+    below.set_ylabel("answers, %")
+    below.set_yscale("log")
+    below.set_xlabel("stated probability, %")
+    for axes in (above, below):
+        _plain(axes)
+    _save(figure, path)
+
+
+def reliability_curves(events: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.float64]]:
+    """What `reliability` draws of metrics.jsonl's events: of the test and what the temperature did, or of the
+
+    newest validation.
+    """
+    found = [event for event in events if "reliability" in event]
+    if not found:
+        return {}
+    newest, curves = found[-1], {}
+    if "valid_reliability" in newest:
+        before, after = newest["valid_reliability"]
+        curves = {"valid, without temperature": np.array(before), "valid": np.array(after)}
+    return {**curves, newest["event"]: np.array(newest["reliability"])}
+
+
 def sample_grid(
     images: NDArray[np.uint8], labels: NDArray[np.int64], classes: Sequence[str], path: Path, title: str
 ) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.data.augment import normalise, shrink
+from hvd_eurosat.data.augment import resized
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.scene.parts import NONE, Parts
@@ -24,6 +24,7 @@ from hvd_eurosat.scene.plan import Plan
 from hvd_eurosat.scene.source import Scene
 from hvd_eurosat.scene.windows import Block, slice_rows
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.inference import answer, show, temper
 from hvd_eurosat.training.precision import Precision
 
 T = TypeVar("T")
@@ -33,12 +34,14 @@ TICK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Network:
-    """A network in evaluation mode, and how it takes images."""
+    """A network in evaluation mode, how it takes images, and what is made of its answers (training/inference.py)."""
 
     model: LandCoverResNet
     saved: Checkpoint
     precision: Precision
     device: torch.device
+    views: int
+    temperature: float
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ def classify(
             return None
         if len(batch):
             y, x = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
-            answers.append(answer(network, cut(pixels, y, x, windows.side)))
+            answers.append(judge(network, cut(pixels, y, x, windows.side)))
         progress()
     if len(rows):
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
@@ -201,10 +204,11 @@ def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
     return every[tops, lefts]
 
 
-def answer(network: Network, images: Tensor) -> Tensor:
+def judge(network: Network, images: Tensor) -> Tensor:
     """The class and the percents of each image uint8 [N, 3, S, S], as uint8 [N, 1 + classes] on its device."""
     data = network.saved.data
     with network.precision.autocast(network.device):
-        log_probabilities = network.model(normalise(shrink(images, data.image_size), data))
-    percents = (100 * log_probabilities.float().exp()).round()
+        each = show(network.model, resized(images, data.image_size), data, network.views)
+    log_probabilities = temper(answer(each.float()), network.temperature)
+    percents = (100 * log_probabilities.exp()).round()
     return torch.cat([log_probabilities.argmax(1, keepdim=True).float(), percents], 1).to(torch.uint8)

@@ -66,6 +66,8 @@ def make_plan(scene: Scene, saved: Checkpoint, precision: str, settings: MapSett
         **{key: getattr(settings, key) for key in ("max_masked", "mask", "resolution", "probabilities", "min_area")},
         "batch_size": batch_size,
         "precision": precision,
+        "views": saved.views(settings.views),
+        "temperature": 1.0 if settings.raw else saved.temperature(saved.views(settings.views)),
         "version": __version__,
     }
     step = -(-max(windows.height, windows.width) // PREVIEW)

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, flatten, schedule_epochs
+from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, Valid, flatten, schedule_epochs
 from hvd_eurosat.data.inputs import Inputs, inputs_of
 from hvd_eurosat.data.layout import normal
 from hvd_eurosat.errors import RunError, UserError
@@ -37,12 +37,14 @@ class Checkpoint:
     """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
     model: state dict with the BatchNorm statistics averaged over the ranks; frozen: the weights that do not train, by
-    name; rank_buffers: float32 [world size, n],
-    each rank's own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
+    name; rank_buffers: float32 [world size, n], each rank's own statistics, flattened, and with train.ema n more, their
+    running averages; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
     training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted;
-    weights: the digest of model.weights' file, if it is one.
+    weights: the digest of model.weights' file, if it is one; live: with train.ema, the weights that train as training
+    goes on with them, where model has their average; share: of the steps in that average, as Average.share;
+    temperatures: by the number of views that an image is shown in, as FILE.json has them.
     """
 
     model: dict[str, Tensor]
@@ -62,6 +64,9 @@ class Checkpoint:
     image_side: int | None = None
     inputs: dict[str, Any] | None = None
     weights: str | None = None
+    live: dict[str, Tensor] = field(default_factory=dict)
+    share: float = 0.0
+    temperatures: dict[int, float] = field(default_factory=dict)
 
     @property
     def data(self) -> Data:
@@ -70,6 +75,14 @@ class Checkpoint:
         if not data.center_crop or data.resize or not self.image_side:
             return data
         return data.model_copy(update={"resize": self.image_side})
+
+    def views(self, asked: int | None) -> int:
+        """In how many of its views each image is shown: as asked, or else as in the run."""
+        return asked or Valid(**self.config["valid"]).views
+
+    def temperature(self, views: int) -> float:
+        """By which log-probabilities are divided; 1 where none was fitted."""
+        return temperature(self.temperatures, views)
 
     @property
     def wants(self) -> Inputs:
@@ -91,7 +104,8 @@ class Checkpoint:
         """The bytes that so many checkpoints like this one take, with two numbers a weight for the optimiser."""
         frozen = sum(tensor.nbytes for name, tensor in self.model.items() if name in self.frozen)
         changing = sum(tensor.nbytes for tensor in self.model.values()) - frozen
-        return frozen + copies * (3 * changing + self.rank_buffers.nbytes)
+        live = sum(tensor.nbytes for tensor in self.live.values())
+        return frozen + copies * (3 * changing + live + self.rank_buffers.nbytes)
 
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
@@ -139,7 +153,7 @@ def load(path: Path, frozen: bool = True) -> Checkpoint:
     path = named(path)
     content, record = read_content(path, frozen), read_record(path)
     try:
-        checkpoint = Checkpoint(**content)
+        checkpoint = Checkpoint(**content, temperatures=record.temperatures)
         noted = (record.epoch, record.step, record.samples)
     except TypeError:
         raise UserError(f"checkpoint {path}: not a checkpoint of this version of hvd_eurosat") from None
@@ -222,7 +236,8 @@ def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
     """
     buffer = io.BytesIO()
     model = {name: tensor for name, tensor in checkpoint.model.items() if not frozen or name not in checkpoint.frozen}
-    torch.save(vars(dataclasses.replace(checkpoint, model=model)), buffer)
+    fields = vars(dataclasses.replace(checkpoint, model=model))
+    torch.save({name: value for name, value in fields.items() if name != "temperatures"}, buffer)
     content = buffer.getvalue()
     with replacing(path) as file:
         file.write(content)
@@ -236,13 +251,23 @@ def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
         content=Blob.of(path.name, content),
         frozen=frozen,
         versions=VERSIONS,
+        temperatures=checkpoint.temperatures,
     )
     try:
-        write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+        _write_record(path, record)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     return record
+
+
+def _write_record(path: Path, record: Record) -> None:
+    write_text(path.with_suffix(".json"), record.model_dump_json(indent=2) + "\n")
+
+
+def temperature(temperatures: Mapping[int, float], views: int) -> float:
+    """That of so many views; 1 where none was fitted."""
+    return temperatures.get(views, 1.0)
 
 
 class CheckpointFolder:
@@ -302,6 +327,16 @@ class CheckpointFolder:
                 _set_aside(self.path(best), error, report)
                 self._point_at_newest_and_best()
         raise RunError(f"no validated checkpoint in {self.folder}")
+
+    def calibrate_best(self, temperatures: Mapping[int, float]) -> None:
+        """Note temperatures with the best checkpoint. Raises RunError where the disk is full or gone."""
+        if best := self.best():
+            _write_record(self.path(best), best.model_copy(update={"temperatures": dict(temperatures)}))
+
+    def temperature(self, views: int) -> float:
+        """Of the best checkpoint."""
+        best = self.best()
+        return temperature(best.temperatures, views) if best else 1.0
 
     def path(self, record: Record) -> Path:
         """Where a checkpoint is."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
-from hvd_eurosat.data.augment import normalise
+from hvd_eurosat.data.augment import plain_input, view_of
 from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.precision import Precision
 
@@ -19,40 +22,100 @@ Values = NDArray[np.float32]
 
 
 def log_probabilities(
-    world: World, model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision
+    world: World, model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision, views: int
 ) -> Values:
     """Of all samples that count, float32 [N, classes] on rank 0, [0, classes] on others. Collective.
 
     batches: this rank's share, every world.size-th one from its rank on. A UserError on one rank is raised on all.
+    views: 1 or 8, as valid.views.
     """
-    return join(world, infer(world, model, batches, data, precision), model)
+    return mean_of_views(every_view(world, model, batches, data, precision, views))
+
+
+def every_view(
+    world: World,
+    model: LandCoverResNet,
+    batches: Iterable[Batch],
+    data: Data,
+    precision: Precision,
+    views: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Values:
+    """As log_probabilities, of each view: float32 [N, views, classes]. Collective.
+
+    Raises Stopped on every rank if `stop` came true on one before its last batch.
+    """
+    return join(world, infer(world, model, batches, data, precision, views, stop), model, views)
 
 
 def infer(
-    world: World, model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision
-) -> list[Values]:
-    """The log-probabilities of each of this rank's batches. Collective."""
-    return world.together(lambda: list(map(np.asarray, _infer(world, model, batches, data, precision))))
+    world: World,
+    model: LandCoverResNet,
+    batches: Iterable[Batch],
+    data: Data,
+    precision: Precision,
+    views: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Values | None]:
+    """The log-probabilities of each of this rank's batches, of each view; None last, if it was to stop. Collective."""
+    return world.together(lambda: list(_infer(world, model, batches, data, precision, views, stop)))
 
 
-def join(world: World, mine: list[Values], model: LandCoverResNet) -> Values:
-    """Those of all ranks' batches, in order, on rank 0. Collective."""
+def join(world: World, mine: list[Values | None], model: LandCoverResNet, views: int) -> Values:
+    """Those of all ranks' batches, in order: float32 [N, views, classes], on rank 0. Collective."""
     every = world.gather(mine)
+    if any(batch is None for rank in every for batch in rank):
+        raise Stopped
     count = sum(map(len, every)) if world.is_main else 0
-    none = np.empty((0, model.fc.out_features), np.float32)
-    return np.concatenate([none, *(every[n % world.size][n // world.size] for n in range(count))])
+    none = np.empty((0, views, model.fc.out_features), np.float32)
+    found = [every[n % world.size][n // world.size] for n in range(count)]
+    return np.concatenate([none, *(values for values in found if values is not None)])
+
+
+def mean_of_views(values: Values) -> Values:
+    """Of the probabilities: float32 [N, classes] from [N, views, classes], both logarithms."""
+    return answer(torch.from_numpy(values)).numpy()
+
+
+def tempered(values: Values, temperature: float) -> Values:
+    """Log-probabilities [N, classes] after a temperature."""
+    return temper(torch.from_numpy(values), temperature).numpy()
+
+
+def show(model: LandCoverResNet, images: Tensor, data: Data, views: int) -> Tensor:
+    """Log-probabilities of the first `views` views of uint8 images [B, 3, S, S]: float32 [B, views, classes]."""
+    return torch.stack([model(plain_input(view_of(images, view), data)) for view in range(views)], 1)
+
+
+def answer(each: Tensor) -> Tensor:
+    """The logarithm of the mean probability over the views: [B, views, classes] to [B, classes]."""
+    return torch.logsumexp(each, 1) - math.log(each.shape[1])
+
+
+def temper(log_probabilities: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [B, classes] after a temperature; of 1 as they are."""
+    return log_probabilities if temperature == 1 else (log_probabilities / temperature).log_softmax(1)
 
 
 @torch.no_grad()
 def _infer(
-    world: World, model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision
-) -> list[torch.Tensor]:
+    world: World,
+    model: LandCoverResNet,
+    batches: Iterable[Batch],
+    data: Data,
+    precision: Precision,
+    views: int,
+    stop: Callable[[], bool],
+) -> Iterator[Values | None]:
+    """Of each batch; None, and no more, once it is to stop."""
     was_training = model.training
     model.eval()
-    results = []
     for batch in batches:
+        if stop():
+            yield None
+            break
         with precision.autocast(batch.images.device):
-            results.append(model(normalise(batch.images, data))[: batch.total].cpu())
+            each = show(model, batch.images, data, views)
+        yield each[: batch.total].cpu().numpy()
         world.tick()
     model.train(was_training)
-    return results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config, Data
-from hvd_eurosat.data.augment import normalise
+from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch, Images, ordered_batches
 from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.training.inference import answer, show, temper
 from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.training.scores import BINS, calibration_error, reliability
 
 
 class Sums:
@@ -68,10 +70,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a split. loss: mean negative log-likelihood; confusion: int64 [C, C], rows are the true classes."""
+    """A model on a split. loss: mean negative log-likelihood; confusion: int64 [C, C], rows are the true classes;
+
+    bins: of scores.reliability, float64 [3, BINS].
+    """
 
     loss: float
     confusion: Tensor
+    bins: Tensor
 
     @staticmethod
     def of(values: NDArray[np.float32], labels: NDArray[np.int64]) -> Evaluation:
@@ -80,7 +86,7 @@ class Evaluation:
         loss = F.nll_loss(log_probabilities, target)
         confusion = torch.zeros(values.shape[1], values.shape[1], dtype=torch.int64)
         count(confusion, log_probabilities, target, torch.ones_like(target))
-        return Evaluation(float(loss), confusion)
+        return Evaluation(float(loss), confusion, reliability(log_probabilities, target, torch.ones_like(target)))
 
     @property
     def count(self) -> int:
@@ -97,9 +103,20 @@ class Evaluation:
         """A fraction 0..1."""
         return self.correct / self.count
 
+    @property
+    def calibration_error(self) -> float:
+        """Expected, a fraction 0..1."""
+        return calibration_error(self.bins)
+
     def event(self) -> dict[str, Any]:
         """What metrics.jsonl holds of it."""
-        return {"loss": self.loss, "accuracy": self.accuracy, "confusion": self.confusion.tolist()}
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "calibration_error": self.calibration_error,
+            "confusion": self.confusion.tolist(),
+            "reliability": self.bins.tolist(),
+        }
 
     def line(self, split: str) -> str:
         """The line that ends the output of train and evaluate."""
@@ -116,7 +133,13 @@ def count(confusion: Tensor, log_probabilities: Tensor, labels: Tensor, weights:
 
 
 def evaluate(
-    world: World, config: Config, model: LandCoverResNet, precision: Precision, images: Images, stop: Callable[[], bool]
+    world: World,
+    config: Config,
+    model: LandCoverResNet,
+    precision: Precision,
+    images: Images,
+    stop: Callable[[], bool],
+    temperature: float = 1.0,
 ) -> Evaluation:
     """The model in evaluation mode on rank 0, or on all ranks with valid.sharded; the sums on every rank. Collective.
 
@@ -126,34 +149,41 @@ def evaluate(
     batches = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
     was_training = model.training
     model.eval()
-    loss, confusion, stopped = world.together(lambda: _evaluate(model, batches, config.data, precision, world, stop))
+    work = partial(_evaluate, model, batches, config, precision, world, stop, temperature)
+    loss, confusion, bins, stopped = map(world.sum, world.together(work))
     model.train(was_training)
-    loss, confusion, stopped = world.sum(loss), world.sum(confusion).cpu(), world.sum(stopped)
     if stopped:
         raise Stopped
-    return Evaluation(float(loss / confusion.sum()), confusion)
+    return Evaluation(float(loss / confusion.sum()), confusion.cpu(), bins.cpu())
 
 
 @torch.no_grad()
 def _evaluate(
     model: LandCoverResNet,
     batches: Iterable[Batch],
-    data: Data,
+    config: Config,
     precision: Precision,
     world: World,
     stop: Callable[[], bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's sum of the losses (float64 []), confusion matrix (int64 [C, C]), and whether it stopped (0 or 1)."""
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """This rank's sum of the losses (float64 []), confusion matrix (int64 [C, C]), sums of the bins (float64 [3, BINS])
+
+    and whether it stopped (0 or 1).
+    """
     classes = model.fc.out_features
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
+    bins = torch.zeros(3, BINS, dtype=torch.float64, device=world.device)
     for batch in batches:
         if stop():
-            return loss, confusion, torch.ones(())
+            return loss, confusion, bins, torch.ones(())
         with precision.autocast(world.device):
-            log_probabilities = model(normalise(batch.images, data))
+            each = show(model, batch.images, config.data, config.valid.views)
+        log_probabilities = temper(answer(each), temperature)
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
         count(confusion, log_probabilities, batch.labels, batch.weights)
+        bins += reliability(log_probabilities, batch.labels, batch.weights)
         world.tick()
-    return loss, confusion, torch.zeros(())
+    return loss, confusion, bins, torch.zeros(())

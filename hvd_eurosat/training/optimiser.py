@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from hvd_eurosat.config.schema import Optim
+from hvd_eurosat.model.resnet import depth
 from hvd_eurosat.training.large_batch import Lamb, Lars
 
 Kind = TypeVar("Kind", bound=type[torch.optim.Optimizer])
@@ -18,12 +19,8 @@ FENCED = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad
 
 def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """Of the trainable parameters only; weight decay spares BatchNorm and its like (one-dimensional parameters)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = _groups(model, optim)
+    parameters = [p for group in groups for p in group["params"]]
     betas, nesterov = (optim.beta1, optim.beta2), optim.nesterov and optim.momentum > 0
     if optim.name == "sgd":
         sgd = uncompiled(torch.optim.SGD)(groups, lr=optim.lr, momentum=optim.momentum, nesterov=nesterov, fused=True)
@@ -40,6 +37,19 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         return uncompiled(torch.optim.RMSprop)(groups, lr=optim.lr, momentum=optim.momentum, eps=optim.eps)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return uncompiled(kind)(groups, lr=optim.lr, betas=betas, eps=optim.eps, amsgrad=optim.amsgrad, fused=True)
+
+
+def _groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """By their `depth`, as far as that matters, the head first, and by whether they decay."""
+    by_depth = optim.layer_decay < 1 or optim.unfreeze_epochs > 0
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((depth(name) if by_depth else 0, parameter.ndim <= 1), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if spared else optim.weight_decay, "depth": deep}
+        for (deep, spared), parameters in sorted(groups.items())
+    ]
 
 
 def uncompiled(kind: Kind) -> Kind:

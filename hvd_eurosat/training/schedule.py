@@ -49,6 +49,14 @@ def learning_rate(optim: Optim, epochs: int, global_batch: int, progress: float)
     return peak * _cosine((done - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE))
 
 
+def rate_share(optim: Optim, depth: int, epoch: int) -> float:
+    """The share of the learning rate that layers so many stages before the head have in an epoch (from 0).
+
+    layer_decay: as in BERT's fine-tuning (Clark et al. 2020); unfreeze_epochs: Howard & Ruder 2018.
+    """
+    return optim.layer_decay**depth if epoch >= depth * optim.unfreeze_epochs else 0.0
+
+
 def _cosine(done: float) -> float:
     """From 1 down to 0 as `done` goes from 0 to 1."""
     return (1 + math.cos(math.pi * min(done, 1.0))) / 2
@@ -61,7 +69,7 @@ def image_sizes(full: int, start: int) -> list[int]:
 
 def image_size(data: Data, train: Train, epochs: int, epoch: int) -> int:
     """The side of the training images in an epoch (from 0) of the schedule's `epochs`; full in the last."""
-    sizes = image_sizes(data.image_size, train.start_size)[-epochs:]
+    sizes = image_sizes(data.input_side, train.start_size)[-epochs:]
     left = max(0, epochs - 1 - epoch)
     return sizes[-1 - left * len(sizes) // epochs]
 

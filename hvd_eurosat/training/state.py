@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
+from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.optimiser import build_optimiser
@@ -30,7 +32,8 @@ class TrainingState:
     """Model, optimiser, BatchNorm statistics, and how far the run has come.
 
     epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; sums: of this rank;
-    inputs: what the numbers in the images are, for whoever uses the network later.
+    inputs: what the numbers in the images are, for whoever uses the network later; average: of the weights, with
+    train.ema.
     """
 
     def __init__(
@@ -48,14 +51,18 @@ class TrainingState:
         self.inputs = inputs
         self.optimiser = build_optimiser(model, config.optim)
         self.statistics = Statistics(model)
+        decay = config.train.ema
+        self.average = Average(self._trainable(), self.statistics.flat, decay) if decay else None
         self.sums = Sums(world)
         self.epoch = self.samples = self.step = 0
         self.weights: str | None = None  # the digest of the file that the run began with
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
         self._seals: dict[int, tuple[object, Tensor]] = {}
 
-    def advance(self, samples: int) -> None:
-        """A step was made with so many samples."""
+    def advance(self, samples: int, skipped: Tensor) -> None:
+        """A step was made with so many samples, or skipped (bool [])."""
+        if self.average and self.step % EVERY == 0:
+            self.average.update(skipped)
         self.samples += samples
         self.step += 1
 
@@ -68,9 +75,13 @@ class TrainingState:
         """Put a checkpoint back; of another number of ranks, each goes on with the average of the statistics."""
         world = self._world
         same_world = len(saved.rank_buffers) == world.size
-        self.model.load_state_dict(saved.model)
+        self.model.load_state_dict(saved.model | saved.live)
         self.optimiser.load_state_dict(_copy(saved.optimiser))  # it keeps the tensors that it is given
-        self.statistics.flat.copy_(saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0))
+        buffers = saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0)
+        count = len(self.statistics.flat)
+        self.statistics.flat.copy_(buffers[:count])
+        if self.average:
+            self.average.restore(saved.model, buffers[count:], saved.share)
         self.epoch, self.samples, self.step = saved.epoch, saved.samples, saved.step
         self.weights = saved.weights
         if same_world:
@@ -78,19 +89,39 @@ class TrainingState:
         elif world.is_main:
             self.sums.total.copy_(saved.sums.sum(0))
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[Tensor]:
+        """Within the block the model is as it is validated and saved, after it as this rank trains it. Collective.
+
+        Its statistics are the average over the ranks; with train.ema, so they are of the running averages, and its
+        weights are averages too. Yields the statistics of every rank, followed by their running averages, if any:
+        float32 [world size, n or 2 n].
+        """
+        flat, average = self.statistics.flat, self.average
+        every = self._world.stack(torch.cat([flat, average.statistics]) if average else flat)
+        kept = flat.clone()
+        flat.copy_(every.mean(0)[-len(flat) :])
+        try:
+            with average.shown() if average else contextlib.nullcontext():
+                yield every
+        finally:
+            flat.copy_(kept)
+
     def snapshot(self) -> Checkpoint | None:
         """A copy of the state, on rank 0 alone unless the job is elastic. Collective.
 
         Raises RunError if it is not finite.
         """
         sums = self._world.stack(self.sums.total)
-        with self.statistics.averaged(self._world) as every:
-            if not (self._world.is_main or self._world.is_elastic):
+        saves = self._world.is_main or self._world.is_elastic
+        live = _copy(self._trainable()) if self.average and saves else {}
+        with self.averaged() as every:
+            if not saves:
                 return None
             frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
             self._frozen = self._frozen or _copy(frozen)
             changing = {name: t for name, t in self.model.state_dict().items() if name not in frozen}
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in changing.values()):
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in (*changing.values(), *live.values())):
                 raise RunError("the weights are not finite any more: try a lower optim.lr")
             return Checkpoint(
                 model=self._frozen | _copy(changing),
@@ -108,6 +139,8 @@ class TrainingState:
                 image_side=self._tree.image_size,
                 inputs=self.inputs.model_dump(mode="json") if self.inputs else None,
                 weights=self.weights,
+                live=live,
+                share=float(self.average.share) if self.average else 0.0,
             )
 
     def seal(self) -> None:
@@ -143,10 +176,14 @@ class TrainingState:
             self._seals[place] = what, now
         return broken
 
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The weights that train, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
     def _moving(self) -> list[Tensor]:
-        """The weights that train, and with each what the optimiser keeps of it."""
-        tensors = []
-        for parameter in (p for p in self.model.parameters() if p.requires_grad):
+        """The weights that train, with each what the optimiser keeps of it, and their averages."""
+        tensors = list(self.average.weights.values()) if self.average else []
+        for parameter in self._trainable().values():
             kept = self.optimiser.state.get(parameter, {}).values()
             tensors += [parameter.detach(), *(value for value in kept if isinstance(value, Tensor))]
         return tensors

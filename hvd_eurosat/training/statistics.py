@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hvd_eurosat.cluster.world import World
 from hvd_eurosat.model.resnet import batch_norm_buffers
 
 
@@ -20,16 +16,3 @@ class Statistics:
         self.flat = torch.cat([buffer.flatten() for buffer in buffers])
         for buffer, piece in zip(buffers, self.flat.split([b.numel() for b in buffers]), strict=True):
             buffer.set_(piece.view_as(buffer))
-
-    @contextlib.contextmanager
-    def averaged(self, world: World) -> Iterator[Tensor]:
-        """Within the block the model has the average over the ranks; after it, this rank's own again. Collective.
-
-        Yields the statistics of every rank, float32 [world size, n].
-        """
-        every = world.stack(self.flat)
-        self.flat.copy_(every.mean(0))
-        try:
-            yield every
-        finally:
-            self.flat.copy_(every[world.rank])

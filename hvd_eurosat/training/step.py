@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import SharedError, World
-from hvd_eurosat.config.schema import Config, schedule_epochs
+from hvd_eurosat.config.schema import Config, mixes, schedule_epochs
 from hvd_eurosat.data.augment import network_input
 from hvd_eurosat.data.batches import Batch, Images
+from hvd_eurosat.data.mixing import mixed_input, quantiles
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.training.compilation import obstacle
 from hvd_eurosat.training.gradients import GradientBuckets
-from hvd_eurosat.training.schedule import image_size, image_sizes
+from hvd_eurosat.training.schedule import image_size, image_sizes, rate_share
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.stragglers import Stopwatch
 
@@ -68,7 +69,8 @@ class Step:
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
         self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=WIRE[config.optim.compression])
-        self._input = network_input
+        self._input: Callable[..., Any] = mixed_input if mixes(config.train) else network_input
+        self._quantiles = [quantiles(alpha, world.device) for alpha in (config.train.mixup, config.train.cutmix)]
         self._network: Callable[[Tensor], Tensor] = state.model
         self.obstacle = obstacle(world) if config.train.compile else None
         self.compiled = config.train.compile and not self.obstacle
@@ -82,14 +84,13 @@ class Step:
         """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
         state, gradients = self._state, self.gradients
         for group in state.optimiser.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * rate_share(self._config.optim, group["depth"], state.epoch)
         before = state.statistics.flat.clone()
         gradients.zero()
-        images = self._prepare(batch)
+        images, share = self._prepare(batch)
         with state.precision.autocast(self._device):
             log_probabilities = self._network(images)
-        smoothing = self._config.train.label_smoothing
-        loss = sample_losses(log_probabilities, batch.labels, self._class_weights, smoothing) @ batch.weights
+        loss = self._losses(log_probabilities, batch, share) @ batch.weights
         gradients.notes[0].copy_(loss.detach() / batch.total)
         gradients.notes[1].fill_(stop / self._ranks)
         (loss / batch.total).backward()
@@ -102,16 +103,16 @@ class Step:
         state.statistics.flat.copy_(torch.where(skip, before, state.statistics.flat))
         state.sums.add(log_probabilities.detach(), batch, skip)
         self._findings.add(torch.stack([skip.float(), gradients.notes[1]]))
-        state.advance(batch.total)
+        state.advance(batch.total, skip)
 
     def _compile(self) -> None:
         """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
-        sizes = image_sizes(self._config.data.image_size, self._config.train.start_size)
+        sizes = image_sizes(self._config.data.input_side, self._config.train.start_size)
         torch._dynamo.config.recompile_limit = RECOMPILES * len(sizes)  # torch.compile takes it from 2.12 on alone
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False)
         self._network = compiled(self._state.model, mode="reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
-            self._input = compiled(network_input)
+            self._input = compiled(self._input)
 
     def _update(self, skip: Tensor) -> None:
         optimiser = self._state.optimiser
@@ -156,11 +157,28 @@ class Step:
             if stop:
                 raise Stopped
 
-    def _prepare(self, batch: Batch) -> Tensor:
+    def _losses(self, log_probabilities: Tensor, batch: Batch, share: Tensor | None) -> Tensor:
+        """Of each sample, float32 [B]; of one that keeps a share of itself, the rest by its partner's label."""
+        smoothing = self._config.train.label_smoothing
+        own = sample_losses(log_probabilities, batch.labels, self._class_weights, smoothing)
+        if batch.partners is None or share is None:
+            return own
+        other = sample_losses(log_probabilities, batch.partners.labels, self._class_weights, smoothing)
+        return other.lerp(own, share.to(own.dtype))
+
+    def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the network is shown, and with partners the share that each sample keeps of itself."""
         data, train, epoch = self._config.data, self._config.train, self._state.epoch
         size = image_size(data, train, self._epochs, epoch)
         epoch_there = torch.full((), epoch, device=self._device)
-        return self._input(batch.images, batch.indices, train.seed, epoch_there, size, data)
+        drawn = train.seed, epoch_there, size, data
+        if batch.partners is None:
+            return self._input(batch.images, batch.indices, *drawn), None
+        others = batch.partners
+        mixed: tuple[Tensor, Tensor] = self._input(
+            batch.images, batch.indices, others.images, others.indices, *drawn, *self._quantiles
+        )
+        return mixed
 
 
 class _Findings:

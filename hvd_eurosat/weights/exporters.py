@@ -37,7 +37,7 @@ def keras_layers(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
         if is_trainable(module_name(name), model.get_submodule(module_name(name)), model.trainable)
     }
     scaling = (facts["mean"], facts["std"]) if facts["normalises"] else None
-    content = write_layers(model.details, model.fc.out_features, facts["image_size"], trains, scaling)
+    content = write_layers(model.details, model.fc.out_features, facts["input_size"], trains, scaling)
     file.write((json.dumps(content, indent=1) + "\n").encode())
 
 

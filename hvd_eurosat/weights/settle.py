@@ -39,8 +39,8 @@ def _from_layers(path: Path, classes: int, image_size: int) -> dict[str, Any]:
         )
     if architecture.image_size not in (None, image_size):
         side = architecture.image_size
-        taken = f"model.layers {path} takes images of {side}x{side} pixels; data.image_size is {image_size}"
-        raise UserError(f"{taken}: give {side}")
+        taken = f"model.layers {path} takes images of {side}x{side} pixels"
+        raise UserError(f"{taken}; data.input_size, or else image_size, is {image_size}: give {side}")
     details = architecture.details
     values = {"variant": details.variant, "bn_epsilon": details.epsilon, "bn_momentum": details.momentum}
     return {**values, "bn_affine": details.affine, "trainable": architecture.trainable}

@@ -10,13 +10,15 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hvd_eurosat.errors import UserError
+
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Blob(BaseModel):
@@ -51,7 +53,8 @@ class Record(BaseModel):
     """What a checkpoint's .json says, for people and programs.
 
     epoch: completed ones; step: optimiser steps in all; samples: seen of the epoch in progress; metric: validation
-    accuracy (a fraction), where the checkpoint was validated.
+    accuracy (a fraction), where the checkpoint was validated; temperatures: fitted after training, by the number of
+    views that an image is shown in.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,6 +68,7 @@ class Record(BaseModel):
     content: Blob
     frozen: Blob | None
     versions: dict[str, str]
+    temperatures: dict[int, Temperature] = {}
 
 
 def named(path: Path) -> Path:

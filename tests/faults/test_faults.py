@@ -276,7 +276,16 @@ def test_other_ranks_go_on_with_the_epoch(inject: Inject, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])
 def test_stop_and_resume_at_every_step(warm: str, data: Path, tmp_path: Path, ranks: int) -> None:
-    arguments = flags(data, tmp_path / "runs", train__epochs=1, data__max_shift=2)
+    """With all that is drawn, mixed and averaged."""
+    augmented = {
+        "data__max_shift": 2,
+        "data__random_gain": 0.1,
+        "data__random_contrast": 0.2,
+        "data__random_erase": 0.5,
+    }
+    mixed = {"train__mixup": 0.4, "train__cutmix": 1.0, "train__ema": 0.9, "train__start_size": 32}
+    others = {"data__input_size": 48, "optim__layer_decay": 0.7, "valid__views": 8}
+    arguments = flags(data, tmp_path / "runs", train__epochs=1, **augmented, **mixed, **others)
     job = launched("mpirun", ranks, "tests.faults.every_step", *arguments, python=warm)
     done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr

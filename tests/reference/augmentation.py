@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvd_eurosat.config.schema import Data
+from hvd_eurosat.config.schema import Data, Train
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
@@ -35,6 +36,13 @@ def order_seed(seed: int) -> int:
     return mix(seed, 0)
 
 
+def view_of(image: Pixels, view: int) -> Pixels:
+    """One of its eight flips and quarter turns."""
+    image = image[:, ::-1] if view & 1 else image
+    image = image[::-1] if view & 2 else image
+    return image.swapaxes(0, 1) if view & 4 else image
+
+
 def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> Pixels:
     """uint8 [S, S, 3], as is the result."""
 
@@ -42,10 +50,7 @@ def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> P
         return (mix(seed, index, epoch, key) >> 7) / 2**24
 
     if data.augment:
-        view = (mix(seed, index) ^ epoch) % 8
-        image = image[:, ::-1] if view & 1 else image
-        image = image[::-1] if view & 2 else image
-        image = image.swapaxes(0, 1) if view & 4 else image
+        image = view_of(image, (mix(seed, index) ^ epoch) % 8)
     if data.max_shift:
         down, right = (mix(seed, index, epoch, axis) % (2 * data.max_shift + 1) - data.max_shift for axis in (1, 2))
         room = data.max_shift
@@ -57,7 +62,60 @@ def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> P
         image = image[::-1]
     if data.random_rotate or data.jitter_crop or data.random_zoom:
         image = resampled(image, place(uniform, data))
+    if data.random_brightness or data.random_contrast or data.random_gain:
+        image = recoloured(image, uniform, data)
+    if uniform(60) < data.random_erase:
+        area, aspect = 0.02 + 0.31 * uniform(61), 0.3 * 11 ** uniform(62)
+        height, width = min(1, math.sqrt(area * aspect)), min(1, math.sqrt(area / aspect))
+        top, left = uniform(63) * (1 - height), uniform(64) * (1 - width)
+        inside = box(len(image), top, top + height, left, left + width)
+        image = np.where(inside, np.rint(255 * np.array(data.mean)), image).astype(np.uint8)
     return image
+
+
+def recoloured(image: Pixels, uniform: Callable[[int], float], data: Data) -> Pixels:
+    """Brighter or darker, by band too, then more or less contrast about the mean of all pixels."""
+
+    def factor(key: int, spread: float) -> float:
+        return 1 + spread * (2 * uniform(key) - 1)
+
+    gains = np.array([factor(52 + band, data.random_gain) for band in range(3)])
+    lit = image * gains * factor(50, data.random_brightness)
+    contrasted = lit.mean() + factor(51, data.random_contrast) * (lit - lit.mean())
+    return np.clip(np.rint(contrasted), 0, 255).astype(np.uint8)
+
+
+def box(size: int, top: float, bottom: float, left: float, right: float) -> NDArray[np.bool_]:
+    """Pixels whose middle lies between these, in sides of the image: [size, size, 1]."""
+    middles = (np.arange(size) + 0.5) / size
+    rows, columns = (middles > top) & (middles < bottom), (middles > left) & (middles < right)
+    return (rows[:, None] & columns)[:, :, None]
+
+
+def mixed(image: Pixels, other: Pixels, index: int, seed: int, epoch: int, train: Train) -> tuple[Pixels, float]:
+    """Two augmented images, mixed; the share of the first."""
+
+    def uniform(key: int) -> float:
+        return (mix(seed, index, epoch, key) >> 7) / 2**24
+
+    pastes = train.cutmix > 0 and (not train.mixup or uniform(74) < 0.5)
+    share = float(quantiles(train.cutmix if pastes else train.mixup)[int(1024 * uniform(71))])
+    if not pastes:
+        return np.rint(share * image + (1 - share) * other).astype(np.uint8), share
+    half, down, right = math.sqrt(1 - share) / 2, uniform(72), uniform(73)
+    inside = box(len(image), down - half, down + half, right - half, right + half)
+    return np.where(inside, other, image), 1 - inside.mean()
+
+
+@cache
+def quantiles(alpha: float) -> Numbers:
+    """1,024 of Beta(alpha, alpha)."""
+    t = (np.arange(2**14) + 0.5) / 2**14
+    total = t ** (1 / alpha) + (1 - t) ** (1 / alpha)
+    mass = total ** (-2 * alpha)
+    return np.interp(
+        (np.arange(1024) + 0.5) / 1024, (np.cumsum(mass) - mass / 2) / mass.sum(), t ** (1 / alpha) / total
+    )
 
 
 def place(uniform: Callable[[int], float], data: Data) -> Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]:
@@ -93,16 +151,10 @@ def neighbours(at: Numbers, size: int) -> tuple[Any, Any, Numbers]:
     return first, np.minimum(first + 1, size - 1), (middle - first)[:, :, None]
 
 
-def network_input(image: Pixels, index: int, seed: int, epoch: int, size: int, data: Data) -> Tensor:
-    """float64 [3, size, size]."""
-    pixels = augmented(image, index, seed, epoch, data)
-    if len(image) != size:
+def normalised(pixels: Pixels, size: int, data: Data) -> Tensor:
+    """float64 [3, size, size] of uint8 [S, S, 3]."""
+    if len(pixels) != size:
         planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
-        small = F.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        pixels = small[0].numpy().transpose(1, 2, 0)
-    return normalised(pixels, data)
-
-
-def normalised(pixels: Pixels, data: Data) -> Tensor:
-    """float64 [3, S, S] of uint8 [S, S, 3]."""
+        other = F.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        pixels = other[0].numpy().transpose(1, 2, 0)
     return torch.from_numpy(((pixels / 255.0 - data.mean) / data.std).transpose(2, 0, 1).copy())

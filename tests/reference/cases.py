@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, Valid
+from hvd_eurosat.training.checkpoint import Checkpoint
 from tests.reference import product
 from tests.reference.trainer import DivergedError, Log, Split, Trainer, network
 
 CLASSES = 3
 RATES = {"sgd": 0.02, "lars": 2.0, "adam": 1e-3, "adamw": 1e-3, "lamb": 5e-3, "adagrad": 1e-3, "rmsprop": 3e-4}
 SAME = 1e-6  # of what a tensor has moved by, in float64
-RESAMPLED = 0.002  # of the pixels may be rounded to the next of 256 levels: places are computed in float32
+ROUNDED = 0.002  # of the pixels may be rounded to the next of 256 levels: places and colours are computed in float32
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ def either(plain: Any, *others: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
     """For ranks with `shard` images each."""
-    size = draw(either(32, 33, 49))
-    sizes = [0] * 3 + [side for side in (32, 33) if side <= size]
+    size, shown = draw(either(32, 33, 49)), draw(either(0, 32, 45))
+    sizes = [0] * 3 + [side for side in (32, 33) if side <= (shown or size)]
     data = Data(
         image_size=size,
+        input_size=shown,
         augment=draw(st.booleans()),
         max_shift=draw(either(0, 1, 4)),
         random_horizontal_flip=draw(either(0.0, 0.5, 1.0)),
@@ -70,6 +72,10 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         random_rotate=draw(either(0.0, 10.0, 180.0)),
         jitter_crop=draw(either(0.0, 0.3)),
         random_zoom=draw(either(0.0, 0.4)),
+        random_brightness=draw(either(0.0, 0.4)),
+        random_contrast=draw(either(0.0, 0.4)),
+        random_gain=draw(either(0.0, 0.2)),
+        random_erase=draw(either(0.0, 0.5, 1.0)),
         mean=draw(either((0.485, 0.456, 0.406), (0.1, 0.2, 0.3))),
         std=draw(either((0.229, 0.224, 0.225), (1.0, 0.5, 0.4))),
     )
@@ -85,12 +91,15 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         epochs=epochs,
         batch_size=draw(st.integers(3, min(6, shard))),
         start_size=draw(st.sampled_from(sizes)),
+        mixup=draw(either(0.0, 0.2, 1.0)),
+        cutmix=draw(either(0.0, 1.0)),
+        ema=draw(either(0.0, 0.9, 0.99)),
         label_smoothing=draw(either(0.0, 0.1, 0.5)),
         class_weights=draw(either((), (1.0, 2.0, 0.5), (3.0, 3.0, 0.1))),
         precision="fp32",
         seed=draw(st.integers(0, 2**31 - 1) | st.integers(0, 3)),
     )
-    valid = Valid(batch_size=draw(st.integers(1, 9)), sharded=draw(st.booleans()))
+    valid = Valid(batch_size=draw(st.integers(1, 9)), sharded=draw(st.booleans()), views=draw(either(1, 1, 8)))
     run = Run(verify_interval=0)
     return Config(data=data, model=model, optim=draw(optims(epochs)), train=train, valid=valid, run=run)
 
@@ -104,6 +113,7 @@ def optims(draw: st.DrawFn, epochs: int) -> Optim:
     milestones = range(math.floor(warmup) + 1, epochs)
     if schedule == "multistep" and not milestones:
         schedule = "cosine"
+    schedule_epochs = draw(either(0, epochs + 1, epochs + 3))
     return Optim(
         name=name,
         lr=RATES[name] * draw(st.sampled_from([0.3, 1.0, 2.0])),
@@ -115,6 +125,8 @@ def optims(draw: st.DrawFn, epochs: int) -> Optim:
         amsgrad=draw(st.booleans()),
         trust=draw(either(1e-3, 1e-2)),
         weight_decay=draw(either(0.0, 1e-2, 0.3)),
+        layer_decay=draw(either(1.0, 0.5, 0.9)),
+        unfreeze_epochs=draw(either(0, 1)) if schedule_epochs > 5 else 0,
         schedule=schedule,
         gamma=draw(either(0.95, 0.5, 0.1)),
         step_size=draw(st.integers(1, 3)),
@@ -124,7 +136,7 @@ def optims(draw: st.DrawFn, epochs: int) -> Optim:
         lr_scaling=draw(st.sampled_from(["none", "linear", "sqrt"])),
         reference_batch=draw(st.sampled_from([4, 9, 16])),
         compression=draw(either("none", "none", "fp16")),
-        schedule_epochs=draw(either(0, epochs + 1, epochs + 3)),
+        schedule_epochs=schedule_epochs,
         warmup_stairs=draw(st.booleans()),
     )
 
@@ -160,9 +172,12 @@ def weights(affine: bool) -> dict[str, Tensor]:
 class Shown:
     """What the product's networks saw, one step after the other, for the reference to compare and go on with."""
 
-    def __init__(self, data: Data, shown: list[list[Tensor]], first: int) -> None:
+    def __init__(self, config: Config, shown: list[list[Tensor]], first: int) -> None:
+        data = config.data
         self._shown, self._first = shown, first
-        self._resampled = bool(data.random_rotate or data.jitter_crop or data.random_zoom)
+        resampled = data.random_rotate or data.jitter_crop or data.random_zoom
+        recoloured = data.random_brightness or data.random_contrast or data.random_gain
+        self._rounded = bool(resampled or recoloured or config.train.mixup)
         self._level = 1 / (255 * torch.tensor(data.std, dtype=torch.float64)).view(3, 1, 1)
 
     def __call__(self, step: int, rank: int, own: Tensor) -> Tensor:
@@ -170,7 +185,7 @@ class Shown:
         assert theirs.shape == own.shape, f"step {step}, rank {rank}: images of another size"
         levels = (own - theirs).abs() / self._level
         other = (levels > 1e-3).double().mean()
-        allowed = RESAMPLED if self._resampled else 0
+        allowed = ROUNDED if self._rounded else 0
         assert levels.max() < 1.001, f"step {step}, rank {rank}: other images, by up to {levels.max():.3g} levels"
         assert other <= allowed, f"step {step}, rank {rank}: {100 * other:.2f} % of the pixels are others"
         return theirs
@@ -184,7 +199,7 @@ def check(case: Case) -> None:
     saved = None
     for size, stop in zip(case.sizes, (case.stop, None), strict=True):
         theirs = product.run(case.config, data, CLASSES, start, saved, size, stop, faults)
-        settle = Shown(case.config.data, theirs.shown, reference.step)
+        settle = Shown(case.config, theirs.shown, reference.step)
         reference.log, diverged = Log(), False
         try:
             with product.one_thread():
@@ -194,7 +209,7 @@ def check(case: Case) -> None:
         assert theirs.diverged == diverged
         saved = theirs.saved
         compare_logs(theirs.log, reference.log, case.config.optim.compression)
-        compare_weights(saved.model, saved.rank_buffers, reference, start)
+        compare_weights(saved, reference, start)
         if stop is None or diverged:
             break
 
@@ -211,15 +226,20 @@ def compare_logs(theirs: Log, ours: Log, compression: str) -> None:
         assert counts[0] == counts[1]
 
 
-def compare_weights(theirs: dict[str, Tensor], buffers: Tensor, ours: Trainer, start: dict[str, Tensor]) -> None:
-    """Weights and averaged statistics, and each rank's own statistics, by what they have moved."""
+def compare_weights(saved: Checkpoint, ours: Trainer, start: dict[str, Tensor]) -> None:
+    """The network as saved, its weights as they go on, and each rank's own statistics, by what they have moved."""
     flat = torch.stack([torch.cat(one) for one in ours.statistics])
     first = torch.cat([t for name, t in start.items() if name.endswith(("running_mean", "running_var"))])
-    close("the ranks' statistics", buffers, flat, first)
-    ours.show_averaged()
-    for name, tensor in ours.model.state_dict().items():
+    if ours.config.train.ema:
+        averages = torch.stack([torch.cat(one) for one in ours.averages()[1]])
+        flat, first = torch.cat([flat, averages], 1), first.repeat(2)
+        for name, tensor in ours.model.named_parameters():
+            if tensor.requires_grad:
+                close(name, saved.live[name], tensor.detach(), start[name])
+    close("the ranks' statistics", saved.rank_buffers, flat, first)
+    for name, tensor in ours.as_saved().state_dict().items():
         if tensor.is_floating_point():
-            close(name, theirs[name], tensor, start[name])
+            close(name, saved.model[name], tensor, start[name])
 
 
 def close(name: str, theirs: Tensor, ours: Tensor, start: Tensor) -> None:

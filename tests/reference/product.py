@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hvd_eurosat import train
 from hvd_eurosat.cluster.world import SharedError, World
-from hvd_eurosat.config.schema import Config, Model
+from hvd_eurosat.config.schema import Config, Model, mixes
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
@@ -249,14 +249,15 @@ def _train(
     state = TrainingState(world, config, tree, model, Precision("fp32"))
     train.begin(world, config, state, start)
     step = Step(state, world, config, class_weights(config, images["train"], classes))
-    batches = Batches(images["train"], config.train.batch_size, world.rank, world.size, config.train.seed)
+    size = config.train.batch_size
+    batches = Batches(images["train"], size, world.rank, world.size, config.train.seed, mixes(config.train))
     batches.faults, batches.step = faults, state.step
     log, diverged = Log(), False
     try:
         while state.epoch < config.train.epochs:
             asked = (lambda: state.step + 1 == stop) if world.is_main else (lambda: False)
             train.train_epoch(world, config, state, step, batches, Recorder(log), asked)
-            with state.statistics.averaged(world):
+            with state.averaged():
                 found = evaluate(world, config, model, state.precision, images["valid"], lambda: False)
             sums = state.sums.over_all(world)
             correct = int(sums.total[1])

@@ -34,9 +34,10 @@ def half_cosine(done: float) -> float:
 
 def image_size(config: Config, epoch: int) -> int:
     """Of an epoch (from 0)."""
-    sizes = [config.data.image_size]
+    full = config.data.input_size or config.data.image_size
+    sizes = [full]
     size = config.train.start_size
-    while size and size < config.data.image_size:
+    while size and size < full:
         sizes.insert(-1, size)
         size += 16
     span = config.optim.schedule_epochs or config.train.epochs

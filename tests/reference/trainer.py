@@ -20,6 +20,7 @@ from tests.reference import augmentation, schedule
 from tests.reference.optimisers import optimiser
 
 Settle = Callable[[int, int, Tensor], Tensor]
+Moment = tuple[list[Tensor], list[list[Tensor]]]  # weights that train, and statistics of each rank
 
 
 @dataclass
@@ -76,6 +77,22 @@ def network(settings: Model, classes: int) -> nn.Module:
     return model.double()
 
 
+def show(norms: list[Any], statistics: list[Tensor]) -> None:
+    """Give BatchNorm layers these running means and variances."""
+    for norm, mean, variance in zip(norms, statistics[::2], statistics[1::2], strict=True):
+        norm.running_mean, norm.running_var = mean.clone(), variance.clone()
+
+
+def mean_of_ranks(statistics: list[list[Tensor]]) -> list[Tensor]:
+    """Of each rank's."""
+    return [torch.stack(every).mean(0) for every in zip(*statistics, strict=True)]
+
+
+def spread(statistics: list[list[Tensor]], world: int) -> list[list[Tensor]]:
+    """Each of so many ranks has the mean."""
+    return [mean_of_ranks(statistics)] * world
+
+
 class Trainer:
     """`settle(step, rank, images)` takes what this rank shows its network and returns what it is to go on with."""
 
@@ -83,9 +100,12 @@ class Trainer:
         self.config, self.splits = config, splits
         self.model = copy.deepcopy(network(config.model, classes))
         self.model.load_state_dict(start)
-        self.optimiser = optimiser(self.model, config.optim)
+        self.optimiser = optimiser(self.model, config.optim)  # with a group for each weight
+        self.stages = [name.split(".")[0] for name, p in self.model.named_parameters() if p.requires_grad]
         self.norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
         self.statistics = [self._statistics()]  # of each rank
+        self.taken: list[Moment] = []  # into the running average
+        self.first = self._moment()
         self.epoch = self.samples = self.step = self.in_a_row = 0
         self.sums = np.zeros(4)
         self.log = Log()
@@ -95,21 +115,41 @@ class Trainer:
     def _statistics(self) -> list[Tensor]:
         return [t.clone() for norm in self.norms for t in (norm.running_mean, norm.running_var) if t is not None]
 
-    def _show(self, statistics: list[Tensor]) -> None:
-        for norm, mean, variance in zip(self.norms, statistics[::2], statistics[1::2], strict=True):
-            norm.running_mean, norm.running_var = mean.clone(), variance.clone()
+    def trainable(self) -> list[nn.Parameter]:
+        """The weights that train."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _averaged(self) -> list[Tensor]:
-        return [torch.stack(every).mean(0) for every in zip(*self.statistics, strict=True)]
+    def _moment(self) -> Moment:
+        return [p.detach().clone() for p in self.trainable()], self.statistics
 
-    def show_averaged(self) -> None:
-        """Give the model the BatchNorm statistics with which it is validated and saved."""
-        self._show(self._averaged())
+    def averages(self) -> Moment:
+        """With train.ema: each moment counts decay^8 times what the next one does."""
+        moments, decay = self.taken or [self.first], self.config.train.ema**8
+        shares = [decay**age for age in reversed(range(len(moments)))]
+
+        def mean(every: list[Tensor]) -> Tensor:
+            return sum(share * one for share, one in zip(shares, every, strict=True)) / sum(shares)
+
+        weights = [mean(every) for every in map(list, zip(*(w for w, _ in moments), strict=True))]
+        ranks = zip(*(s for _, s in moments), strict=True)  # of each rank, its statistics at each moment
+        return weights, [[mean(list(every)) for every in zip(*one, strict=True)] for one in ranks]
+
+    def as_saved(self) -> nn.Module:
+        """A copy of the model as it is validated and saved."""
+        model = copy.deepcopy(self.model)
+        weights, statistics = self.averages() if self.config.train.ema else self._moment()
+        with torch.no_grad():
+            for parameter, weight in zip((p for p in model.parameters() if p.requires_grad), weights, strict=True):
+                parameter.copy_(weight)
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        show(norms, mean_of_ranks(statistics))
+        return model
 
     def run(self, world: int, stop: int | None, faults: dict[int, int], settle: Settle) -> None:
         """Train on `world` ranks to the end, or up to step `stop`. faults: the rank whose loss is nan, by step."""
         if len(self.statistics) != world:
-            self.statistics = [self._averaged() for _ in range(world)]
+            moments = [(weights, spread(every, world)) for weights, every in (self.first, *self.taken)]
+            self.statistics, (self.first, *self.taken) = spread(self.statistics, world), moments
         self.in_a_row = 0
         length = len(self.splits["train"].labels)
         while self.epoch < self.config.train.epochs:
@@ -144,40 +184,62 @@ class Trainer:
             counts = torch.tensor([float(place < length) for place in places], dtype=torch.float64)
             if self.step in faults and faults[self.step] % world == rank:
                 counts *= torch.nan
-            self._show(self.statistics[rank])
+            show(self.norms, self.statistics[rank])
             loss, facts = self._loss(mine, counts, rank, settle)
             gradients.append(self._gradients(loss / total))
             losses.append((loss / total).detach())
             after.append(self._statistics())
             sums[:3] += facts
         loss, summed = self._sum(losses), [self._sum(list(every)) for every in zip(*gradients, strict=True)]
-        if all(bool(g.isfinite().all()) for g in [loss, *summed]):
+        finite = all(bool(g.isfinite().all()) for g in [loss, *summed])
+        if finite:
             self.statistics, self.in_a_row = after, 0
             self._update(summed, rate)
         else:
             sums, self.in_a_row = np.array([0, 0, 0, 1]), self.in_a_row + 1
+        if self.step % 8 == 0 and finite:
+            self.taken.append(self._moment())
+        elif self.step % 8 == 0 and not self.taken:
+            self.first = self._moment()
         self.log.losses.append(float(loss))
         self.log.rates.append(rate)
         self.sums += sums
         self.samples, self.step = self.samples + total, self.step + 1
 
     def _loss(self, mine: list[int], counts: Tensor, rank: int, settle: Settle) -> tuple[Tensor, Any]:
-        data, split = self.config.data, self.splits["train"]
-        size, seed = schedule.image_size(self.config, self.epoch), self.config.train.seed
-        shown = [augmentation.network_input(split.images[i], i, seed, self.epoch, size, data) for i in mine]
-        labels = torch.from_numpy(split.labels[mine])
+        size = schedule.image_size(self.config, self.epoch)
+        pixels, others, shares = zip(*map(self._shown, mine), strict=True)
+        shown = [augmentation.normalised(one, size, self.config.data) for one in pixels]
+        labels, other_labels = (torch.from_numpy(self.splits["train"].labels[list(n)]) for n in (mine, others))
         for norm in self.norms:
             norm.train(norm.trains)
         values = torch.log_softmax(self.model(settle(self.step, rank, torch.stack(shown))), 1)
         own = -values[range(len(mine)), labels]
         smoothing = self.config.train.label_smoothing
-        losses = ((1 - smoothing) * own - smoothing * values.mean(1)) * self.weights[labels]
+        share, losses = torch.tensor(shares, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for part, target in ((share, labels), (1 - share, other_labels)):
+            of_target = -values[range(len(mine)), target]
+            smoothed = (1 - smoothing) * of_target - smoothing * values.mean(1)
+            losses = losses + part * smoothed * self.weights[target]
         correct = (values.argmax(1) == labels).double()
         facts = [float((fact.detach() * counts).sum()) for fact in (own, correct, torch.ones_like(own))]
         return (losses * counts).sum(), np.array(facts)
 
+    def _shown(self, index: int) -> tuple[augmentation.Pixels, int, float]:
+        """An image augmented and mixed with another; that one's index; the share of the first."""
+        train, images = self.config.train, self.splits["train"].images
+
+        def augmented(index: int) -> augmentation.Pixels:
+            return augmentation.augmented(images[index], index, train.seed, self.epoch, self.config.data)
+
+        if not train.mixup and not train.cutmix:
+            return augmented(index), index, 1.0
+        other = augmentation.mix(train.seed, index, self.epoch, 70) % len(images)
+        pixels, share = augmentation.mixed(augmented(index), augmented(other), index, train.seed, self.epoch, train)
+        return pixels, other, share
+
     def _gradients(self, loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad]))
+        return list(torch.autograd.grad(loss, self.trainable()))
 
     def _sum(self, every: list[Tensor]) -> Tensor:
         if self.config.optim.compression == "none" or len(every) == 1:
@@ -185,21 +247,24 @@ class Trainer:
         return reduce(torch.add, [(one * len(every)).half() for one in every]).double() / len(every)
 
     def _update(self, gradients: list[Tensor], rate: float) -> None:
-        for parameter, gradient in zip((p for p in self.model.parameters() if p.requires_grad), gradients, strict=True):
+        for parameter, gradient in zip(self.trainable(), gradients, strict=True):
             parameter.grad = gradient
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        optim, stages = self.config.optim, ["fc", "layer4", "layer3", "layer2", "layer1"]
+        for group, stage in zip(self.optimiser.param_groups, self.stages, strict=True):
+            before = stages.index(stage) if stage in stages else 5
+            group["lr"] = rate * optim.layer_decay**before if self.epoch >= before * optim.unfreeze_epochs else 0.0
         self.optimiser.step()
 
     @torch.no_grad()
     def _validate(self) -> None:
         split, data = self.splits["valid"], self.config.data
-        self.show_averaged()
-        for norm in self.norms:
-            norm.eval()
-        values = torch.log_softmax(
-            self.model(torch.stack([augmentation.normalised(image, data) for image in split.images])), 1
-        )
+        model = self.as_saved().eval()
+        size = data.input_size or data.image_size
+        each = []
+        for view in range(self.config.valid.views):
+            seen = [augmentation.view_of(image, view) for image in split.images]
+            each.append(torch.stack([augmentation.normalised(image, size, data) for image in seen]))
+        values = torch.stack([torch.softmax(model(images), 1) for images in each]).mean(0).log()
         confusion = np.zeros((values.shape[1],) * 2, int)
         for label, row in zip(split.labels, values, strict=True):
             confusion[label, int(row.argmax())] += 1

@@ -15,9 +15,20 @@ import torch
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
-from hvd_eurosat.data.augment import augment, mix, network_input, normalise, shift, shrink, turn_and_flip
+from hvd_eurosat.data.augment import (
+    augment,
+    mix,
+    network_input,
+    normalise,
+    recolour,
+    resized,
+    shift,
+    turn_and_flip,
+    view_of,
+)
 from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.mixing import mix_pairs, mixed_input, quantiles
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
@@ -152,6 +163,7 @@ def test_the_eight_views_are_the_flips_and_quarter_turns() -> None:
     turns = [torch.rot90(flipped, n, (2, 3)) for flipped in (image, image.flip(3)) for n in range(4)]
     assert len({tuple(view.flatten().tolist()) for view in views}) == 8
     assert all(any(torch.equal(view, turn[0]) for turn in turns) for view in views)
+    assert all(torch.equal(view_of(image, number), view[None]) for number, view in enumerate(views))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +171,8 @@ def test_the_eight_views_are_the_flips_and_quarter_turns() -> None:
     [
         Data(max_shift=3),
         Data(augment=False, random_horizontal_flip=0.5, random_rotate=20, jitter_crop=0.3, random_zoom=0.2),
+        Data(augment=False, random_brightness=0.3, random_contrast=0.3, random_gain=0.1),
+        Data(augment=False, random_erase=1.0),
     ],
 )
 def test_augmentation_depends_on_seed_epoch_and_index_alone(data: Data) -> None:
@@ -169,6 +183,77 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(data: Data) -> None:
     assert torch.equal(whole, torch.cat(parts))
     assert not torch.equal(whole, augment(images, indices, seed=1, epoch=3, data=data))
     assert not torch.equal(whole, augment(images, indices, seed=2, epoch=2, data=data))
+
+
+def test_a_sample_is_mixed_with_the_same_one_in_the_same_way_on_any_number_of_ranks() -> None:
+    """Another one in each epoch; the image and the share."""
+    images = make_images(60)
+    tables = [quantiles(0.4, images.device), quantiles(1.0, images.device)]
+
+    def mixed(ranks: int, epoch: int) -> dict[int, object]:
+        found = {}
+        for rank in range(ranks):
+            for batch in TrainBatches(images, 10, rank, ranks, seed=3, mixes=True).epoch(epoch):
+                others = batch.partners
+                assert others is not None
+                inputs = batch.images, batch.indices, others.images, others.indices, 3, torch.tensor(epoch), 8, Data()
+                each = (batch.indices, *mixed_input(*inputs, *tables), others.labels)
+                for index, image, share, label in zip(*(tensor.tolist() for tensor in each), strict=True):
+                    found[index] = image, share, label
+        return found
+
+    assert mixed(1, 5) == mixed(2, 5) == mixed(3, 5) != mixed(3, 6)
+    assert len({label for _, _, label in mixed(2, 5).values()}) > 30
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 4.0])
+def test_shares_are_those_of_a_beta_distribution(alpha: float) -> None:
+    """Whose mean is 1/2 and whose variance 1 / (8 alpha + 4)."""
+    drawn = quantiles(alpha, torch.device("cpu"))
+    assert drawn is not None
+    assert drawn.mean() == pytest.approx(0.5)
+    assert drawn.var() == pytest.approx(1 / (8 * alpha + 4), rel=0.02)
+
+
+def test_mixed_images_have_what_their_labels_say() -> None:
+    """Of a black and a white one: all pixels the share's grey, or as many black ones as its share."""
+    black, white = torch.zeros(300, 3, 16, 16, dtype=torch.uint8), torch.full((300, 3, 16, 16), 255, dtype=torch.uint8)
+    table = quantiles(1.0, black.device)
+    for mixup, cutmix, kinds in ((table, None, 1), (None, table, 1), (table, table, 2)):
+        images, share = mix_pairs(black, white, torch.arange(300), 1, 2, mixup, cutmix)
+        means = images.double().mean((1, 2, 3)) / 255
+        assert torch.allclose(means, 1 - share, atol=0.002)
+        levels = torch.tensor([len(image.unique()) for image in images])
+        assert (levels == 1).sum() > (20 if mixup is not None else 0) - 1
+        assert len({int(n) for n in levels}) >= kinds
+        assert share.min() < 0.2  # a square at the border is cut off
+        assert share.max() > 0.8
+
+
+def test_colours_change_as_told() -> None:
+    """A band at a time; about the mean; no further than black and white."""
+    images = torch.full((1, 3, 4, 4), 100, dtype=torch.uint8)
+    images[:, :, :2] = 200
+    brighter = recolour(images, torch.tensor([[1.0, 1.2, 2.0]]), torch.tensor([1.0]))
+    assert brighter[0, :, 3, 3].tolist() == [100, 120, 200]
+    assert brighter[0, :, 0, 0].tolist() == [200, 240, 255]
+    flatter = recolour(images, torch.ones(1, 3), torch.tensor([0.5]))
+    assert flatter[0, :, 3, 3].tolist() == [125] * 3
+    assert flatter[0, :, 0, 0].tolist() == [175] * 3
+
+
+def test_rectangles_are_erased_with_the_mean_colour() -> None:
+    """In so many images as told, of 2 to 33 % of them, anywhere."""
+    data = Data(augment=False, random_erase=0.5)
+    images = torch.zeros(2000, 3, 16, 16, dtype=torch.uint8)
+    erased = augment(images, torch.arange(2000), 1, 2, data)
+    colours = {tuple(pixel) for pixel in erased.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0).tolist()}
+    assert colours == {(0, 0, 0), (124, 116, 104)}
+    areas = (erased[:, 0] > 0).double().mean((1, 2))
+    assert 900 < int((areas > 0).sum()) < 1100
+    assert areas[areas > 0].min() > 0.01
+    assert areas.max() < 0.4
+    assert (erased[:, 0] > 0).any(0).double().mean() > 0.99
 
 
 def test_the_network_input_is_one_graph_for_all_epochs() -> None:
@@ -184,6 +269,24 @@ def test_the_network_input_is_one_graph_for_all_epochs() -> None:
     for epoch in torch.arange(3):
         arguments = (images, torch.arange(6), 1, epoch, 48, data)
         assert torch.equal(compiled(*arguments), network_input(*arguments))
+    assert len(graphs) == 1
+
+
+def test_mixing_is_one_graph_for_all_epochs() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    data = Data(random_brightness=0.3, random_contrast=0.3, random_gain=0.1, random_erase=0.5)
+    images = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    tables = quantiles(0.4, images.device), quantiles(1.0, images.device)
+    compiled = torch.compile(mixed_input, dynamic=False, fullgraph=True, backend=backend)
+    for epoch in torch.arange(3):
+        arguments = (images, torch.arange(6), images.flip(0), torch.arange(6).flip(0), 1, epoch, 96, data, *tables)
+        for theirs, ours in zip(compiled(*arguments), mixed_input(*arguments), strict=True):
+            assert torch.equal(theirs, ours)
     assert len(graphs) == 1
 
 
@@ -262,7 +365,7 @@ def test_normalisation_is_that_of_the_imagenet_weights() -> None:
 def test_shrunk_images_are_averages_of_what_was_there() -> None:
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     images[:, :, :, 32:] = 200
-    small = shrink(images, 32)
+    small = resized(images, 32)
     assert small.dtype == torch.uint8
     assert small[0, 0, 16].tolist()[:15] + small[0, 0, 16].tolist()[17:] == [0] * 15 + [200] * 15
-    assert shrink(images, 64) is images
+    assert resized(images, 64) is images

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 from hvd_eurosat import evaluate, predict
@@ -17,11 +19,12 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
-from hvd_eurosat.data.augment import normalise
+from hvd_eurosat.data.augment import normalise, turn_and_flip
 from hvd_eurosat.data.images import resize
 from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
-from hvd_eurosat.model.resnet import build
+from hvd_eurosat.model.resnet import LandCoverResNet, build
 from tests.unit.conftest import saved_checkpoint
 
 CLASSES = ["Forest", "River"]
@@ -105,3 +108,68 @@ def test_precision(tmp_path: Path, answers: Answer, capsys: pytest.CaptureFixtur
         (True, False),
         (False, True),
     ]
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path) -> tuple[Path, LandCoverResNet, Path]:
+    """A checkpoint with temperatures, its network, and images of two classes."""
+    model, settings = build("resnet18", 2, "all", seed=0), Model(arch="resnet18", trainable="all")
+    saved = saved_checkpoint(tmp_path / "epoch-0003.pt", model, CLASSES, settings, temperatures={1: 2.0, 8: 3.0})
+    return saved, model.eval(), tree(tmp_path / "images", 64)
+
+
+def shown(model: LandCoverResNet, images: Path, views: int) -> torch.Tensor:
+    """The mean probabilities of so many views, [N, 2]."""
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in sorted(images.rglob("*.png"))])
+    batch, numbers = pixels.permute(0, 3, 1, 2), range(views)
+    with torch.no_grad():
+        each = [model(normalise(turn_and_flip(batch, torch.full((len(batch),), n)), Data())).exp() for n in numbers]
+    return torch.stack(each).mean(0)
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_views_and_temperature(calibrated: tuple[Path, LandCoverResNet, Path], answers: Answer, verb: str) -> None:
+    """Each number of views has a temperature of its own; --raw leaves it out."""
+    saved, model, images = calibrated
+    for views, temperature in ((1, 2.0), (8, 3.0)):
+        expected = shown(model, images / "test", views).log()
+        asked = ("--checkpoint", saved, "--input", images / "test", "--views", views)
+        assert np.abs(answers(verb, *asked, "--raw") - expected.numpy()).max() < 1e-5
+        tempered = (expected / temperature).log_softmax(1)
+        assert np.abs(answers(verb, *asked) - tempered.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize(("raw", "temperature"), [(False, 2.0), (True, 1.0)])
+def test_an_export_has_the_temperature_in_its_head(
+    calibrated: tuple[Path, LandCoverResNet, Path], tmp_path: Path, raw: bool, temperature: float
+) -> None:
+    saved, model, _ = calibrated
+    export(ExportSettings(checkpoint=saved, format="safetensors", out=tmp_path, raw=raw))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(weights["fc.weight"], model.fc.weight / temperature)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert float(file.metadata()["temperature"]) == temperature
+
+
+def test_two_checkpoints_on_the_same_images(
+    calibrated: tuple[Path, LandCoverResNet, Path],
+    tmp_path: Path,
+    answers: Answer,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The other one says the opposite of each."""
+    saved, model, images = calibrated
+    correct = int((shown(model, images / "test", 1).argmax(1) == torch.tensor([0, 0, 1, 1])).sum())
+    model.fc.weight.data = model.fc.weight.data.flip(0)
+    settings = Model(arch="resnet18", trainable="all")
+    other = saved_checkpoint(tmp_path / "other.pt", model, CLASSES, settings)
+    answers("evaluate", "--checkpoint", saved, "--against", other, "--data.root", images)
+    said = capsys.readouterr().out
+    counts = f"({4 - correct}/4): {correct} images are right here alone, {4 - correct} there alone, McNemar's p = "
+    assert f"against {other}, {25 * (4 - correct):.2f}% {counts}" in said
+    assert "\ntemperature 2.000, without which negative log-likelihood " in said
+    assert "\n95% interval " in said
+    assert said.splitlines()[-1].startswith("test accuracy: ")
+    foreign = saved_checkpoint(tmp_path / "foreign.pt", model, ["a", "b"], settings)
+    with pytest.raises(UserError, match=r"--against .*foreign\.pt knows other classes: a, b"):
+        answers("evaluate", "--checkpoint", saved, "--against", foreign, "--data.root", images)

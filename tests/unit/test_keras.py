@@ -401,7 +401,7 @@ def test_a_configuration_against_its_layers(tmp_path: Path, layers: Object) -> N
         settle(Model(layers=path, weights="none"), 4, 64)
     with pytest.raises(UserError, match=r"is a resnet50, and model\.arch is resnet18"):
         settle(Model(layers=path, weights="none", arch="resnet18"), 10, 64)
-    with pytest.raises(UserError, match=r"takes images of 64x64 pixels; data\.image_size is 128"):
+    with pytest.raises(UserError, match=r"takes images of 64x64 pixels; data\.input_size, or else image_size, is 128"):
         settle(Model(layers=path, weights="none"), 10, 128)
     path.write_text(json.dumps(edit(layers, "input_1", batch_input_shape=[None, None, None, 3])))
     assert read_layers(path).image_size is None

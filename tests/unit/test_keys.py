@@ -31,7 +31,7 @@ from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.run.directory import RunDirectory
 from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
-from hvd_eurosat.training import step
+from hvd_eurosat.training import checkpoint, step
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
@@ -73,6 +73,7 @@ BASE: dict[str, Any] = {
 ADAM, EPOCHS = {"optim.name": "adam"}, {"train.epochs": 2}
 WARM = {"optim.warmup_epochs": 0.5, "optim.schedule": "cosine"}
 TRAINING = [
+    Row("data.input_size", 48, "images"),
     Row("data.mean", (0.1, 0.2, 0.3), "images"),
     Row("data.std", (0.1, 0.2, 0.3), "images"),
     Row("data.augment", True, "images"),
@@ -82,6 +83,10 @@ TRAINING = [
     Row("data.random_rotate", 30.0, "images"),
     Row("data.jitter_crop", 0.3, "images"),
     Row("data.random_zoom", 0.3, "images"),
+    Row("data.random_brightness", 0.4, "images"),
+    Row("data.random_contrast", 0.4, "images"),
+    Row("data.random_gain", 0.4, "images"),
+    Row("data.random_erase", 1.0, "images"),
     Row("optim.name", "adam", "weights"),
     Row("optim.lr", 0.02, "rates"),
     Row("optim.momentum", 0.5, "weights"),
@@ -92,6 +97,8 @@ TRAINING = [
     Row("optim.amsgrad", True, "weights", {**ADAM, "optim.beta2": 0.1}),
     Row("optim.trust", 0.1, "weights", {"optim.name": "lars"}),
     Row("optim.weight_decay", 0.1, "weights"),
+    Row("optim.layer_decay", 0.5, "weights", {"model.trainable": "all"}),
+    Row("optim.unfreeze_epochs", 1, "weights", {"model.trainable": "all", "optim.schedule_epochs": 6}),
     Row("optim.schedule", "cosine", "rates"),
     Row("optim.gamma", 0.5, "rates", {**EPOCHS, "optim.schedule": "exponential"}),
     Row("optim.step_size", 1, "rates", {**EPOCHS, "optim.schedule": "step"}),
@@ -108,6 +115,9 @@ TRAINING = [
     Row("train.epochs", 2, "epochs"),
     Row("train.batch_size", 6, "images"),
     Row("train.start_size", 32, "images", {**EPOCHS, "data.image_size": 48}),
+    Row("train.ema", 0.9, "weights"),
+    Row("train.mixup", 0.5, "images"),
+    Row("train.cutmix", 1.0, "losses"),
     Row("train.label_smoothing", 0.1, "losses"),
     Row("train.class_weights", (1.0, 2.0, 4.0), "losses"),
     Row("train.seed", 1, "images"),
@@ -145,6 +155,22 @@ def test_it_changes_training(row: Row) -> None:
     plain = BASE | row.setting
     with_it, without = (trained(frozenset(flat.items()), ranks) for flat in (plain | {row.key: row.value}, plain))
     assert facet(with_it, row.facet) != facet(without, row.facet)
+
+
+@pytest.mark.parametrize("views", [1, 8])
+def test_validation_shows_each_image_in_so_many_views(monkeypatch: pytest.MonkeyPatch, views: int) -> None:
+    shown = set()
+    forward = product.Double.forward
+
+    def spy(self: product.Double, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            shown.update(tuple(image.flatten().tolist()) for image in images)
+        return forward(self, images)
+
+    monkeypatch.setattr(product.Double, "forward", spy)
+    config = configuration(BASE | {"valid.views": views})
+    product.run(config, cases.splits(12, 32), cases.CLASSES, cases.weights(True), None, 1, None, {})
+    assert len(shown) == 7 * views
 
 
 @pytest.mark.parametrize(("sharded", "ranks"), [(False, 1), (True, 2)])
@@ -324,6 +350,19 @@ def norms(job: Job, attribute: str) -> set[Any]:
     return {getattr(m, attribute) for m in job.model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
 
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_a_run_is_calibrated(alone: World, tmp_path: Path, calibrate: bool) -> None:
+    """For one view and for eight, whatever the run itself shows."""
+    grow_tree(tmp_path / "root", 32)
+    keys = {"train.epochs": 1, "valid.calibrate": calibrate}
+    places = {"data.root": tmp_path / "root", "run.dir": tmp_path / "run"}
+    assert train.train(alone, configuration(BASE | {"train.batch_size": 8} | keys | places)) == 0
+    saved = checkpoint.load(tmp_path / "run" / "checkpoints" / "best.json")
+    assert saved.temperatures.keys() == ({1, 8} if calibrate else set())
+    assert ("temperatures" in summary(tmp_path / "run")) == calibrate
+    assert (tmp_path / "run" / "plots" / "reliability.png").stat().st_size > 0
+
+
 def saved_epochs(job: Job) -> list[int]:
     return [event["epoch"] for event in events(job.run, "checkpoint")]
 
@@ -385,6 +424,8 @@ ELSEWHERE = {
     "train.device": "tests/unit/test_devices.py::test_the_device_of_a_rank",
     "train.deterministic": "tests/unit/test_devices.py::test_algorithms_that_repeat",
     "train.compile": "tests/unit/test_keys.py::test_the_network_is_compiled",
+    "valid.calibrate": "tests/unit/test_keys.py::test_a_run_is_calibrated",
+    "valid.views": "tests/unit/test_keys.py::test_validation_shows_each_image_in_so_many_views",
     "valid.sharded": "tests/unit/test_keys.py::test_validation_is_on_rank_0_or_on_all",
     "run.keep": "tests/unit/test_keys.py::test_checkpoints_that_are_kept",
     "run.resume": "tests/unit/test_training.py::test_a_run_goes_on_in_place_from_its_newest_checkpoint",

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from hvd_eurosat import report
+from hvd_eurosat.config.reading import load
 from hvd_eurosat.data import sample
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.run import plots
@@ -216,3 +217,34 @@ def test_plots_of_odd_sizes(tmp_path: Path) -> None:
 def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot write"):
         plots.learning_curves(EVENTS, tmp_path / "missing" / "a.png")
+
+
+def finished(folder: Path, seed: int, accuracy: float, *words: str) -> Path:
+    """A finished run, as far as `report runs` reads it."""
+    folder.mkdir()
+    (folder / "config.toml").write_text(load(["--train.seed", str(seed), "--run.dir", str(folder), *words]).to_toml())
+    figures = dict.fromkeys(report.FIGURES, 0.5) | {"test_accuracy": accuracy}
+    (folder / "summary.json").write_text(json.dumps(figures))
+    return folder
+
+
+def test_runs_of_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """90, 92 and 97 %: a mean of 93 and a standard deviation of the square root of 13."""
+    folders = [finished(tmp_path / f"run-{seed}", seed, right) for seed, right in ((0, 0.9), (1, 0.92), (2, 0.97))]
+    assert report.main(["runs", *map(str, folders)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["run-0", "run-1", "run-2", "mean", "deviation"]
+    assert "test accuracy" in head
+    assert rows[3].split()[2] == "93.0000"
+    assert rows[4].split()[2] == "3.6056"
+    assert report.main(["runs", str(folders[0])]) == 0
+    assert "deviation" not in capsys.readouterr().out
+
+
+def test_runs_that_are_not_alike_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (finished(tmp_path / name, 0, 0.9, *words) for name, words in (("a", ()), ("b", ("--optim.lr", "1"))))
+    assert report.main(["runs", str(one), str(other)]) == 2
+    assert f"error: {other} is of another configuration than {one}: optim.lr 1.0" in capsys.readouterr().err
+    (one / "summary.json").unlink()
+    assert report.main(["runs", str(one)]) == 2
+    assert f"error: {one} is not finished" in capsys.readouterr().err

@@ -30,12 +30,14 @@ from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.train import train
 from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision, choose_precision
+from hvd_eurosat.training.schedule import rate_share
 from hvd_eurosat.training.state import TrainingState, digest
 from hvd_eurosat.training.step import sample_losses
 from hvd_eurosat.weights.loading import read_weights
@@ -62,9 +64,47 @@ def test_optimiser_has_the_trainable_parameters_and_spares_batch_norm_from_decay
     assert sizes == {0.1: 20_480, 0.0: 53_120}
 
 
+def test_learning_rates_by_depth() -> None:
+    """The head's first, whose rate is reported; layer4 begins after 2 epochs, the stem, at 1/32, after 10."""
+    optim = Optim(layer_decay=0.5, unfreeze_epochs=2, weight_decay=0.1)
+    groups = build_optimiser(build("resnet18", 10, "all", seed=0), optim).param_groups
+    assert [group["depth"] for group in groups] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert {tuple(p.shape) for group in groups[-2:] for p in group["params"]} == {(64, 3, 7, 7), (64,)}
+    assert [rate_share(optim, depth, 4) for depth in range(6)] == [1, 0.5, 0.25, 0, 0, 0]
+    assert rate_share(optim, 5, 10) == 1 / 32
+
+
+def test_the_average_is_corrected_for_its_start_and_left_by_skipped_steps() -> None:
+    """With half of it kept at each update: 1, then (1 / 2 + 3) / (3 / 2); statistics alike."""
+    weight, statistics = torch.nn.Parameter(torch.tensor([1.0])), torch.tensor([10.0])
+    average = Average({"w": weight}, statistics, decay=0.5 ** (1 / EVERY))
+    well, skipped = torch.tensor(False), torch.tensor(True)
+    average.update(well)
+    assert (average.weights["w"].item(), average.statistics.item()) == (1, 10)
+    weight.data.fill_(3)
+    statistics.fill_(30)
+    average.update(well)
+    found = average.weights["w"].item(), average.statistics.item(), average.share.item()
+    assert found == pytest.approx((7 / 3, 70 / 3, 3 / 4))
+    weight.data.fill_(99)
+    average.update(skipped)
+    assert (average.weights["w"].item(), average.statistics.item(), average.share.item()) == found
+    with average.shown():
+        assert weight.item() == found[0]
+    assert weight.item() == 99
+
+
+def test_before_its_first_step_that_counts_the_average_is_the_weights_as_they_are() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    average = Average({"w": weight}, torch.zeros(1), decay=0.9)
+    weight.data.fill_(2)  # loaded since
+    average.update(torch.tensor(True))
+    assert (average.weights["w"].item(), average.share.item()) == (2, 0)
+
+
 def test_accuracy_line() -> None:
     confusion = torch.tensor([[130, 5], [5, 130]])
-    assert Evaluation(0.1, confusion).line("test") == "test accuracy: 96.30% (260/270)"
+    assert Evaluation(0.1, confusion, torch.zeros(3, 15)).line("test") == "test accuracy: 96.30% (260/270)"
 
 
 @pytest.fixture
@@ -240,6 +280,29 @@ def test_frozen_weights_that_cannot_be_made_again_cost_no_checkpoint(tmp_path: P
             folder.newest(never)
         away.rename(frozen)
         assert folder.newest(never) is not None
+
+
+def test_the_best_checkpoint_keeps_its_temperatures(tmp_path: Path, state: Checkpoint) -> None:
+    """It alone; and where its run goes on with it."""
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch, accuracy in ((1, 0.9), (2, 0.6)):
+        folder.add(at(state, epoch, accuracy))
+    assert folder.temperature(1) == 1
+    folder.calibrate_best({1: 1.5, 8: 1.25})
+    best, last = (checkpoint.load(tmp_path / name) for name in ("best.json", "last.json"))
+    assert [best.temperature(views) for views in (1, 8)] == [1.5, 1.25]
+    assert last.temperature(1) == 1
+    folder.add(best)
+    assert CheckpointFolder(tmp_path, keep=2).temperature(8) == 1.25
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1", "1e999", '"warm"'])
+def test_a_temperature_that_is_none_is_damage(tmp_path: Path, state: Checkpoint, temperature: str) -> None:
+    CheckpointFolder(tmp_path, keep=1).add(state)
+    path = tmp_path / "epoch-0001.json"
+    path.write_text(path.read_text().replace('"temperatures": {}', f'"temperatures": {{"1": {temperature}}}'))
+    with pytest.raises(UserError, match=r"epoch-0001\.json: damaged"):
+        checkpoint.load(tmp_path / "epoch-0001.pt")
 
 
 def test_a_damaged_file_of_frozen_weights_is_not_taken_for_whole(tmp_path: Path, state: Checkpoint) -> None:
@@ -561,7 +624,7 @@ def test_an_interrupted_epoch_counts_as_one(tmp_path: Path, state: Checkpoint, m
     journal.trained(72, [])
     journal.save(dataclasses.replace(part, samples=72, step=19))
     sums = Sums(ALONE)
-    journal.validated(2, 19, 0.1, sums, Evaluation(0.1, torch.eye(2, dtype=torch.int64)))
+    journal.validated(2, 19, 0.1, sums, Evaluation(0.1, torch.eye(2, dtype=torch.int64), torch.ones(3, 15)))
     rows = [line.split()[1:3] for line in (tmp_path / "out_train.txt").read_text().splitlines()[1:]]
     assert rows == [[str(epoch), str(step)] for epoch, step in [*steps[:18], (2, 9)]]
     for step in (18, 19):
