@@ -468,9 +468,9 @@ def test_what_is_no_scene(tmp_path: Path) -> None:
 def test_files_that_are_cut_short(tmp_path: Path) -> None:
     x = numbers(0, (3, 200, 200))
     for path in (
-        write_raster(tmp_path / "a.tif", x, names=NAMES),
-        write_raster(tmp_path / "b.tif", x, names=NAMES, tiled=True, compress="deflate", blockxsize=64, blockysize=64),
-        write_raster(tmp_path / "c.jp2", x, names=NAMES, **LOSSLESS),
+        write_raster(tmp_path / "a.tif", x),
+        write_raster(tmp_path / "b.tif", x, tiled=True, compress="deflate", blockxsize=64, blockysize=64),
+        write_raster(tmp_path / "c.jp2", x, **LOSSLESS),
     ):
         data = path.read_bytes()
         for share in (0.95, 0.5, 0.1):
