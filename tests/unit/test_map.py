@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import json
 import re
+import resource
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -485,6 +487,26 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path, map_of: Map, monkeypa
     assert len(read) == len(set(read))
     for name in ("classes.tif", "confidence.tif", "areas.csv", "map.geojson", "map.html"):
         assert (tmp_path / "map" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("room", [100_000, 330_000, 365_000, 375_000, 500_000])
+def test_a_raster_is_whole_or_not_there_where_the_disk_fills(tmp_path: Path, room: int) -> None:
+    """Of a COG that is cut short GDAL says nothing."""
+    rng, one = np.random.default_rng(0), Windows(600, 600, 1, 1)
+    classes, percents = (rng.integers(0, 100, shape).astype(np.uint8) for shape in ((600, 600), (100, 600, 600)))
+    names = tuple(map(str, range(100)))
+    cover = LandCover("", names, Grid(UTM, NORTH_UP, 600, 600), one, classes, percents, np.empty(0, np.uint8), 1, {})
+    (tmp_path / FOLDER).mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with contextlib.suppress(RunError):
+            write_rasters(cover, tmp_path, tmp_path / FOLDER, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name, values in (("classes.tif", classes), ("confidence.tif", cover.confidence)):
+        if (tmp_path / name).exists():
+            assert np.array_equal(raster(tmp_path / name), values)
 
 
 def test_a_damaged_part_is_made_again(tmp_path: Path, map_of: Map, monkeypatch: pytest.MonkeyPatch) -> None:
