@@ -121,6 +121,7 @@ def _of_listing(files: Listing, names: Sequence[str], rasters: Rasters) -> Found
     if names:
         raise UserError(f"the bands of {files.path} have their names in those of the files: leave --bands out")
     root = files.path.resolve() if top == "." else PurePosixPath(top)
+    metadata: Metadata | None
     if described_by:
         metadata = read_metadata(files.read(described_by), str(files.path / described_by))
     else:
@@ -177,10 +178,10 @@ def _own_name(dataset: Dataset, path: str, index: int) -> str | None:
     if name := described(text):
         return name
     if set(RGB) <= set(colours):
-        return RGB.get(colours[index - 1]) or text
+        return RGB.get(colours[index - 1])
     if len(indexes(dataset)) == 1:
         return of_file(Path(path).stem) or text
-    return text  # some name of its own, for --mask
+    return str(text) if text else None  # some name of its own, for --mask
 
 
 def _metadata_at(path: Path | None) -> Metadata | None:

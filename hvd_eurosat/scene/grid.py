@@ -21,7 +21,7 @@ MOST_FINER, MOST_COARSER = 16, 100
 
 @dataclass(frozen=True)
 class Grid:
-    """Pixels of a raster: pixel (column, row) has its upper left corner at transform * (column, row) of crs."""
+    """Pixels of a raster: pixel (column, row) has its upper left corner at transform @ (column, row) of crs."""
 
     crs: CRS | None
     transform: Affine
@@ -39,9 +39,9 @@ class Grid:
         return self._corners_within(other, 1.5) or other._corners_within(self, 1.5)
 
     def _corners_within(self, other: Grid, pixels: float) -> bool:
-        to_pixels = ~self.transform * other.transform
+        to_pixels = ~self.transform @ other.transform
         for column, row in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            x, y = to_pixels * (column * other.width, row * other.height)
+            x, y = to_pixels @ (column * other.width, row * other.height)
             if max(abs(x - column * self.width), abs(y - row * self.height)) > pixels:
                 return False
         return True
@@ -60,7 +60,7 @@ def ground_distances(grid: Grid) -> tuple[float, float] | None:
     if grid.crs is None:
         return None
     column, row = grid.width / 2, grid.height / 2
-    points = [grid.transform * at for at in ((column, row), (column + 1, row), (column, row + 1))]
+    points = [grid.transform @ at for at in ((column, row), (column + 1, row), (column, row + 1))]
     try:
         longitudes, latitudes = warp.transform(grid.crs, WGS84, *zip(*points, strict=True))
     except (CRSError, RasterioError):
@@ -107,7 +107,7 @@ def _around(grid: Grid, crs: CRS, step: float) -> Grid:
     """The north-up grid in another CRS that holds all of a grid, its corner at whole steps."""
     along = np.linspace(0, 1, 33)
     edges = [(t, s) for t in along for s in (0, 1)] + [(s, t) for t in along for s in (0, 1)]
-    points = [grid.transform * (column * grid.width, row * grid.height) for column, row in edges]
+    points = [grid.transform @ (column * grid.width, row * grid.height) for column, row in edges]
     xs, ys = warp.transform(grid.crs, crs, *zip(*points, strict=True))
     left, top = math.floor(min(xs) / step + 0.01), math.ceil(max(ys) / step - 0.01)
     right, bottom = math.ceil(max(xs) / step - 0.01), math.floor(min(ys) / step + 0.01)
@@ -116,7 +116,7 @@ def _around(grid: Grid, crs: CRS, step: float) -> Grid:
 
 def _utm(grid: Grid) -> CRS:
     """The zone of the grid's middle."""
-    x, y = grid.transform * (grid.width / 2, grid.height / 2)
+    x, y = grid.transform @ (grid.width / 2, grid.height / 2)
     (longitude,), (latitude,) = warp.transform(grid.crs, WGS84, [x], [y])
     zone = int((longitude + 180) // 6) % 60 + 1
     return CRS.from_epsg((32600 if latitude >= 0 else 32700) + zone)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, Any
 
 from hvd_eurosat.errors import UserError
 
@@ -15,7 +15,7 @@ SOC, SIZ, SOT, EOC = 0xFF4F, 0xFF51, 0xFF90, b"\xff\xd9"
 MAX_PARTS = 1 << 18  # a full scene has 121 tiles of some parts each
 
 
-def check(file: BinaryIO, length: int, path: str) -> None:
+def check(file: IO[bytes], length: int, path: str) -> None:
     """Raise UserError, which names the path, where the sizes differ that the file has, or tiles are missing."""
     try:
         stated, start = _boxes(file, length)
@@ -35,12 +35,12 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]:,} x {size[1]:,}"
 
 
-def _read(file: BinaryIO, at: int, form: str) -> tuple[int, ...]:
+def _read(file: IO[bytes], at: int, form: str) -> tuple[Any, ...]:
     file.seek(at)
     return struct.unpack(f">{form}", file.read(struct.calcsize(f">{form}")))
 
 
-def _boxes(file: BinaryIO, length: int) -> tuple[tuple[int, int] | None, int]:
+def _boxes(file: IO[bytes], length: int) -> tuple[tuple[int, int] | None, int]:
     """Width and height as the image header box says, and where the codestream begins."""
     if _read(file, 0, "H")[0] == SOC:
         return None, 0
@@ -61,7 +61,7 @@ def _boxes(file: BinaryIO, length: int) -> tuple[tuple[int, int] | None, int]:
     raise ValueError("no codestream")
 
 
-def _main_header(file: BinaryIO, at: int) -> tuple[tuple[int, int], int, int]:
+def _main_header(file: IO[bytes], at: int) -> tuple[tuple[int, int], int, int]:
     """Width and height, the number of tiles, and where the first part of a tile begins."""
     start, mark, span, _, right, bottom, left, top, width, height, tiles_left, tiles_top = _read(file, at, "4H8L")
     if (start, mark) != (SOC, SIZ) or not width or not height:
@@ -76,7 +76,7 @@ def _main_header(file: BinaryIO, at: int) -> tuple[tuple[int, int], int, int]:
     raise ValueError("no tiles")
 
 
-def _tile_parts(file: BinaryIO, at: int, length: int) -> Iterator[int]:
+def _tile_parts(file: IO[bytes], at: int, length: int) -> Iterator[int]:
     """The tile of each part."""
     for _ in range(MAX_PARTS):
         file.seek(at)

@@ -110,7 +110,7 @@ class Scene:
     @property
     def rows_per_block(self) -> int:
         """Rows that are best read together, and from a multiple of them on."""
-        return max(layer.dataset.block_shapes[layer.index - 1][0] for layer in self.layers)
+        return max(int(layer.dataset.block_shapes[layer.index - 1][0]) for layer in self.layers)
 
     def __enter__(self) -> Scene:
         return self

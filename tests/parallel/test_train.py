@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hvd_eurosat.data.inputs import EUROSAT
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.statistics import Statistics
@@ -82,6 +83,14 @@ def test_frozen_weights_stay_bit_identical(finished: Finished, weights: Path) ->
     assert len(convolutions) == 20
     assert all(torch.equal(before[name].float(), after[name]) for name in convolutions)
     assert not torch.equal(before["bn1.weight"], after["bn1.weight"])
+
+
+def test_checkpoints_say_what_their_network_takes(finished: Finished) -> None:
+    wants = checkpoint.load(checkpoint_file(finished.run_dir)).wants
+    assert wants.quantiles is not None
+    assert wants.quantiles != EUROSAT.quantiles
+    assert wants == EUROSAT.model_copy(update={"quantiles": wants.quantiles})
+    assert all(list(band) == sorted(band) for band in wants.quantiles)
 
 
 def test_a_rank_imports_what_it_uses(trained: Path) -> None:

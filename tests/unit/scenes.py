@@ -75,7 +75,7 @@ def write_product(
         plain = level == "L1C"
         place = granule / "IMG_DATA" / ("" if plain else f"R{metres}m")
         file = f"{tile}_{stamp}_{band}.jp2" if plain else f"{tile}_{stamp}_{band}_{metres}m.jp2"
-        transform = CORNER * Affine.scale(metres / 10)
+        transform = CORNER @ Affine.scale(metres / 10)
         write_raster(place / file, pixels, transform=transform, **LOSSLESS)
     (granule / "QI_DATA").mkdir(parents=True)
     (granule / "MTD_TL.xml").write_text("<n1:Level_Tile_ID/>")

@@ -16,6 +16,7 @@ import rasterio
 import rasterio.shutil
 from affine import Affine
 from PIL import Image
+from rasterio.crs import CRS
 from rasterio.enums import ColorInterp
 from rasterio.warp import transform as reproject
 
@@ -121,7 +122,7 @@ def test_of_a_band_at_two_resolutions_the_finer_is_taken_and_of_two_alike_none(t
     x = numbers(0, (3, 8, 8))
     for name, band in zip(NAMES, x, strict=True):
         write_raster(tmp_path / f"{name}_10m.tif", band)
-        write_raster(tmp_path / f"{name}_20m.tif", band[::2, ::2], transform=CORNER * Affine.scale(2))
+        write_raster(tmp_path / f"{name}_20m.tif", band[::2, ::2], transform=CORNER @ Affine.scale(2))
     np.testing.assert_array_equal(pixels(tmp_path, offset=0)[0], grey(x))
     write_raster(tmp_path / "old" / "B04_10m.tif", x[0])
     refuses("both .* and .* are B04", tmp_path, offset=0)
@@ -262,7 +263,7 @@ def test_signed_numbers(tmp_path: Path) -> None:
 
 def test_what_is_not_like_the_training_images_is_warned_of(tmp_path: Path) -> None:
     wants = inputs_of(EUROSAT_CLASSES).measured(numbers(0, (10, 64, 64, 3), 60, 120).astype(np.uint8))
-    for low, high, words in ((60, 120, None), (1, 30, "darker in"), (150, 255, "brighter in")):
+    for low, high, words in ((60, 120, ""), (1, 30, "darker in"), (150, 255, "brighter in")):
         x = numbers(1, (3, 64, 64), low, high).astype(np.uint8)
         with opened(write_raster(tmp_path / "a.tif", x, colours=RGB), wants=wants) as scene:
             assert [words in warning for warning in scene.warnings] == [True] * bool(words)
@@ -281,7 +282,7 @@ def test_what_is_not_like_the_training_images_is_warned_of(tmp_path: Path) -> No
 def plane(grid_transform: Affine, crs: str, height: int, width: int) -> np.ndarray:
     """Digital numbers that rise evenly to the east and south of EPSG:32632."""
     rows, columns = np.mgrid[:height, :width] + 0.5
-    xs, ys = grid_transform * (columns.ravel(), rows.ravel())
+    xs, ys = grid_transform @ (columns.ravel(), rows.ravel())
     xs, ys = reproject(crs, "EPSG:32632", xs, ys) if crs != "EPSG:32632" else (xs, ys)
     return plane_at(np.array(xs), np.array(ys)).reshape(height, width)
 
@@ -293,10 +294,10 @@ def plane_at(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("crs", "transform"),
     [
-        ("EPSG:32632", CORNER * Affine.scale(2)),
-        ("EPSG:32632", CORNER * Affine.scale(0.5)),
-        ("EPSG:32632", CORNER * Affine.scale(2, 1)),
-        ("EPSG:32632", CORNER * Affine.rotation(30)),
+        ("EPSG:32632", CORNER @ Affine.scale(2)),
+        ("EPSG:32632", CORNER @ Affine.scale(0.5)),
+        ("EPSG:32632", CORNER @ Affine.scale(2, 1)),
+        ("EPSG:32632", CORNER @ Affine.rotation(30)),
         ("EPSG:4326", Affine(0.00012, 0, 10.3, 0, -0.00009, 46.94)),
         ("EPSG:3857", Affine(14, 0, 1146700, 0, -14, 5930000)),
     ],
@@ -307,7 +308,7 @@ def test_resampled_pixels_lie_where_they_lay(crs: str, transform: Affine, tmp_pa
     with opened(path, resolution=10, stretch=(truth.min(), truth.max())) as scene:
         values, masked = scene.read(slice(None))
         grid = scene.grid
-    assert grid.crs.to_epsg() == 32632
+    assert grid.crs == CRS.from_epsg(32632)
     assert (grid.transform.a, grid.transform.b, grid.transform.d, grid.transform.e) == (10, 0, 0, -10)
     there = plane(grid.transform, "EPSG:32632", grid.height, grid.width)
     wanted = grey(there, truth.min(), np.ptp(truth))
@@ -320,7 +321,7 @@ def test_resampled_pixels_lie_where_they_lay(crs: str, transform: Affine, tmp_pa
 
 
 def test_grids_stay_as_they_are_without_resolution(tmp_path: Path) -> None:
-    for transform in (CORNER * Affine.rotation(30), CORNER * Affine.scale(1, -1), CORNER * Affine.scale(1, 0.98)):
+    for transform in (CORNER @ Affine.rotation(30), CORNER @ Affine.scale(1, -1), CORNER @ Affine.scale(1, 0.98)):
         path = write_raster(tmp_path / "a.tif", numbers(0, (3, 8, 9)), transform=transform, names=NAMES)
         with opened(path, offset=0) as scene:
             assert scene.grid.transform == transform
@@ -330,7 +331,7 @@ def test_grids_stay_as_they_are_without_resolution(tmp_path: Path) -> None:
 
 def test_pixels_of_another_size_are_told_or_refused(tmp_path: Path) -> None:
     for scale, crs in ((2, "EPSG:32632"), (0.05, "EPSG:32632"), (4, "EPSG:3857")):
-        path = write_raster(tmp_path / "a.tif", numbers(0, (3, 8, 9)), crs, CORNER * Affine.scale(scale), NAMES)
+        path = write_raster(tmp_path / "a.tif", numbers(0, (3, 8, 9)), crs, CORNER @ Affine.scale(scale), NAMES)
         refuses("--resolution 10 resamples it", path, offset=0)
     with opened(path, offset=0, resolution=40) as scene:  # said, so meant
         assert "the network learned from 10 m" in scene.warnings[0]
@@ -356,9 +357,9 @@ def test_bands_of_other_places_are_refused(tmp_path: Path) -> None:
         write_raster(tmp_path / f"{name}.tif", band)
     write_raster(tmp_path / "B03.tif", x[1], "EPSG:32633")
     refuses(r"B03.*is in EPSG:32633, another band in EPSG:32632", tmp_path, offset=0)
-    write_raster(tmp_path / "B03.tif", x[1], transform=CORNER * Affine.translation(5, 0))
+    write_raster(tmp_path / "B03.tif", x[1], transform=CORNER @ Affine.translation(5, 0))
     refuses("covers another place", tmp_path, offset=0)
-    write_raster(tmp_path / "B03.tif", x[1, ::2, ::2], transform=CORNER * Affine.scale(2))
+    write_raster(tmp_path / "B03.tif", x[1, ::2, ::2], transform=CORNER @ Affine.scale(2))
     assert pixels(tmp_path, offset=0)[0].shape == (3, 8, 8)
 
 
@@ -380,7 +381,7 @@ def test_masks_by_band_by_file_and_by_class(tmp_path: Path) -> None:
     path = write_raster(tmp_path / "a.tif", x, names=(*NAMES, "SCL"))
     clouds = np.zeros((2, 2), np.uint8)
     clouds[0, 1] = 1
-    half = write_raster(tmp_path / "clouds.tif", clouds, transform=CORNER * Affine.scale(4), nodata=0)
+    half = write_raster(tmp_path / "clouds.tif", clouds, transform=CORNER @ Affine.scale(4), nodata=0)
     same = write_raster(tmp_path / "same.tif", np.kron(clouds, np.ones((4, 4), np.uint8)), nodata=0)
     for spec, rows in (("SCL", [0, 1, 3]), ("scl=4,5", [4, 5]), ("B04", list(range(8)))):
         assert np.flatnonzero(pixels(path, offset=0, mask=spec)[1].all(1)).tolist() == rows
@@ -524,7 +525,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_a_terapixel_takes_no_more_memory_than_a_piece_of_it(tmp_path: Path) -> None:
     path, side = tmp_path / "giant.tif", 10**6
     kind = {"driver": "GTiff", "dtype": "uint16", "count": 3, "crs": "EPSG:32632", "transform": CORNER}
-    tiles = {"tiled": True, "blockxsize": 1024, "blockysize": 1024, "sparse_ok": True, "bigtiff": "YES"}
+    tiles = {"tiled": True, "blockxsize": 2048, "blockysize": 2048, "sparse_ok": True, "bigtiff": "YES"}
     with rasterio.open(path, "w", width=side, height=side, **kind, **tiles) as file:
         file.descriptions = NAMES
     done = subprocess.run([sys.executable, "-c", GIANT, path], capture_output=True, text=True, check=True)
@@ -596,7 +597,7 @@ def test_the_samples_scene_and_its_truth(tmp_path: Path) -> None:
     values, masked = pixels(tmp_path / "scene.tif", wants=EUROSAT)
     assert not masked.any()
     with opened(tmp_path / "scene.tif", wants=EUROSAT) as scene, rasterio.open(tmp_path / "scene_truth.tif") as truth:
-        assert truth.transform == scene.grid.transform * Affine.scale(64)
+        assert truth.transform == scene.grid.transform @ Affine.scale(64)
         assert (truth.height * 64, truth.width * 64) == values.shape[1:]
         labels = truth.read(1)
     assert labels.max() < len(SCENES)
