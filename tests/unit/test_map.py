@@ -538,3 +538,20 @@ def test_a_bad_scene_among_others_is_told_and_the_others_are_mapped(
     assert len(errors) == 2
     assert "b.tif" in errors[0]
     assert "1 of 3 scenes" in errors[1]
+
+
+def test_the_preview_does_not_depend_on_the_blocks() -> None:
+    pixels, one = noise(960, 320).transpose(2, 0, 1), Windows(960, 320, 64, 32)
+    masked = np.zeros((960, 320), np.bool_)
+    masked[:120] = True
+    whole = mapping.preview(pixels, masked, blocks(one, 100)[0], 8)
+    assert whole.shape == (120, 40, 4)
+    assert (whole[:15, :, 3] == 0).all()
+    assert (whole[15:, :, 3] == 255).all()
+    means = pixels.reshape(3, 120, 8, 40, 8).mean((2, 4)).transpose(1, 2, 0)
+    assert np.abs(whole[..., :3] - means).max() <= 0.5
+    parts = [
+        mapping.preview(pixels[:, block.top : block.bottom], masked[block.top : block.bottom], block, 8)
+        for block in blocks(one, 3)
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
