@@ -139,7 +139,7 @@ class Scene:
             empty &= values == 0
             if valid is not None:
                 masked |= ~valid
-        masked |= empty
+        masked |= empty  # not one pixel of EuroSAT is
         if self.mask:
             masked |= self.mask.read(window)
         grey[:, masked] = 0

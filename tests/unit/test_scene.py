@@ -329,6 +329,14 @@ def test_grids_stay_as_they_are_without_resolution(tmp_path: Path) -> None:
             assert scene.warnings == []
 
 
+def test_a_finer_grid_begins_where_the_scene_does(tmp_path: Path) -> None:
+    x = numbers(0, (3, 8, 9))
+    path = write_raster(tmp_path / "a.tif", x, transform=CORNER @ Affine.translation(0.3, 0.4), names=NAMES)
+    with opened(path, offset=0, resolution=5) as scene:
+        assert scene.grid.transform == CORNER @ Affine.translation(0.3, 0.4) @ Affine.scale(0.5)
+        assert (scene.grid.width, scene.grid.height) == (18, 16)
+
+
 def test_pixels_of_another_size_are_told_or_refused(tmp_path: Path) -> None:
     for scale, crs in ((2, "EPSG:32632"), (0.05, "EPSG:32632"), (4, "EPSG:3857")):
         path = write_raster(tmp_path / "a.tif", numbers(0, (3, 8, 9)), crs, CORNER @ Affine.scale(scale), NAMES)
@@ -373,6 +381,16 @@ def test_no_data_is_what_the_file_says_and_0_in_all_bands(tmp_path: Path) -> Non
         _, masked = pixels(write_raster(tmp_path / "a.tif", x, names=NAMES, nodata=nodata), offset=0)
         assert np.flatnonzero(masked.all(1)).tolist() == rows
         assert masked.sum() == 9 * len(rows)
+
+
+def test_no_data_does_not_bleed_into_resampled_pixels(tmp_path: Path) -> None:
+    for nothing, dtype, said in ((0, np.uint16, None), (7, np.uint16, 7), (np.nan, np.float32, None)):
+        x = np.full((3, 20, 20), 2000 if dtype == np.uint16 else 0.2, dtype)
+        x[:, 5:12] = nothing
+        path = write_raster(tmp_path / "a.tif", x, names=NAMES, nodata=said)
+        values, masked = pixels(path, resolution=7, offset=0 if dtype == np.uint16 else None)
+        assert set(np.unique(values[:, ~masked])) == {186}
+        assert 0.3 < masked.mean() < 0.4
 
 
 def test_masks_by_band_by_file_and_by_class(tmp_path: Path) -> None:
@@ -450,14 +468,18 @@ def test_what_is_no_scene(tmp_path: Path) -> None:
 def test_files_that_are_cut_short(tmp_path: Path) -> None:
     x = numbers(0, (3, 200, 200))
     for path in (
-        write_raster(tmp_path / "a.tif", x, names=NAMES),
-        write_raster(tmp_path / "b.tif", x, names=NAMES, tiled=True, compress="deflate", blockxsize=64, blockysize=64),
-        write_raster(tmp_path / "c.jp2", x, names=NAMES, **LOSSLESS),
+        write_raster(tmp_path / "a.tif", x),
+        write_raster(tmp_path / "b.tif", x, tiled=True, compress="deflate", blockxsize=64, blockysize=64),
+        write_raster(tmp_path / "c.jp2", x, **LOSSLESS),
     ):
         data = path.read_bytes()
         for share in (0.95, 0.5, 0.1):
             path.write_bytes(data[: int(len(data) * share)])
             refuses("cut short", path, offset=0, bands=NAMES)
+        if path.suffix == ".tif":  # found before a map is begun
+            path.write_bytes(data[: int(len(data) * 0.95)])
+            with pytest.raises(UserError, match="it should have"):
+                opened(path, offset=0, bands=NAMES)
 
 
 def test_a_jpeg_2000_that_lies_about_its_size(tmp_path: Path) -> None:
