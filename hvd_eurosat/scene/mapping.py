@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
@@ -144,19 +145,12 @@ def preview(pixels: NDArray[np.uint8], masked: NDArray[np.bool_], block: Block, 
     """
     first, end = math.ceil(block.top / step), math.ceil(block.next_top / step)
     rows = slice(first * step - block.top, min(end * step, block.bottom) - block.top)
-    shown = np.concatenate([pixels[:3, rows], ~masked[None, rows] * np.uint8(255)])
     if first == end:
-        return np.empty((0, math.ceil(shown.shape[2] / step), 4), np.uint8)
-    sums = shown.astype(np.uint32) if step == 1 else _summed(_summed(shown, step, 1), step, 2)
-    sizes = [np.diff([*range(0, length, step), length]) for length in shown.shape[1:]]
-    means: NDArray[np.uint8] = (sums // (sizes[0][:, None] * sizes[1])).astype(np.uint8)
+        return np.empty((0, math.ceil(pixels.shape[2] / step), 4), np.uint8)
+    there = ~masked[rows] * np.uint8(255)
+    means = [np.asarray(Image.fromarray(layer).reduce(step)) for layer in (*pixels[:3, rows], there)]
     means[3] = (means[3] >= 128) * np.uint8(255)
-    return np.ascontiguousarray(means.transpose(1, 2, 0))
-
-
-def _summed(values: NDArray[Any], step: int, axis: int) -> NDArray[np.uint32]:
-    sums: NDArray[np.uint32] = np.add.reduceat(values, range(0, values.shape[axis], step), axis=axis, dtype=np.uint32)
-    return sums
+    return np.stack(means, 2)
 
 
 @torch.no_grad()

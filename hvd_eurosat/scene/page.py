@@ -62,15 +62,10 @@ def _data(cover: LandCover, areas: Sequence[Area]) -> dict[str, Any]:
 
 
 def _encoded(preview: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-    """As a data URL: a JPEG, or a PNG where there are holes in the scene."""
-    image, stream = Image.fromarray(preview), io.BytesIO()
-    if (preview[..., 3] == 255).all():
-        image.convert("RGB").save(stream, "JPEG", quality=QUALITY)
-        kind = "jpeg"
-    else:
-        image.save(stream, "PNG", optimize=True)
-        kind = "png"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    """As a data URL; WebP, for there may be holes in the scene."""
+    stream = io.BytesIO()
+    Image.fromarray(preview).save(stream, "WEBP", quality=QUALITY)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _mesh(cover: LandCover) -> list[list[list[float]]]:

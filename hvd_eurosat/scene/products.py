@@ -26,6 +26,7 @@ from hvd_eurosat.scene.source import Scene
 from hvd_eurosat.scene.vectors import write_polygons
 from hvd_eurosat.training.checkpoint import VERSIONS, Checkpoint
 from hvd_eurosat.training.files import write_text
+from hvd_eurosat.weights.stored import named
 
 CSV = "areas.csv"
 OF_THE_JOB = ("out", "memory", "watchdog_seconds")  # not of the map
@@ -54,7 +55,9 @@ def write_products(
     write_picture(cover, known, parts.out)
     write_page(cover, known, parts.out)
     tick()
-    write_text(parts.out / DONE, json.dumps(document(scene, cover, known, plan, settings, run), indent=2) + "\n")
+    told = document(scene, saved, cover, known, plan, settings)
+    told["run"] = {**run, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    write_text(parts.out / DONE, json.dumps(told, indent=2) + "\n")
     parts.finish()
     return known
 
@@ -63,7 +66,7 @@ def land_cover(scene: Scene, saved: Checkpoint, plan: Plan, parts: Parts, settin
     """The map, of its parts."""
     classes, percents, preview = assemble(parts, plan.blocks, plan.windows, len(saved.classes))
     tags = {
-        "CHECKPOINT": str(settings.checkpoint),
+        "CHECKPOINT": str(named(settings.checkpoint)),
         "CHECKPOINT_SHA256": plan.digest,
         "SCENE": scene.name,
         "WINDOW": str(plan.windows.side),
@@ -102,14 +105,20 @@ def write_areas(known: Sequence[Area], out: Path) -> None:
 
 
 def document(
-    scene: Scene, cover: LandCover, known: Sequence[Area], plan: Plan, settings: MapSettings, run: dict[str, Any]
+    scene: Scene, saved: Checkpoint, cover: LandCover, known: Sequence[Area], plan: Plan, settings: MapSettings
 ) -> dict[str, Any]:
-    """map.json: how the map came about. All but "run" is the same for the same map."""
+    """How the map came about, the same for the same map."""
     grid = scene.grid
     return {
         "title": cover.title,
         "classes": list(cover.names),
         "areas": [asdict(area) for area in known],
+        "checkpoint": {
+            "file": cover.tags["CHECKPOINT"],
+            "sha256": plan.digest,
+            "epoch": saved.epoch,
+            "valid_accuracy": saved.metric,
+        },
         "scene": {
             "path": scene.path,
             "bands": list(scene.bands),
@@ -129,5 +138,4 @@ def document(
         "settings": {key: value for key, value in settings.flat().items() if key not in OF_THE_JOB},
         "versions": {**VERSIONS, "rasterio": rasterio.__version__, "gdal": rasterio.__gdal_version__},
         "work": plan.work,
-        "run": {**run, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
     }

@@ -17,6 +17,7 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 from hvd_eurosat.errors import RunError
@@ -74,9 +75,17 @@ def _write(
             rasterio.shutil.copy(
                 plain, cog, driver="COG", COMPRESS="DEFLATE", BLOCKSIZE=TILE, OVERVIEW_RESAMPLING=overviews
             )
+        _verify(cog, values)
         with cog.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(cog, path)
         plain.unlink()
-    except (RasterioError, OSError) as error:
+    except (RasterioError, CPLE_BaseError, OSError) as error:
         raise RunError(f"cannot write {path}: {error}") from None
+
+
+def _verify(path: Path, values: NDArray[np.uint8]) -> None:
+    """Raise OSError unless the file holds these: of a disk that fills while a COG is written GDAL says nothing."""
+    with rasterio.open(path) as raster:
+        if not all(np.array_equal(raster.read(number), band) for number, band in enumerate(values, start=1)):
+            raise OSError("it does not hold what was written")

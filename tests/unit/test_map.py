@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import json
 import re
+import resource
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -487,6 +489,26 @@ def test_a_disk_that_is_full_loses_nothing(tmp_path: Path, map_of: Map, monkeypa
         assert (tmp_path / "map" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("room", [100_000, 330_000, 365_000, 375_000, 500_000])
+def test_a_raster_is_whole_or_not_there_where_the_disk_fills(tmp_path: Path, room: int) -> None:
+    """Of a COG that is cut short GDAL says nothing."""
+    rng, one = np.random.default_rng(0), Windows(600, 600, 1, 1)
+    classes, percents = (rng.integers(0, 100, shape).astype(np.uint8) for shape in ((600, 600), (100, 600, 600)))
+    names = tuple(map(str, range(100)))
+    cover = LandCover("", names, Grid(UTM, NORTH_UP, 600, 600), one, classes, percents, np.empty(0, np.uint8), 1, {})
+    (tmp_path / FOLDER).mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with contextlib.suppress(RunError):
+            write_rasters(cover, tmp_path, tmp_path / FOLDER, False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for name, values in (("classes.tif", classes), ("confidence.tif", cover.confidence)):
+        if (tmp_path / name).exists():
+            assert np.array_equal(raster(tmp_path / name), values)
+
+
 def test_a_damaged_part_is_made_again(tmp_path: Path, map_of: Map, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = scene_file(tmp_path / "scene.tif", noise(400, 100))
     words = ("--scene", scene, "--out", tmp_path / "map")
@@ -516,3 +538,20 @@ def test_a_bad_scene_among_others_is_told_and_the_others_are_mapped(
     assert len(errors) == 2
     assert "b.tif" in errors[0]
     assert "1 of 3 scenes" in errors[1]
+
+
+def test_the_preview_does_not_depend_on_the_blocks() -> None:
+    pixels, one = noise(960, 320).transpose(2, 0, 1), Windows(960, 320, 64, 32)
+    masked = np.zeros((960, 320), np.bool_)
+    masked[:120] = True
+    whole = mapping.preview(pixels, masked, blocks(one, 100)[0], 8)
+    assert whole.shape == (120, 40, 4)
+    assert (whole[:15, :, 3] == 0).all()
+    assert (whole[15:, :, 3] == 255).all()
+    means = pixels.reshape(3, 120, 8, 40, 8).mean((2, 4)).transpose(1, 2, 0)
+    assert np.abs(whole[..., :3] - means).max() <= 0.5
+    parts = [
+        mapping.preview(pixels[:, block.top : block.bottom], masked[block.top : block.bottom], block, 8)
+        for block in blocks(one, 3)
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
