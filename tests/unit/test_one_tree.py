@@ -159,7 +159,7 @@ def growers(draw: st.DrawFn) -> Callable[[Path], Grown]:
     wrappers = draw(st.lists(st.sampled_from(("photos", "Images", "2750")), max_size=2, unique=True))
     spellings = [draw(st.sampled_from(names)) for names in SPELLINGS]
     place = st.tuples(st.integers(0, 2), st.sampled_from(CLASSES), st.integers(0, 99))
-    odd = draw(st.lists(st.tuples(st.sampled_from(GOOD), place), max_size=6))
+    odd = draw(st.lists(st.tuples(st.sampled_from(GOOD), place), max_size=6, unique=True))
     flaws = draw(st.sampled_from((None, BAD, MISPLACED)))
     if flaws is MISPLACED:  # a file that is no image, beside an image that is out of its place, is a second flaw
         odd = [(make, at) for make, at in odd if make is not sidecar]
