@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import stat
 import warnings
@@ -44,8 +45,10 @@ REDUCED, MASK = 1, 4
 RGB, SEPARATED = 2, 5  # values of PHOTOMETRIC: red, green and blue; CMYK
 CONVERTIBLE = {"1": "black and white", "L": "grey", "I;16": "grey", "P": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr"}
 
-warnings.filterwarnings("ignore", module=r"PIL\b")  # decode() judges for itself, and whoever calls it names the file
-with contextlib.suppress(OSError, AttributeError):  # and so it does where libtiff would write to standard error
+# decode() judges for itself, and whoever calls it names the file.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(OSError, AttributeError):  # libtiff writes to standard error
     _library = ctypes.CDLL(_imaging.__file__)
     _library.TIFFSetErrorHandler(None)
     _library.TIFFSetWarningHandler(None)

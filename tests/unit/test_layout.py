@@ -415,6 +415,7 @@ def test_pillow_keeps_quiet(tmp_path: Path) -> None:
         (tmp_path / f"{kind}-cut").write_bytes(data[:-200])
         data[300:340] = bytes(40)
         (tmp_path / f"{kind}-damaged").write_bytes(data)
+    (tmp_path / "bands").write_bytes(banded(8, 0))
     files = sorted(map(str, tmp_path.iterdir()))
     done = subprocess.run([sys.executable, "-c", CHATTER, *files], capture_output=True, text=True, check=True)
     assert "bad" in done.stdout
