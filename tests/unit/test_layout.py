@@ -184,6 +184,17 @@ def test_an_image_beside_the_classes_is_named(grow: Grow, encode: Encode, run: R
     assert f"{where}lost.jpg lies outside the class folders" in run(source)[2]
 
 
+def test_an_image_is_known_by_its_content(grow: Grow, encode: Encode) -> None:
+    root = grow("photos", {"A": 2, "B": 2})
+    for kind, file in zip(("JPEG", "PNG", "WEBP", "BMP"), sorted(root.rglob("*.jpg")), strict=True):
+        file.with_suffix("").write_bytes(encode(1, kind=kind))
+        file.unlink()
+    assert len(lay_out(list_folder(root)).items) == 4
+    (root / "lost").write_bytes(encode(2, kind="TIFF"))
+    with pytest.raises(UserError, match="lost lies outside the class folders"):
+        lay_out(list_folder(root))
+
+
 def test_folders_in_class_folders(tmp_path: Path, grow: Grow, run: Run) -> None:
     source = grow("photos", {"A": 3, "A/old": 2, "B": 3})
     assert run(source)[0] == 0
