@@ -39,18 +39,20 @@ LOCK = ".lock"
 
 EXAMPLES = """
 examples:
-  the real data, split 94:5:1:      python -m hvd_eurosat.prepare --source EuroSAT_RGB.zip --out data
-  the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data
-  a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data
-  your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data --resize
-  one folder of a large archive:    python -m hvd_eurosat.prepare --source all.tgz --inside ucm/Images --out data
-  is it all still there, intact?    python -m hvd_eurosat.prepare --verify data
+  the real data, split 94:5:1:      python -m hvd_eurosat.prepare --source EuroSAT_RGB.zip --out data/EuroSAT_RGB
+  the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data/EuroSAT_RGB
+  a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data/sample --ratios 80,10,10
+  your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data/photos --resize
+  one folder of a large archive:    python -m hvd_eurosat.prepare --source all.tgz --inside ucm/Images --out data/ucm
+  is it all still there, intact?    python -m hvd_eurosat.prepare --verify data/EuroSAT_RGB
+
 
 The source is a folder, a .zip, .tar, .tar.gz or .tgz. It holds <Class>/<image> or, already split,
 <split>/<Class>/<image>, in any number of single folders. Splits are train (or training), valid (val, validation, dev)
 and test (testing), in any capitals. Links are followed. What systems leave among files (Thumbs.db, @eaDir, .DS_Store)
 is left out, and so are other files outside the class folders; both are counted. All else must be an image, whatever its
-name: 8-bit RGB in JPEG, PNG, TIFF, WebP or BMP. Copies of an image share a split; an image of two classes is refused.
+name: 8-bit RGB in JPEG, PNG, TIFF, WebP or BMP. Copies of an image go into one split. An image of two classes is
+refused.
 
 --convert makes RGB of grey, palette, CMYK, alpha (laid on white) and 16 bits a channel (value // 256 is kept).
 
