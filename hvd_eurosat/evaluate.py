@@ -162,10 +162,10 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     images, labels = world.together(lambda: find_labelled(folder))
     names, paths = list(images.paths), list(images.paths.values())
     world.agree("input", {"files": names})
-    if labels is None and (settings.against or not settings.out):
+    if not labels and (settings.against or not settings.out):
         cure = "leave out --against" if settings.against else "give --out for predictions"
         raise SharedError(f"{folder} has no class folders, so there is no accuracy: {cure}")
-    numbers = labels and world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)))
+    numbers = world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)) if labels else None)
     size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen()
     place = world.device, world.rank, world.size
     batches = file_batches(paths, saved.data, size, *place, seen, settings.skip_bad, resizes)

@@ -48,6 +48,7 @@ examples:
   one folder of a large archive:    python -m hvd_eurosat.prepare --source all.tgz --inside ucm/Images --out data/ucm
   is it all still there, intact?    python -m hvd_eurosat.prepare --verify data/EuroSAT_RGB
 
+
 The source is a folder, a .zip, .tar, .tar.gz or .tgz. It holds <Class>/<image> or, already split,
 <split>/<Class>/<image>, in any number of single folders. Splits are train (or training), valid (val, validation, dev)
 and test (testing), in any capitals. Links are followed. What systems leave among files (Thumbs.db, @eaDir, .DS_Store)

@@ -39,8 +39,8 @@ class Predictions(Settings):
     raw: CliToggleFlag[bool] = False
     """probabilities without the temperature that was fitted after training"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
-    in log-probabilities"""
+    """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
+    and of an exported network"""
 
     @model_validator(mode="after")
     def _goes_together(self) -> Predictions:
@@ -50,7 +50,7 @@ class Predictions(Settings):
 
 
 class EvaluateSettings(Predictions):
-    """How good a checkpoint is on a split; images are prepared and computed with as in the run that saved it."""
+    """Tell how good a checkpoint is on a split. Images and precision are those of the run that saved it."""
 
     split: Literal["train", "valid", "test"] = "test"
     """which images of data.root"""

@@ -60,13 +60,13 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     return Images(dict(sorted(found.items(), key=lambda item: item[0].split("/"))), tuple(notes))
 
 
-def find_labelled(folder: Path) -> tuple[Images, list[str] | None]:
-    """The images of a folder and the class of each by its folder; None where no image lies in one. Raises UserError."""
+def find_labelled(folder: Path) -> tuple[Images, list[str]]:
+    """The images of a folder and the class of each by its folder; none where no image lies in one. Raises UserError."""
     listing = list_folder(folder, f"--input {shlex.quote(f'{folder}/')}")
     files = find_files(listing)
     if files.depth == 0 and not any("/" in name for name in files.images):
         notes = (*listing.notes(), *files.notes(str(folder)))
-        return Images({name: folder / listing.files[name] for name in files.images}, notes), None
+        return Images({name: folder / listing.files[name] for name in files.images}, notes), []
     layout = lay_out(listing, least=1)
     if layout.split:
         tops = sorted({item.path.split("/")[0] for item in layout.items})

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import stat
 import warnings
@@ -44,8 +45,10 @@ REDUCED, MASK = 1, 4
 RGB, SEPARATED = 2, 5  # values of PHOTOMETRIC: red, green and blue; CMYK
 CONVERTIBLE = {"1": "black and white", "L": "grey", "I;16": "grey", "P": "palette", "CMYK": "CMYK", "YCbCr": "YCbCr"}
 
-warnings.filterwarnings("ignore", module=r"PIL\b")  # decode() judges for itself, and whoever calls it names the file
-with contextlib.suppress(OSError, AttributeError):  # and so it does where libtiff would write to standard error
+# decode() judges for itself, and whoever calls it names the file.
+warnings.filterwarnings("ignore", module=r"PIL\b")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(OSError, AttributeError):  # libtiff writes to standard error
     _library = ctypes.CDLL(_imaging.__file__)
     _library.TIFFSetErrorHandler(None)
     _library.TIFFSetWarningHandler(None)
@@ -208,36 +211,37 @@ def _check_header(image: Image.Image, size: int | None) -> None:
     width, height = image.size
     if max(width, height) > MAX_SIDE:
         raise BadImageError(f"its header claims {width}x{height} pixels; {MAX_SIDE} a side is the most")
-    if image.format == "TIFF":
-        _check_tiff(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        try:
+            _check_tiff(image)
+        except BadImageError:
+            raise
+        except Exception as error:  # a damaged directory may hold anything
+            raise BadImageError(f"it does not decode ({error})") from None
     elif image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a camera's MPO holds copies of its image
         raise BadImageError(f"an animation of {image.n_frames} frames; one image is wanted")  # type: ignore[attr-defined]
     if size is not None and (width, height) != (size, size):
         raise BadImageError(f"{width}x{height} pixels; {size}x{size} is wanted (prepare --resize makes them so)")
 
 
-def _check_tiff(image: Image.Image) -> None:
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
     """Raise BadImageError for tiles beyond measure, for several pages, and for bands that may be anything."""
-    tags: TiffImagePlugin.ImageFileDirectory_v2 = image.tag_v2  # type: ignore[attr-defined]
-    tile = tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0)
+    tags = image.tag_v2
+    tile = int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
     if max(tile) > MAX_SIDE:  # a tile may be far larger than the image, and is decoded whole
         raise BadImageError(f"a TIFF in tiles of {tile[0]}x{tile[1]} pixels; {MAX_SIDE} a side is the most")
-    bands, photometric = tags.get(SAMPLES_PER_PIXEL, 1), tags.get(PHOTOMETRIC)
+    bands, photometric = int(tags.get(SAMPLES_PER_PIXEL, 1)), int(tags.get(PHOTOMETRIC, 0))
     known = {RGB: 3, SEPARATED: 4}.get(photometric, bands)
     if bands > known and not (photometric == RGB and image.mode == "RGBA" and bands == 4):
         raise BadImageError(_bands(bands))
     try:
         for page in range(1, MAX_PAGES + 1):
             image.seek(page)
-            if not image.tag_v2.get(KIND, 0) & (REDUCED | MASK):  # type: ignore[attr-defined]
+            if not int(image.tag_v2.get(KIND, 0)) & (REDUCED | MASK):
                 raise BadImageError("a TIFF of several pages; one image is wanted")
         raise BadImageError(f"a TIFF of more than {MAX_PAGES} pages")
     except EOFError:
         image.seek(0)
-    except BadImageError:
-        raise
-    except Exception as error:  # as above
-        raise BadImageError(f"it does not decode ({error})") from None
 
 
 def _bands(bands: int) -> str:

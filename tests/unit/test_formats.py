@@ -95,10 +95,10 @@ def test_names_of_images(grow: Grow, tmp_path: Path) -> None:
     assert list(find_images([root]).paths) == names
     images, labels = find_labelled(root)
     assert (list(images.paths), labels) == (names, ["Forest", "Forest", "River"])
-    assert class_numbers(labels or [], names, ["Forest", "Lake", "River"], "x").tolist() == [0, 0, 2]
-    assert find_labelled(root / "Forest")[1] is None
+    assert class_numbers(labels, names, ["Forest", "Lake", "River"], "x").tolist() == [0, 0, 2]
+    assert find_labelled(root / "Forest")[1] == []
     with pytest.raises(UserError, match=r"x: River/River_1\.jpg lies in no folder of a class; the checkpoint"):
-        class_numbers(labels or [], names, ["Forest"], "x")
+        class_numbers(labels, names, ["Forest"], "x")
     files = [root / name for name in names]
     assert list(find_images(files).paths) == ["Forest_1.jpg", "Forest_2.jpg", "River_1.jpg"]
     with pytest.raises(UserError, match=r"both .* and .* would be Forest_1\.jpg .*--list"):

@@ -24,6 +24,7 @@ from hvd_eurosat import evaluate, predict, prepare, train
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config import verbs
 from hvd_eurosat.config.reading import load
+from hvd_eurosat.data import batches
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.errors import UserError
 
@@ -159,7 +160,7 @@ def growers(draw: st.DrawFn) -> Callable[[Path], Grown]:
     wrappers = draw(st.lists(st.sampled_from(("photos", "Images", "2750")), max_size=2, unique=True))
     spellings = [draw(st.sampled_from(names)) for names in SPELLINGS]
     place = st.tuples(st.integers(0, 2), st.sampled_from(CLASSES), st.integers(0, 99))
-    odd = draw(st.lists(st.tuples(st.sampled_from(GOOD), place), max_size=6))
+    odd = draw(st.lists(st.tuples(st.sampled_from(GOOD), place), max_size=6, unique=True))
     flaws = draw(st.sampled_from((None, BAD, MISPLACED)))
     if flaws is MISPLACED:  # a file that is no image, beside an image that is out of its place, is a second flaw
         odd = [(make, at) for make, at in odd if make is not sidecar]
@@ -174,8 +175,8 @@ def growers(draw: st.DrawFn) -> Callable[[Path], Grown]:
             for label in CLASSES:
                 for name in ("a.jpg", "b.png"):
                     tree.image(split / label / name, KINDS[name[1:]])
-        for make, (split, label, n) in odd:
-            make(tree, tree.splits[split] / label, n)
+        for make, (number, label, n) in odd:
+            make(tree, tree.splits[number] / label, n)
         return tree
 
     return grow
@@ -196,10 +197,10 @@ class Ways:
         """Of uint8 [N, S, S, 3]."""
         self.seen |= {digest(pixels) for pixels in np.asarray(images)}
 
-    def infer(self, world: World, model: Any, batches: Any, *_: Any) -> list[Any]:
+    def infer(self, world: World, model: Any, shown: Any, *_: Any) -> list[Any]:
         """In place of the network."""
         results = []
-        for batch in batches:
+        for batch in shown:
             self.note(batch.images[: batch.total].permute(0, 2, 3, 1))
             results.append(np.zeros((batch.total, len(CLASSES)), np.float32))
         return results
@@ -250,7 +251,7 @@ def ways(alone: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
         config=load(["--data.image_size", str(SIDE)]).model_dump(mode="json"),
         build_model=lambda device: model,
     )
-    open_images = train.open_images
+    open_images = batches.open_images
 
     def opened(*arguments: Any) -> Any:
         images = open_images(*arguments)

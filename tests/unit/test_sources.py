@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,7 +149,7 @@ def test_other_archives_are_named(tmp_path: Path, run: Run, content: bytes, kind
     assert (status, kind in said, "unpack it" in said) == (2, True, True)
 
 
-def tarred(path: Path, source: Path, top: str, mode: str) -> Path:
+def tarred(path: Path, source: Path, top: str, mode: Any) -> Path:
     with tarfile.open(path, mode) as archive:
         archive.add(source, top)
     return path
