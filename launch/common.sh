@@ -50,8 +50,9 @@ usage() { # the comment at the head of the script
   exit
 }
 
-# Sets HOSTS (name:slots,…), NAMES and SLOTS of it (with commas), EACH (the slots of all, if as many), RANKS, HERE (this
-# host's name among them) and FULL_NAMES (yes, if some differ behind a dot alone), as hvd_eurosat/cluster/hosts.py says.
+# Sets HOSTS (name:slots,…), NAMES of it (with commas), EACH (the slots of all, if as many), RANKS, HERE (this host's name
+# among them), FULL_NAMES (yes, if some differ behind a dot alone) and, where Slurm starts the ranks, NODES (all that its
+# job has, with commas) and NODE_SLOTS. hvd_eurosat/cluster/hosts.py knows.
 read_hosts() {
   local facts name value options=("$@")
   [[ -x $BIN/python ]] || die "there is no $BIN/python: make setup"
@@ -66,11 +67,12 @@ find_slurm() { # sets BY_SLURM
   if [[ -n ${SLURM_JOB_ID:-} ]] && command -v srun >/dev/null; then BY_SLURM=yes; fi
 }
 
-# mpirun has the nodes and the ranks on each from these variables, whatever it is told itself, and its helpers have all
-# GPUs of a node only where none are for single tasks. They run beside the step, if any, that is the user's shell.
+# mpirun takes for given what these variables say of all nodes of the job: were it one node less, its helpers would start
+# anywhere. They have all GPUs of a node only where none are for single tasks, and run beside the step, if any, that is
+# the user's shell.
 tell_mpirun_of_slurm() {
   if [[ -n $BY_SLURM ]]; then
-    export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NAMES SLURM_TASKS_PER_NODE=$SLOTS SLURM_OVERLAP=1
+    export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NODES SLURM_TASKS_PER_NODE=$NODE_SLOTS SLURM_OVERLAP=1
     unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
   else
     unset SLURM_JOBID SLURM_NODELIST

@@ -163,9 +163,15 @@ def _gpus_on_node(environment: Mapping[str, str]) -> int:
     return sum(map(int, asked))
 
 
+def job_nodes(environment: Mapping[str, str]) -> list[str]:
+    """All nodes of this Slurm job, also those that its step here lacks."""
+    nodes, _, _ = _layout({**environment, "SLURM_STEP_ID": INTERACTIVE_STEP})
+    return nodes
+
+
 def among_nodes(hosts: list[Host], environment: Mapping[str, str]) -> list[Host]:
     """The hosts by the names that this Slurm job has for them. Raises UserError for one that is no node of it."""
-    nodes, _, _ = _layout({**environment, "SLURM_STEP_ID": INTERACTIVE_STEP})
+    nodes = job_nodes(environment)
     found = []
     for host in hosts:
         same = [node for node in nodes if node.lower() == host.name.lower() or (host.here and is_here(node))]
@@ -225,10 +231,13 @@ def _facts(hosts: str | None, hostfile: str | None, ranks: int | None, by_slurm:
         cure = f" ({found.cure})" if found.cure else ""
         raise UserError(f"--np {ranks} is more than the {total} slots of {listed}{cure}")
     same = len({host.slots for host in named}) == 1
+    slots = {host.name: host.slots for host in named}
+    nodes = job_nodes(os.environ) if by_slurm else []
     return [
         f"HOSTS={listed}",
         f"NAMES={','.join(host.name for host in named)}",
-        f"SLOTS={','.join(str(host.slots) for host in named)}",
+        f"NODES={','.join(nodes)}",
+        f"NODE_SLOTS={','.join(str(slots.get(node, 1)) for node in nodes)}",
         f"EACH={named[0].slots if same else ''}",
         f"RANKS={ranks or total}",
         f"HERE={next((host.name for host in named if host.here), '')}",

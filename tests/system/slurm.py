@@ -81,7 +81,9 @@ class Slurm:
 def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterator[Slurm]:
     """munged, slurmctld and two slurmd, in the foreground of processes that end with us."""
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, cpus=CPUS))
-    (folder / "gres.conf").write_text("Name=gpu Count=2\n")  # which are counted, and not there
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    for number in range(2):
+        (folder / f"gpu{number}").touch()  # it is counted, and not used
     for name in ("state", "spool-a", "spool-b", "tmp-a", "tmp-b"):
         (folder / name).mkdir()
     key = folder / "munge.key"

@@ -264,7 +264,7 @@ def test_what_a_scheduler_gave_is_found(tmp_path: Path, variable: str, text: str
 def test_a_scheduler_that_gave_too_little(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LSB_MCPU_HOSTS", "a 1 b 1")
     assert hosts.main(["--np", "2"]) == 0
-    assert "HOSTS=a:1,b:1\nNAMES=a,b\nSLOTS=1,1\nEACH=1\nRANKS=2\nHERE=\n" in capsys.readouterr().out
+    assert "HOSTS=a:1,b:1\nNAMES=a,b\nNODES=\nNODE_SLOTS=\nEACH=1\nRANKS=2\nHERE=\n" in capsys.readouterr().out
     assert hosts.main(["--np", "3"]) == 2
     error = "--np 3 is more than the 2 slots of a:1,b:1 (LSF gave no more: ask for bsub -n N, or say --hosts)"
     assert capsys.readouterr().err == f"error: {error}\n"
@@ -365,6 +365,8 @@ def test_hosts_in_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(hosts, "is_here", lambda name: name in ("localhost", "n1"))
     assert hosts.main(["--by-slurm", "--hosts", "localhost:4,n2.cluster:2"]) == 0
     assert "HOSTS=n1:4,n2:2\n" in capsys.readouterr().out
+    assert hosts.main(["--by-slurm", "--hosts", "n2:3"]) == 0
+    assert "NODES=n1,n2\nNODE_SLOTS=1,3\n" in capsys.readouterr().out, "mpirun must know of all"
     assert hosts.main(["--by-slurm", "--hosts", "n1:4,n3:2"]) == 2
     known = "host n3 is no node of Slurm job 7, which has n1, n2: name those, or leave --hosts out"
     assert capsys.readouterr().err == f"error: {known}\n"

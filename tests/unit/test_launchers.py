@@ -159,7 +159,10 @@ def test_mpirun_in_slurm_takes_the_gpus_of_the_nodes(launch: Launch) -> None:
 def test_hosts_in_a_job_of_another_shape(launch: Launch) -> None:
     done = launch("mpirun.sh", "--hosts", "n2:3", "train", **TWO_NODES, SLURM_NTASKS="2")
     assert (done.told("-np"), done.told("-H")) == ("3", "n2:3")
-    assert (done.variables["SLURM_NODELIST"], done.variables["SLURM_TASKS_PER_NODE"]) == ("n2", "3")
+    assert (done.variables["SLURM_NODELIST"], done.variables["SLURM_TASKS_PER_NODE"]) == ("n1,n2", "1,3")
+    shell = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n2", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    done = launch("mpirun.sh", "train", **{**TWO_NODES, **shell, "SLURM_NODELIST": "n2"})
+    assert (done.told("-H"), done.variables["SLURM_NODELIST"]) == ("n2:1", "n1,n2"), "or its helpers start anywhere"
 
 
 def test_a_container_without_slurms_commands(launch: Launch) -> None:
