@@ -68,12 +68,13 @@ find_slurm() { # sets BY_SLURM
 }
 
 # mpirun takes for given what these variables say of all nodes of the job: were it one node less, its helpers would start
-# anywhere. They have all GPUs of a node only where none are for single tasks, and run beside the step, if any, that is
-# the user's shell.
+# anywhere. They are single tasks of Slurm's, which have all GPUs of their node where that is what was asked for, and run
+# beside the step, if any, that is the user's shell.
 tell_mpirun_of_slurm() {
   if [[ -n $BY_SLURM ]]; then
     export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NODES SLURM_TASKS_PER_NODE=$NODE_SLOTS SLURM_OVERLAP=1
-    unset SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
+    unset SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK
+    [[ ${SLURM_GPUS_ON_NODE:-0} == 0 ]] || export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
   else
     unset SLURM_JOBID SLURM_NODELIST
   fi

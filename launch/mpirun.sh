@@ -27,7 +27,10 @@ tell_mpirun_of_slurm
 allow_root
 MPIRUN=${MPIRUN:-$BIN/mpirun}
 OPTIONS=(-np "$RANKS" --bind-to none) # our ranks share out the cores of a host
-while IFS= read -r variable; do OPTIONS+=(-x "$variable"); done < <(compgen -e | grep -E "$FORWARDED")
+while IFS= read -r variable; do
+  # By Slurm each node has its own GPUs' numbers.
+  [[ -n $BY_SLURM && $variable == CUDA_VISIBLE_DEVICES ]] || OPTIONS+=(-x "$variable")
+done < <(compgen -e | grep -E "$FORWARDED")
 
 VERSION=$("$MPIRUN" --version 2>&1 | head -n 1) || die "$MPIRUN does not run: $VERSION"
 case $VERSION in

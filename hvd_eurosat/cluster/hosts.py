@@ -116,7 +116,9 @@ def of_slurm(environment: Mapping[str, str], ranks: int | None) -> list[Host]:
     nodes, counted, asked = _layout(environment)
     if not nodes:
         raise UserError(f"Slurm job {job} does not name its nodes (SLURM_JOB_NODELIST): say --hosts name:slots,…")
-    gpus = _gpus_on_node(environment)
+    gpus, all_gpus = _gpus_on_node(environment), _count(environment.get("SLURM_GPUS", ""))
+    if gpus and all_gpus and all_gpus != gpus * len(nodes):
+        raise UserError(f"{all_gpus} GPUs are not as many on each of {len(nodes)} nodes: ask for --gpus-per-node=N")
     tasks = [gpus] * len(nodes) if gpus and not asked else counted or [1] * len(nodes)
     if len(tasks) != len(nodes):
         raise UserError(
@@ -159,8 +161,12 @@ def _gpus_on_node(environment: Mapping[str, str]) -> int:
     """Those that Slurm gave this job on this node; where it does not say, those that were asked for on each."""
     if environment.get("SLURM_GPUS_ON_NODE", "").isdecimal():
         return int(environment["SLURM_GPUS_ON_NODE"])
-    asked = re.findall(r"([0-9]+)(?:,|$)", environment.get("SLURM_GPUS_PER_NODE", ""))  # 8, a100:8, a100:4,h100:4
-    return sum(map(int, asked))
+    return _count(environment.get("SLURM_GPUS_PER_NODE", ""))
+
+
+def _count(gpus: str) -> int:
+    """8 of 8, of a100:8 and of a100:4,h100:4."""
+    return sum(map(int, re.findall(r"([0-9]+)(?:,|$)", gpus)))
 
 
 def job_nodes(environment: Mapping[str, str]) -> list[str]:

@@ -315,6 +315,7 @@ SHELL = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PE
             {"SLURM_NTASKS": "8", "SLURM_GPUS_PER_TASK": "1", "SLURM_TASKS_PER_NODE": "4(x2)"},
             [4, 4],
         ),
+        ("--gpus=8", {"SLURM_GPUS": "8", "SLURM_GPUS_ON_NODE": "4", "SLURM_TASKS_PER_NODE": "1(x2)"}, [4, 4]),
         ("salloc's own shell", {**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_TASKS_PER_NODE": "8(x2)"}, [8, 8]),
     ],
 )
@@ -342,6 +343,7 @@ def test_a_shell_that_is_a_step_of_slurm(variables: dict[str, str], found: list[
         ({"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is n[1-: these are no names of nodes"),
         ({"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "4"}, "Slurm job 7 has 2 nodes, and tasks for 1"),
         ({"SLURM_HET_SIZE": "2"}, "Slurm job 7 has several parts"),
+        ({"SLURM_GPUS": "a100:3", "SLURM_GPUS_ON_NODE": "2"}, "3 GPUs are not as many on each of 2 nodes: ask for"),
         (
             {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"},
             "8 GPUs on a node, for which 1 tasks are too few: ask for --ntasks-per-node=8, or say --np N",
