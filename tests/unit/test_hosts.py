@@ -342,6 +342,7 @@ def test_a_shell_that_is_a_step_of_slurm(variables: dict[str, str], found: list[
         ({"SLURM_JOB_NODELIST": ""}, "Slurm job 7 does not name its nodes"),
         ({"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is n[1-: these are no names of nodes"),
         ({"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "4"}, "Slurm job 7 has 2 nodes, and tasks for 1"),
+        ({"SLURM_TASKS_PER_NODE": "many"}, "SLURM_TASKS_PER_NODE is many: these are no numbers of tasks"),
         ({"SLURM_HET_SIZE": "2"}, "Slurm job 7 has several parts"),
         ({"SLURM_GPUS": "a100:3", "SLURM_GPUS_ON_NODE": "2"}, "3 GPUs are not as many on each of 2 nodes: ask for"),
         (
