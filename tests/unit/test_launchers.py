@@ -221,6 +221,14 @@ def test_horovodrun_keeps_full_names(launch: Launch) -> None:
     assert "-mca orte_keep_fqdn_hostnames 1" in options
 
 
+@pytest.mark.parametrize(("ranks", "elsewhere"), [(1, False), (2, True)])
+def test_horovodrun_on_this_host_alone(launch: Launch, ranks: int, elsewhere: bool) -> None:
+    """There it refuses every interface but lo; over Gloo it has no more hosts than ranks need."""
+    words = ("--hosts", "localhost:1,b:1", "--np", ranks, "--interface", "lo", "train")
+    done = launch("horovodrun.sh", *words, HOROVOD_CONTROLLER="gloo")
+    assert ("--network-interfaces" in done.words) == elsewhere, done.errors
+
+
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
 def test_a_nodefile_is_found(launch: Launch, tmp_path: Path, script: str) -> None:
     (tmp_path / "nodes").write_text("n1\nn1\nn2\n")
