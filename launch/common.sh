@@ -50,8 +50,9 @@ usage() { # the comment at the head of the script
   exit
 }
 
-# Sets HOSTS (name:slots,…), NAMES and SLOTS of it (with commas), EACH (the slots of all, if as many), RANKS, HERE (this
-# host's name among them) and FULL_NAMES (yes, if some differ behind a dot alone), as hvd_eurosat/cluster/hosts.py says.
+# Sets HOSTS (name:slots,…), NAMES of it (with commas), EACH (the slots of all, if as many), RANKS, HERE (this host's name
+# among them), FULL_NAMES (yes, if some differ behind a dot alone) and, where Slurm starts the ranks, NODES (all that its
+# job has, with commas) and NODE_SLOTS. hvd_eurosat/cluster/hosts.py knows.
 read_hosts() {
   local facts name value options=("$@")
   [[ -x $BIN/python ]] || die "there is no $BIN/python: make setup"
@@ -68,15 +69,16 @@ find_slurm() { # sets BY_SLURM
 
 # Steps of Slurm, mpirun's too, inherit these: they would get one GPU, or the cores of one task, not all of the node's.
 forget_tasks() {
-  unset SLURM_{GPUS_PER_TASK,NTASKS_PER_GPU,TRES_PER_TASK,GPU_BIND,TRES_BIND,CPUS_PER_TASK} SRUN_CPUS_PER_TASK
+  unset SLURM_{GPUS,GPUS_PER_TASK,NTASKS_PER_GPU,TRES_PER_TASK,GPU_BIND,TRES_BIND,CPUS_PER_TASK} SRUN_CPUS_PER_TASK
 }
 
-# mpirun has the nodes and the ranks on each from these variables, whatever it is told itself. Its helpers run beside the step,
-# if any, that is the user's shell.
+# mpirun takes for given what these variables say of all nodes of the job: were it one node less, its helpers would start
+# anywhere. They have all GPUs of their node, and run beside the step, if any, that is the user's shell.
 tell_mpirun_of_slurm() {
   if [[ -n $BY_SLURM ]]; then
-    export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NAMES SLURM_TASKS_PER_NODE=$SLOTS SLURM_OVERLAP=1
+    export SLURM_JOBID=$SLURM_JOB_ID SLURM_NODELIST=$NODES SLURM_TASKS_PER_NODE=$NODE_SLOTS SLURM_OVERLAP=1
     forget_tasks
+    [[ ${SLURM_GPUS_ON_NODE:-0} == 0 ]] || export SLURM_GPUS_PER_NODE=$SLURM_GPUS_ON_NODE
   else
     unset SLURM_JOBID SLURM_NODELIST
   fi

@@ -35,7 +35,7 @@ tell_mpirun_of_slurm
 allow_root
 [[ ${HOROVOD_CONTROLLER:-mpi} != gloo ]] || HOSTS=$(first_slots "$RANKS" "$HOSTS")
 OPTIONS=(-np "$RANKS" -H "$HOSTS")
-if [[ -n $INTERFACE && $NAMES != "$HERE" ]]; then # on this host alone it refuses every interface but lo
+if [[ -n $INTERFACE && ${HOSTS%:*} != "$HERE" ]]; then # on this host alone it refuses every interface but lo
   OPTIONS+=(--network-interfaces "$INTERFACE")
 fi
 if [[ ${HOROVOD_CONTROLLER:-mpi} == gloo ]]; then exec "$BIN/horovodrun" --gloo "${OPTIONS[@]}" "${COMMAND[@]}"; fi

@@ -28,8 +28,9 @@ allow_root
 MPIRUN=${MPIRUN:-$BIN/mpirun}
 OPTIONS=(-np "$RANKS" --bind-to none) # our ranks share out the cores of a host
 while IFS= read -r variable; do
-  # Which GPUs are free here says nothing of other hosts, but that none shall be used does.
-  [[ $variable != CUDA_VISIBLE_DEVICES || -z $CUDA_VISIBLE_DEVICES || $NAMES == "$HERE" ]] || continue
+  # Which GPUs are free here says nothing of other hosts, but that none shall be used does. By Slurm each node has its
+  # own GPUs' numbers.
+  [[ $variable != CUDA_VISIBLE_DEVICES || -z $CUDA_VISIBLE_DEVICES || (-z $BY_SLURM && $NAMES == "$HERE") ]] || continue
   OPTIONS+=(-x "$variable")
 done < <(compgen -e | grep -E "$FORWARDED")
 

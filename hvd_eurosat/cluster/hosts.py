@@ -6,7 +6,7 @@ Told is the list of --hosts or the file --hostfile (cluster/hostlist.py says wha
 of Slurm, PBS, LSF or Grid Engine, by the variables that these set in a job; else this machine, with --np ranks
 or as many as it is for.
 
-Sources: the manual pages sbatch(1), srun(1) and sge_pe(5); qsub of PBS Professional; LSF's environment variables.
+Sources: sge_pe(5) of Grid Engine, qsub of PBS Professional, the environment variables of LSF.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvd_eurosat.cluster.hostlist import BETWEEN, Host, expand, parse
+from hvd_eurosat.cluster import slurm
+from hvd_eurosat.cluster.hostlist import Host, parse
 from hvd_eurosat.errors import UserError
 
 SCHEDULERS = {  # by the variable that names a file of theirs, in which a host stands once for each rank
@@ -32,9 +33,6 @@ SCHEDULERS = {  # by the variable that names a file of theirs, in which a host s
     "PE_HOSTFILE": "Grid Engine gave no more: ask for qsub -pe NAME N, or say --hosts",
 }
 MCPU = "LSB_MCPU_HOSTS"  # LSF's: host, slots, host, slots, …
-TASKS = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_NTASKS_PER_GPU")
-INTERACTIVE_STEP = "4294967290"  # salloc's own shell, which is a step of one task, and not the job's (slurm.h)
-ASK_SLURM = "Slurm gave no more: ask for --ntasks-per-node=N, or say --hosts"
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def find(hosts: str | None, hostfile: str | None, ranks: int | None, environment
     if hostfile is not None:
         return Allocation(parse(_read(Path(hostfile), f"--hostfile {hostfile}"), f"--hostfile {hostfile}", is_here))
     if environment.get("SLURM_JOB_ID"):
-        return Allocation(of_slurm(environment, ranks), ASK_SLURM)
+        return Allocation(_of_slurm(environment, ranks), slurm.CURE)
     for variable, cure in SCHEDULERS.items():
         if path := environment.get(variable):
             where = f"{variable} {path}"
@@ -104,69 +102,16 @@ def _read(path: Path, where: str) -> str:
         raise UserError(f"{where} is not text in UTF-8: save it as such") from None
 
 
-def of_slurm(environment: Mapping[str, str], ranks: int | None) -> list[Host]:
-    """The nodes of this Slurm job, or of its step that this is a shell of, and how many ranks each takes.
-
-    They are the tasks that were asked for; else one for each GPU of a node; else as many as Slurm counts (of a shell's
-    step, its own single task is no one's wish). Raises UserError where Slurm does not say, or where GPUs would idle and
-    nobody said how many ranks there are to be.
-    """
-    job = environment["SLURM_JOB_ID"]
-    if environment.get("SLURM_HET_SIZE", "1") != "1":
-        raise UserError(f"Slurm job {job} has several parts (a heterogeneous job): say --hosts name:slots,…")
-    nodes, counted, asked = _layout(environment)
-    if not nodes:
-        raise UserError(f"Slurm job {job} does not name its nodes (SLURM_JOB_NODELIST): say --hosts name:slots,…")
-    gpus = _gpus_on_node(environment)
-    tasks = [gpus] * len(nodes) if gpus and not asked else counted or [1] * len(nodes)
-    if len(tasks) != len(nodes):
-        raise UserError(
-            f"Slurm job {job} has {len(nodes)} nodes, and tasks for {len(tasks)} (SLURM_JOB_NODELIST, "
-            f"SLURM_TASKS_PER_NODE): say --hosts name:slots,…"
-        )
-    if ranks is None and gpus > min(tasks):
-        few = f"{gpus} GPUs on a node, for which {min(tasks)} tasks are too few"
-        raise UserError(f"{few}: ask for --ntasks-per-node={gpus}, or say --np N")
+def _of_slurm(environment: Mapping[str, str], ranks: int | None) -> list[Host]:
+    nodes = slurm.nodes_and_tasks(environment, ranks)
     with ThreadPoolExecutor(32) as pool:
-        here = pool.map(is_here, nodes)
-        return [Host(name, count, own) for name, count, own in zip(nodes, tasks, here, strict=True)]
-
-
-def _layout(environment: Mapping[str, str]) -> tuple[list[str], list[int], bool]:
-    """The nodes, the tasks of each (none: not said), and whether these were asked for."""
-    step = environment.get("SLURM_STEP_ID", INTERACTIVE_STEP) != INTERACTIVE_STEP
-    names = ("SLURM_STEP_NODELIST",) if step else ()
-    counts = ("SLURM_STEP_TASKS_PER_NODE",) if step else ()
-    listed = _first(environment, *names, "SLURM_JOB_NODELIST", "SLURM_NODELIST")
-    told = _first(environment, *counts, "SLURM_TASKS_PER_NODE")
-    try:
-        nodes = [name for word in BETWEEN.split(listed) if word for name in expand(word)]
-        tasks = [int(one[1]) for one in map(_TASKS.fullmatch, told.split(",")) if one for _ in range(int(one[2] or 1))]
-    except ValueError:
-        raise UserError(f"SLURM_JOB_NODELIST is {listed}: these are no names of nodes") from None
-    if step:
-        return nodes, tasks, sum(tasks) > len(tasks)
-    return nodes, tasks, any(environment.get(variable) for variable in TASKS)
-
-
-_TASKS = re.compile(r"([0-9]+)(?:\(x([0-9]+)\))?")  # 8(x2)
-
-
-def _first(environment: Mapping[str, str], *variables: str) -> str:
-    return next(filter(None, map(environment.get, variables)), "")
-
-
-def _gpus_on_node(environment: Mapping[str, str]) -> int:
-    """Those that Slurm gave this job on this node; where it does not say, those that were asked for on each."""
-    if environment.get("SLURM_GPUS_ON_NODE", "").isdecimal():
-        return int(environment["SLURM_GPUS_ON_NODE"])
-    asked = re.findall(r"([0-9]+)(?:,|$)", environment.get("SLURM_GPUS_PER_NODE", ""))  # 8, a100:8, a100:4,h100:4
-    return sum(map(int, asked))
+        here = pool.map(is_here, (name for name, _ in nodes))
+        return [Host(name, tasks, own) for (name, tasks), own in zip(nodes, here, strict=True)]
 
 
 def among_nodes(hosts: list[Host], environment: Mapping[str, str]) -> list[Host]:
     """The hosts by the names that this Slurm job has for them. Raises UserError for one that is no node of it."""
-    nodes, _, _ = _layout({**environment, "SLURM_STEP_ID": INTERACTIVE_STEP})
+    nodes = slurm.job_nodes(environment)
     found = []
     for host in hosts:
         same = [node for node in nodes if node.lower() == host.name.lower() or (host.here and is_here(node))]
@@ -226,10 +171,13 @@ def _facts(hosts: str | None, hostfile: str | None, ranks: int | None, by_slurm:
         cure = f" ({found.cure})" if found.cure else ""
         raise UserError(f"--np {ranks} is more than the {total} slots of {listed}{cure}")
     same = len({host.slots for host in named}) == 1
+    slots = {host.name: host.slots for host in named}
+    nodes = slurm.job_nodes(os.environ) if by_slurm else []
     return [
         f"HOSTS={listed}",
         f"NAMES={','.join(host.name for host in named)}",
-        f"SLOTS={','.join(str(host.slots) for host in named)}",
+        f"NODES={','.join(nodes)}",
+        f"NODE_SLOTS={','.join(str(slots.get(node, 1)) for node in nodes)}",
         f"EACH={named[0].slots if same else ''}",
         f"RANKS={ranks or total}",
         f"HERE={next((host.name for host in named if host.here), '')}",

@@ -49,7 +49,7 @@ class FolderLock:
             if error.errno not in NO_LOCKS:
                 self.close()
                 raise
-            return self._try_file(error.strerror)
+            return self._try_file(str(error.strerror))
         self._file.truncate(0)
         self._file.write(f"{self._owner}\n")
         self._file.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -81,7 +82,9 @@ class Slurm:
 def cluster(hosts: dict[str, Host], folder: Path, **environment: str) -> Iterator[Slurm]:
     """munged, slurmctld and two slurmd, in the foreground of processes that end with us."""
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, cpus=CPUS))
-    (folder / "gres.conf").write_text("Name=gpu Count=2\n")  # which are counted, and not there
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    for number in range(2):
+        os.mknod(folder / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null
     for name in ("state", "spool-a", "spool-b", "tmp-a", "tmp-b"):
         (folder / name).mkdir()
     key = folder / "munge.key"

@@ -106,13 +106,16 @@ def test_training_on_two_nodes_signalled_before_its_ranks_listen_requeued_finish
 
 
 COUNTED = """#!/bin/sh
-touch "$0.$(hostname).$OMPI_COMM_WORLD_RANK-of-$OMPI_COMM_WORLD_SIZE"
+echo "$CUDA_VISIBLE_DEVICES" >"$0.$(hostname).$OMPI_COMM_WORLD_RANK-of-$OMPI_COMM_WORLD_SIZE"
 """
+TWO_EACH = ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]
 BATCH: dict[str, tuple[tuple[str, ...], str, list[str]]] = {
-    "tasks of each node": (("--ntasks-per-node=2",), "", ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]),
+    "tasks of each node": (("--ntasks-per-node=2",), "", TWO_EACH),
     "neither tasks nor GPUs": ((), "", ["a.0-of-2", "b.1-of-2"]),
-    "GPUs alone": (("--gpus-per-node=2",), "", ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]),
-    "a GPU a task": (("--gpus-per-task=1", "--ntasks=4"), "", ["a.0-of-4", "a.1-of-4", "b.2-of-4", "b.3-of-4"]),
+    "GPUs of each node": (("--gpus-per-node=2",), "", TWO_EACH),
+    "GPUs in all": (("--gpus=4", "--ntasks-per-node=2"), "", TWO_EACH),
+    "GPUs for each task": (("--gpus-per-task=1", "--ntasks=4"), "", TWO_EACH),
+    "tasks for each GPU": (("--gpus=4", "--ntasks-per-gpu=1"), "", TWO_EACH),
     "hosts of another shape": (
         ("--ntasks-per-node=1",),
         "--hosts localhost:2,b:1",
@@ -149,6 +152,9 @@ def test_jobs_as_people_ask_for_them(slurm: Slurm, tmp_path: Path) -> None:
         job = slurm.wait(numbers[name])
         assert job["JobState"] == "COMPLETED", (name, output(tmp_path / str(number)))
         assert ranks_in(tmp_path / str(number)) == expected, name
+        if "GPU" in name and "neither" not in name:
+            seen = {path.name: path.read_text() for path in (tmp_path / str(number)).glob("program.*")}
+            assert set(seen.values()) == {"0,1\n"}, (name, seen)
 
 
 def test_a_job_in_a_container_without_slurms_commands(

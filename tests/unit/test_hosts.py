@@ -264,7 +264,7 @@ def test_what_a_scheduler_gave_is_found(tmp_path: Path, variable: str, text: str
 def test_a_scheduler_that_gave_too_little(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LSB_MCPU_HOSTS", "a 1 b 1")
     assert hosts.main(["--np", "2"]) == 0
-    assert "HOSTS=a:1,b:1\nNAMES=a,b\nSLOTS=1,1\nEACH=1\nRANKS=2\nHERE=\n" in capsys.readouterr().out
+    assert "HOSTS=a:1,b:1\nNAMES=a,b\nNODES=\nNODE_SLOTS=\nEACH=1\nRANKS=2\nHERE=\n" in capsys.readouterr().out
     assert hosts.main(["--np", "3"]) == 2
     error = "--np 3 is more than the 2 slots of a:1,b:1 (LSF gave no more: ask for bsub -n N, or say --hosts)"
     assert capsys.readouterr().err == f"error: {error}\n"
@@ -316,6 +316,7 @@ SHELL = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PE
             {"SLURM_NTASKS": "8", "SLURM_GPUS_PER_TASK": "1", "SLURM_TASKS_PER_NODE": "4(x2)"},
             [4, 4],
         ),
+        ("--gpus=8", {"SLURM_GPUS": "8", "SLURM_GPUS_ON_NODE": "4", "SLURM_TASKS_PER_NODE": "1(x2)"}, [4, 4]),
         ("salloc's own shell", {**SHELL, "SLURM_STEP_ID": "4294967290", "SLURM_TASKS_PER_NODE": "8(x2)"}, [8, 8]),
     ],
 )
@@ -342,7 +343,9 @@ def test_a_shell_that_is_a_step_of_slurm(variables: dict[str, str], found: list[
         ({"SLURM_JOB_NODELIST": ""}, "Slurm job 7 does not name its nodes"),
         ({"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is n[1-: these are no names of nodes"),
         ({"SLURM_NTASKS": "4", "SLURM_TASKS_PER_NODE": "4"}, "Slurm job 7 has 2 nodes, and tasks for 1"),
+        ({"SLURM_TASKS_PER_NODE": "many"}, "SLURM_TASKS_PER_NODE is many: these are no numbers of tasks"),
         ({"SLURM_HET_SIZE": "2"}, "Slurm job 7 has several parts"),
+        ({"SLURM_GPUS": "a100:3", "SLURM_GPUS_ON_NODE": "2"}, "3 GPUs are not as many on each of 2 nodes: ask for"),
         (
             {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"},
             "8 GPUs on a node, for which 1 tasks are too few: ask for --ntasks-per-node=8, or say --np N",
@@ -366,6 +369,8 @@ def test_hosts_in_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(hosts, "is_here", lambda name: name in ("localhost", "n1"))
     assert hosts.main(["--by-slurm", "--hosts", "localhost:4,n2.cluster:2"]) == 0
     assert "HOSTS=n1:4,n2:2\n" in capsys.readouterr().out
+    assert hosts.main(["--by-slurm", "--hosts", "n2:3"]) == 0
+    assert "NODES=n1,n2\nNODE_SLOTS=1,3\n" in capsys.readouterr().out, "mpirun must know of all"
     assert hosts.main(["--by-slurm", "--hosts", "n1:4,n3:2"]) == 2
     known = "host n3 is no node of Slurm job 7, which has n1, n2: name those, or leave --hosts out"
     assert capsys.readouterr().err == f"error: {known}\n"

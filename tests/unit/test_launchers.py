@@ -105,6 +105,8 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "SLURM_GPUS_ON_NODE": ("0", "4"),
     "SLURM_GPUS_PER_NODE": ("4", "a100:4"),
     "SLURM_GPUS_PER_TASK": ("1",),
+    "SLURM_GPUS": ("8", "3"),
+    "CUDA_VISIBLE_DEVICES": ("0,1",),
     "SLURM_STEP_ID": ("0", "4294967290"),
     "SLURM_STEP_NODELIST": ("n1",),
     "SLURM_STEP_TASKS_PER_NODE": ("1",),
@@ -152,14 +154,25 @@ def test_mpirun_in_slurm_takes_the_gpus_of_the_nodes(launch: Launch) -> None:
     assert (done.told("-np"), done.told("-H")) == ("8", "n1:4,n2:4")
     slurm = {name: value for name, value in done.variables.items() if name.startswith("SLURM_")}
     told = {"SLURM_NODELIST": "n1,n2", "SLURM_TASKS_PER_NODE": "4,4", "SLURM_OVERLAP": "1", "SLURM_JOBID": "7"}
+    told |= {"SLURM_GPUS_PER_NODE": "4"}
     assert {name: slurm.get(name) for name in told} == told
     assert "SLURM_GPUS_PER_TASK" not in slurm, "of which mpirun's helper on a node would have one GPU for all its ranks"
+
+
+@pytest.mark.parametrize("slurm", [{}, TWO_NODES])
+def test_the_numbers_of_gpus_are_each_nodes_own(launch: Launch, slurm: dict[str, str]) -> None:
+    done = launch("mpirun.sh", "--hosts", "n1:1,n2:1", "train", **slurm, CUDA_VISIBLE_DEVICES="2,3", NCCL_DEBUG="INFO")
+    assert "NCCL_DEBUG" in done.words
+    assert ("CUDA_VISIBLE_DEVICES" in done.words) == (not slurm), "Slurm's step on a node knows them"
 
 
 def test_hosts_in_a_job_of_another_shape(launch: Launch) -> None:
     done = launch("mpirun.sh", "--hosts", "n2:3", "train", **TWO_NODES, SLURM_NTASKS="2")
     assert (done.told("-np"), done.told("-H")) == ("3", "n2:3")
-    assert (done.variables["SLURM_NODELIST"], done.variables["SLURM_TASKS_PER_NODE"]) == ("n2", "3")
+    assert (done.variables["SLURM_NODELIST"], done.variables["SLURM_TASKS_PER_NODE"]) == ("n1,n2", "1,3")
+    shell = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n2", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    done = launch("mpirun.sh", "train", **{**TWO_NODES, **shell, "SLURM_NODELIST": "n2"})
+    assert (done.told("-H"), done.variables["SLURM_NODELIST"]) == ("n2:1", "n1,n2"), "or its helpers start anywhere"
 
 
 def test_a_container_without_slurms_commands(launch: Launch) -> None:
@@ -206,6 +219,14 @@ def test_horovodrun_keeps_full_names(launch: Launch) -> None:
     done = launch("horovodrun.sh", "--hosts", "a.x.invalid:1,a.y.invalid:1", "train")
     (options,) = [word for word in done.words if word.startswith("--mpi-args=")]
     assert "-mca orte_keep_fqdn_hostnames 1" in options
+
+
+@pytest.mark.parametrize(("ranks", "elsewhere"), [(1, False), (2, True)])
+def test_horovodrun_on_this_host_alone(launch: Launch, ranks: int, elsewhere: bool) -> None:
+    """There it refuses every interface but lo; over Gloo it has no more hosts than ranks need."""
+    words = ("--hosts", "localhost:1,b:1", "--np", ranks, "--interface", "lo", "train")
+    done = launch("horovodrun.sh", *words, HOROVOD_CONTROLLER="gloo")
+    assert ("--network-interfaces" in done.words) == elsewhere, done.errors
 
 
 @pytest.mark.parametrize("script", ["mpirun.sh", "horovodrun.sh"])
