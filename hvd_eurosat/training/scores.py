@@ -49,4 +49,5 @@ def mcnemar(only_first: int, only_second: int) -> float:
     Of images on which one of the two alone is right (McNemar 1947).
     """
     count, fewer = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(count, n) for n in range(fewer + 1)) / 2**count)
+    tail: int = sum(math.comb(count, n) for n in range(fewer + 1))
+    return min(1.0, tail / (1 << count) * 2)

@@ -262,8 +262,8 @@ class Trainer:
         size = data.input_size or data.image_size
         each = []
         for view in range(self.config.valid.views):
-            seen = [augmentation.view_of(image, view) for image in split.images]
-            each.append(torch.stack([augmentation.normalised(image, size, data) for image in seen]))
+            turned = [augmentation.view_of(image, view) for image in split.images]
+            each.append(torch.stack([augmentation.normalised(image, size, data) for image in turned]))
         values = torch.stack([torch.softmax(model(images), 1) for images in each]).mean(0).log()
         confusion = np.zeros((values.shape[1],) * 2, int)
         for label, row in zip(split.labels, values, strict=True):

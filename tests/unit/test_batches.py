@@ -190,8 +190,8 @@ def test_a_sample_is_mixed_with_the_same_one_in_the_same_way_on_any_number_of_ra
     images = make_images(60)
     tables = [quantiles(0.4, images.device), quantiles(1.0, images.device)]
 
-    def mixed(ranks: int, epoch: int) -> dict[int, object]:
-        found = {}
+    def mixed(ranks: int, epoch: int) -> dict[int, tuple[object, float, int]]:
+        found: dict[int, tuple[object, float, int]] = {}
         for rank in range(ranks):
             for batch in TrainBatches(images, 10, rank, ranks, seed=3, mixes=True).epoch(epoch):
                 others = batch.partners
