@@ -1,4 +1,4 @@
-"""Write a trained network, or one prepared for training, in the format of another tool, with a card that describes it.
+"""Write a trained network, or one prepared for training, in the format of another tool, with a card.
 
 python -m hvd_eurosat.export --checkpoint runs/finetune/checkpoints/best.json --format keras --out exported
 python -m hvd_eurosat.export --model.weights imagenet --format keras --out prepared

@@ -297,7 +297,7 @@ class Run(Section):
     """rmldnn's logs: x.txt gives x_train.txt, with a line for each step, and x_test.txt, with one for each
     validation"""
     page: bool = True
-    """write index.html in run.dir, the page of the run, at its start, after every epoch and at its end"""
+    """write index.html, the page of the run, in run.dir: at its start, after every epoch and at its end"""
     metrics_file: Annotated[UserPath, AfterValidator(_metrics_file)] | None = None
     """FILE.prom for Prometheus: what status.json says, replaced every five seconds, for node_exporter's textfile
     collector"""

@@ -73,9 +73,9 @@ def choose(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> lis
     mistakes = in_turn(wrong[(-sure[wrong]).argsort(kind="stable")], pairs)
     unsure = in_turn(sure.argsort(kind="stable"), pairs)
     right = np.flatnonzero(given == labels)
-    right = in_turn(right[sure[right].argsort(kind="stable")], pairs)
+    doubtful = in_turn(right[sure[right].argsort(kind="stable")], pairs)
     classes = len(np.unique(labels))
-    order = [*mistakes[:MISTAKES], *unsure[:UNSURE], *right[: RIGHT * classes]]
+    order = [*mistakes[:MISTAKES], *unsure[:UNSURE], *doubtful[: RIGHT * classes]]
     return list(dict.fromkeys(int(index) for index in order))
 
 

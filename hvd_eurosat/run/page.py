@@ -280,12 +280,11 @@ def charts(story: Story) -> list[dict[str, Any]]:
         ("learning_rate", "Learning rate", "{:.4g}", ("train",)),
         ("images_per_second", "Images per second, all ranks", "{:,.0f}", ("train",)),
     ):
-        marks, best = list(resumed), story.best
-        if best and "valid" in kinds:
+        marks, best, note = list(resumed), story.best, ""
+        if best and "valid" in kinds and _finite(best[key]) is not None:
             marks.append(Mark(best["epoch"], f"best validation, epoch {best['epoch']}", best[key]))
+            note = f"best: {svg.written(best[key], form)}, epoch {best['epoch']}"
         curves = [curve(kind, key) for kind in kinds]
-        shows_best = best and len(marks) > len(resumed)
-        note = f"best: {svg.written(best[key], form)}, epoch {best['epoch']}" if shows_best else ""
         drawing = svg.chart(title, x, curves, form, marks, least=0.0 if key == "images_per_second" else None)
         drawn.append({"title": title, "svg": drawing, "curves": curves, "note": note, "resumed": bool(resumed)})
     return drawn
@@ -401,7 +400,7 @@ def settings(story: Story) -> list[dict[str, Any]]:
     usual, sections = defaults(), []
     for section in dict.fromkeys(key.partition(".")[0] for key in usual | story.config):
         keys = [key for key in usual | story.config if key.partition(".")[0] == section]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "key": key,
                 "value": shown(story.config.get(key)),

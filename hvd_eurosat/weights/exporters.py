@@ -95,6 +95,9 @@ def exported_program(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> No
 class _Normalising(nn.Module):
     """The network for pixels as they are, uint8 [B, 3, S, S]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
@@ -141,9 +144,9 @@ def _any_batch() -> Any:
     return ({0: torch.export.Dim("batch")},)
 
 
-def _deepness(facts: Facts) -> Facts:
+def _deepness(facts: Facts) -> dict[str, Any]:
     """The metadata that Deepness reads. Its documentation names tiles_size, its code tile_size; centimetres a pixel."""
-    notes = {
+    notes: dict[str, Any] = {
         "class_names": dict(enumerate(facts.get("classes", ()))),
         "resolution": 100 * facts["resolution"],
         "tile_size": facts["image_size"],
