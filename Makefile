@@ -23,7 +23,7 @@ endif
 .PHONY: help setup train bench test test-long test-faults test-system lint format docs pictures constraints clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-13s%s\n", $$1, $$2 }' Makefile
 
 setup: ## .venv with everything in it, Horovod included
 	@bash launch/install.sh
