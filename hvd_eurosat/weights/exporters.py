@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -62,7 +63,9 @@ def onnx_file(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
         import onnx
         import onnxscript  # noqa: F401 (torch needs it)
     except ImportError:
-        raise UserError("--format onnx needs more packages: pip install 'hvd-eurosat[onnx]'") from None
+        raise UserError(
+            f"--format onnx needs more packages: {sys.executable} -m pip install 'hvd-eurosat[onnx]'"
+        ) from None
     plain = copy.deepcopy(model).eval()
     for module in list(plain.modules()):  # the tricks of Convolution are for torch
         if type(module) is Convolution:
