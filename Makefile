@@ -60,7 +60,7 @@ lint: setup ## ruff, mypy --strict, shellcheck
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 format: setup ## what ruff can put right by itself
-	$(BIN)/ruff check --fix
+	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
 docs: setup ## docs/configuration.md, from the code
