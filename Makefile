@@ -24,7 +24,7 @@ endif
 .PHONY: help setup train map bench test test-long test-faults test-system lint format docs pictures constraints clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
+	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-13s%s\n", $$1, $$2 }' Makefile
 
 setup: ## .venv with everything in it, Horovod included
 	@bash launch/install.sh
@@ -66,7 +66,7 @@ lint: setup ## ruff, mypy --strict, shellcheck
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 format: setup ## what ruff can put right by itself
-	$(BIN)/ruff check --fix
+	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
 docs: setup ## docs/configuration.md, from the code

@@ -55,7 +55,7 @@ with the same content. All ranks must have the same configuration; else the job 
 
 def page() -> str:
     """The whole page, as Markdown."""
-    parts = [HEAD, "## Verbs\n", *_verbs(), ""]
+    parts = [HEAD, "## Verbs\n", "`python` is `.venv/bin/python`. With `--help` each tells its keys.\n", *_verbs(), ""]
     for name, field in Config.model_fields.items():
         if name != "config":
             parts += [f"## {name}\n", f"{_doc(field.annotation)}\n", *_table(Config, name), ""]

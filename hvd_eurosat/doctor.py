@@ -25,7 +25,7 @@ from rich.table import Table
 
 from hvd_eurosat.cluster import environment
 from hvd_eurosat.diagnosis.checks import Finding, across_ranks, installation, machine
-from hvd_eurosat.diagnosis.facts import Facts, collect
+from hvd_eurosat.diagnosis.facts import Facts, Mpirun, collect
 
 if TYPE_CHECKING:
     from hvd_eurosat.cluster.world import World
@@ -138,8 +138,8 @@ def _facts(facts: Facts, times: Mapping[str, float], level: str) -> dict[str, di
             "MPI": f"{facts.libraries.get('mpi', '')}, threads {level or 'unknown'}",
             "of mpi4py": ", ".join(facts.libraries.get("mpi4py_mpi", [])),
             "of Horovod": ", ".join(facts.libraries.get("horovod_mpi", [])),
-            "mpirun": f"{facts.own_mpirun.path} ({facts.own_mpirun.version})",
-            "on PATH": f"{facts.mpirun.path} ({facts.mpirun.version})" if facts.mpirun.path else "none",
+            "mpirun": _mpirun(facts.own_mpirun),
+            "on PATH": _mpirun(facts.mpirun),
         },
         f"host {facts.host}": {
             "system": facts.system,
@@ -154,6 +154,10 @@ def _facts(facts: Facts, times: Mapping[str, float], level: str) -> dict[str, di
         "settings": facts.settings,
         "trials": {name: f"{milliseconds:.2f} ms" for name, milliseconds in times.items()},
     }
+
+
+def _mpirun(found: Mpirun) -> str:
+    return f"{found.path}, {found.version}" if found.path else "none"
 
 
 def _interfaces(facts: Facts) -> str:

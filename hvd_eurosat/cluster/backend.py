@@ -80,7 +80,7 @@ def libraries() -> dict[str, Any]:
 def thread_level() -> str:
     """Which calls from several threads MPI allows in this job."""
     if not under_mpi():
-        return "no MPI in this job"
+        return "none (no MPI in this job)"
     from mpi4py import MPI
 
     names = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")

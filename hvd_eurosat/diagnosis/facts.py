@@ -87,7 +87,7 @@ def collect() -> Facts:
     temporary = os.environ.get("TMPDIR", "/tmp")
     return Facts(
         host=socket.gethostname(),
-        system=f"{platform.platform()}, {platform.libc_ver()[1]} glibc",
+        system=platform.platform(),
         root=os.geteuid() == 0,
         versions=_versions(),
         libraries=_libraries(),

@@ -118,7 +118,9 @@ class Checkpoint:
         """Raise UserError, by name, if the run would not go on as the same run."""
         was, now = flatten(self.config), config.flat()
         if other := min((key for key in was.keys() ^ now.keys() if not key.startswith(MAY_DIFFER)), default=None):
-            raise UserError(f"cannot resume: the checkpoint is of another version of hvd_eurosat (see {other})")
+            raise UserError(
+                f"cannot resume: the checkpoint is of another version of hvd_eurosat (see {other}): use another run.dir"
+            )
         before = schedule_epochs(Optim(**self.config["optim"]), Train(**self.config["train"]))
         if before == schedule_epochs(config.optim, config.train):  # by whichever key
             now["optim.schedule_epochs"] = was.get("optim.schedule_epochs")
@@ -130,9 +132,13 @@ class Checkpoint:
                     f"(take it back, or another run.dir)"
                 )
         if list(map(normal, self.classes)) != list(classes):
-            raise UserError(f"cannot resume: the checkpoint knows the classes {', '.join(self.classes)}")
+            names = ", ".join(self.classes)
+            raise UserError(f"cannot resume: the checkpoint knows the classes {names} (give them, or another run.dir)")
         if self.digest != digest:
-            raise UserError(f"cannot resume: the images of {config.data.root} are not those that the run began with")
+            raise UserError(
+                f"cannot resume: the images of {config.data.root} are not those that the run began with "
+                f"(give those, or another run.dir)"
+            )
 
     def _is_moved(self, key: str, was: Any, now: Any) -> bool:
         """Whether a file is the one that it was, at another place or by another name of its place."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
@@ -163,7 +164,8 @@ def _write_onnx(graph: nn.Module, facts: Facts, output: str, notes: Facts, file:
         import onnx
         import onnxscript  # noqa: F401 (torch needs it)
     except ImportError:
-        raise UserError("--format onnx and deepness need more packages: pip install 'hvd-eurosat[onnx]'") from None
+        more = f"{sys.executable} -m pip install 'hvd-eurosat[onnx]'"
+        raise UserError(f"--format onnx and deepness need more packages: {more}") from None
     program = torch.onnx.export(
         graph.eval(),
         (_sample(facts),),

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from hvd_eurosat import doctor
+from hvd_eurosat.diagnosis import facts
 from tests.parallel.conftest import Job, Launch, command, run
 
 HOROVOD_WITHOUT = """
@@ -65,6 +67,15 @@ def test_the_table(launch: Launch) -> None:
     assert job.returncode == 0, job.stdout + job.stderr
     for words in ("Open MPI v4.1", "threads multiple", "MPI, Gloo, NCCL", "allreduce of 16 MiB", "mended: nothing"):
         assert words in job.stdout
+
+
+def test_a_machine_with_no_mpirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(facts, "_libraries", dict)
+    monkeypatch.setattr(facts, "_mpirun", lambda path: facts.Mpirun("", ""))
+    doctor.report([facts.collect()], [], {}, "none", as_json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["mpirun", "none"] in lines
+    assert ["on", "PATH", "none"] in lines
 
 
 def test_settings_and_limits(tmp_path: Path) -> None:
