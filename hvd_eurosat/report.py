@@ -162,7 +162,7 @@ def runs(folders: Sequence[Path]) -> str:
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
                 raise UserError(f"{folder} is of another configuration than {folders[0]}: {key} {other.get(key)!r}")
-    found = [read_summary(folder) for folder in folders]
+    found = [read_summary(folder / "summary.json") for folder in folders]
     rows = []
     for folder, summary in zip(folders, found, strict=True):
         if missing := [key for key in FIGURES if key not in summary]:
