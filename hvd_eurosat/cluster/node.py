@@ -49,9 +49,10 @@ def check(places: list[Place], ranks: int) -> None:
     """Raise UserError where the ranks of this node share a GPU, or those of the job do not see each other."""
     gpus, cards = ({getattr(place, what) for place in places} for what in ("gpu", "card"))
     if None not in gpus and len(cards) < len(places):
+        shared = "1 GPU" if len(cards) == 1 else f"{len(cards)} GPUs"
         mig = ", of which MIG instances cannot train together" if len(gpus) == len(places) else ""
         raise UserError(
-            f"{len(places)} ranks on the {len(cards)} GPUs of {places[0].host}{mig}: start one rank per GPU, "
+            f"{len(places)} ranks share {shared} of {places[0].host}{mig}: start one rank per GPU, "
             f"or set CUDA_VISIBLE_DEVICES= to train on its cores"
         )
     if ranks == 1 and tasks_of_srun() > 1 and not is_parallel():

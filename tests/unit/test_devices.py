@@ -181,11 +181,11 @@ def test_what_torch_says_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             [Place("a", CORES, "GPU-1", "0:1"), Place("a", CORES, "GPU-1", "0:1")],
-            "2 ranks on the 1 GPUs of a: start one",
+            "2 ranks share 1 GPU of a: start one",
         ),
         (
             [Place("a", CORES, "MIG-1", "0:1"), Place("a", CORES, "MIG-2", "0:1")],
-            "2 ranks on the 1 GPUs of a, of which MIG instances cannot train together: start one rank per GPU",
+            "2 ranks share 1 GPU of a, of which MIG instances cannot train together: start one rank per GPU",
         ),
     ],
 )
