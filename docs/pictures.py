@@ -30,8 +30,8 @@ RUN = ROOT / "runs" / "scratch"
 CARD_STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2630; background: #fff; margin: 34px 44px; }
 h1 { font-size: 26px; } h2 { font-size: 19px; margin-top: 26px; } table { border-collapse: collapse; }
-th, td { border: 1px solid #dfe4e7; padding: 4px 11px; text-align: left; overflow-wrap: anywhere; }
-thead th:empty { display: none; } code, pre { font-size: 13px; background: #eef2f4; }
+th, td { border: 1px solid #dfe4e7; padding: 4px 11px; text-align: left; }
+thead th:empty { display: none; } code, pre { font-size: 12px; background: #eef2f4; overflow-wrap: anywhere; }
 """
 
 
@@ -70,14 +70,14 @@ def draw_pages(made: Browser, folder: Path) -> None:
     from hvd_eurosat.export import export
 
     report.main(["page", "--run.dir", str(RUN)])
-    shoot(made, RUN / "index.html", "page.png", 1120, 1480)
+    shoot(made, RUN / "index.html", "page.png", 1120, 1345)
     report.main(["runs", "--out", str(folder / "runs.html"), str(RUN.parent)])
     shoot(made, folder / "runs.html", "runs.png", 1120, 760)
     best = RUN / "checkpoints" / "best.json"
     export(ExportSettings(checkpoint=best, format="safetensors", out=folder))
     card = markdown.markdown((folder / "model_card.md").read_text(), extensions=["tables", "fenced_code"])
     (folder / "card.html").write_text(f'<meta charset="utf-8"><style>{CARD_STYLE}</style>{card}')
-    shoot(made, folder / "card.html", "card.png", 900, 1150)
+    shoot(made, folder / "card.html", "card.png", 900, 1240)
 
 
 def shoot(made: Browser, file: Path, name: str, width: int, height: int) -> None:

@@ -156,16 +156,43 @@ def card(
         "layout": ", ".join("N" if n < 0 else str(n) for n in export.layout[0]),
         "software": f"hvd_eurosat {hvd_eurosat.__version__}, {KINDS[export.format].framework}",
         "saved": export.saved,
+        "lead": lead(export, judged, synthetic),
+        "verdict": verdict(judged) if judged else "",
         "training": _training(export, config, story),
         "data": Path(config["data.root"]).name if config else "",
         "judged": judged,
-        "between": _interval(judged.all.correct, judged.all.total) if judged else None,
         "rows": rows,
         "calibration": calibration,
         "synthetic": synthetic,
         "is_eurosat": set(names) == set(SCENES) and not synthetic,
         "weights_licence": _weights_licence(config.get("model.weights", "none")),
     }
+
+
+def lead(export: Export, judged: Confusion | None, synthetic: bool) -> str:
+    """What it is, in a paragraph."""
+    arch, size = export.facts["arch"], export.facts["image_size"]
+    if not export.saved:
+        return f"A {arch} prepared for training. **It is not trained: its answers mean nothing yet.**"
+    words = [f"A {arch} that gives a whole image of {size}x{size} pixels one of {len(export.classes)} classes."]
+    if judged and judged.split == "test":
+        low, high = _interval(judged.all.correct, judged.all.total)
+        right = f"it is right in {percent(judged.all.share)} (95 % interval {low} to {high} %)"
+        words.append(f"On {judged.all.total:,} test images, which it had never seen, {right}.")
+    if synthetic:
+        words.append("**It was trained on synthetic images, for trying things out: it is of no use for real ones.**")
+    return " ".join(words)
+
+
+def verdict(judged: Confusion) -> str:
+    """How good it is on all classes together."""
+    low, high = _interval(judged.all.correct, judged.all.total)
+    split = "test" if judged.split == "test" else "validation"
+    counts = f"{judged.all.correct:,} of {judged.all.total:,}, 95 % interval {low} to {high} %"
+    found = f"{percent(judged.all.share)} of the {split} images are classified rightly: {counts}."
+    if split == "test":
+        return found
+    return f"{found} These images chose the epoch, so with new ones it will be somewhat lower. It was not tested."
 
 
 def _is_synthetic(config: Mapping[str, Any], story: Story | None) -> bool:
@@ -182,13 +209,16 @@ def _training(export: Export, config: Mapping[str, Any], story: Story | None) ->
     if not export.saved:
         return []
     status = story.status if story else {}
+    header = status.get("header", {})
+    weights, trains = Path(config["model.weights"]).name, config["model.trainable"]
+    rate = f"{config['optim.name']}, learning rate {config['optim.lr']:g} {config['optim.schedule']}"
     images = status.get("images", {})
     counts = ", ".join(f"{count:,} {split}" for split, count in images.items())
     return [
         ("data", f"{Path(config['data.root']).name}{f': {counts} images' if counts else ''}"),
         ("split", status.get("split", f"digest of the images {export.saved.digest[:12]}")),
-        ("start", f"{Path(config['model.weights']).name} weights; {config['model.trainable']} trained"),
-        ("optimiser", f"{config['optim.name']}, learning rate {config['optim.lr']:g} {config['optim.schedule']}"),
+        ("start", f"{'random' if weights == 'none' else weights} weights, of which {trains} trained"),
+        ("optimiser", header.get("optimiser", rate)),
         ("length", f"epoch {export.saved.epoch} of {config['train.epochs']}, {export.saved.step:,} steps"),
         ("batch", f"{config['train.batch_size']} images on each of {len(export.saved.rank_buffers)} ranks"),
         ("seed", str(config["train.seed"])),
@@ -293,7 +323,7 @@ def _output(export: Export) -> dict[str, Any]:
     if export.format == "deepness":
         shape, dimensions = [-1, count, size, size], ["batch", "class", "height", "width"]
     classes = [
-        {"value": n, "name": re.sub(r"[^0-9A-Za-z_-]+", "_", name) or str(n), "title": name, "description": name}
+        {"value": n, "name": re.sub(r"[^0-9A-Za-z_-]+", "_", name) or str(n), "description": name}
         for n, name in enumerate(export.classes)
     ]
     return {

@@ -119,7 +119,7 @@ class Journal:
         stop_at_once = self._config.run.on_save_error == "stop"
         self._saver = Saver(self._files.checkpoints, stop_at_once, self.display.warn)
         self._signs = Signs(self._files.path, self._config, self.display.warn)
-        self._signs.begin(start is not None, **self._facts(first, header, hosts))
+        self._signs.begin(start is not None, first.epoch, **self._facts(first, header, hosts))
 
     def _facts(self, first: Checkpoint, header: Mapping[str, str], hosts: Mapping[str, int]) -> dict[str, Any]:
         """What the run's signs of life say of it from the beginning on."""

@@ -247,7 +247,7 @@ def stand(story: Story) -> list[dict[str, str]]:
     if best := story.best:
         tile("best validation", percent(best["accuracy"]), f"after epoch {best['epoch']}")
     if story.tested:
-        tile("test", percent(story.tested.share), f"{story.tested.correct} of {story.tested.total} images")
+        tile("test", percent(story.tested.share), f"{story.tested.correct:,} of {story.tested.total:,} images")
     if story.checkpoints:
         newest = story.checkpoints[-1]
         old = span(float(status.get("updated") or time.time()) - newest["time"])

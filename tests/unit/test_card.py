@@ -86,6 +86,8 @@ def test_the_card_of_a_tested_network(plain: tuple[Path, str, dict[str, Any]]) -
     ):
         assert words in card, words
     assert "Europe" not in card
+    for table in ("| | |", "| class |"):
+        assert all(before.endswith("\n\n") for before in card.split(table)[:-1]), "a table follows an empty line"
     assert item["properties"]["hvd_eurosat:test_accuracy"] == pytest.approx(168 / 180)
     assert (item["id"], item["geometry"]) == ("first", None)
 

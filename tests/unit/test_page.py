@@ -320,7 +320,7 @@ FACTS = {"epoch": 1, "epochs": 4, "step": 0, "world_size": 2, "samples": 0}
 
 def begun(folder: Path, warnings: list[str], resumed: bool = False, **keys: Any) -> Signs:
     made = Signs(folder, Config(run={"dir": folder, **keys}), warnings.append)
-    made.begin(resumed, **FACTS)
+    made.begin(resumed, 0, **FACTS)
     return made
 
 
