@@ -122,7 +122,7 @@ def test_evaluation_by_configuration(launch: Launch, data: Path, run: tuple[Path
     path.write_text(json.dumps({"neural_network": network}))
     job = launch("python", 1, "evaluate", "--config", path)
     assert job.returncode == 2
-    assert job.stderr.count(".jpg: 64x64 pixels; 32x32 is wanted") == 1
+    assert job.stderr.count(" files: 64x64 pixels; 32x32 is wanted") == 1
     resized = {"test_input_path": f"{data}/test/Forest", "transforms": [{"resize": [32, 32]}]}
     network["data"] |= resized  # type: ignore[operator]
     path.write_text(json.dumps({"neural_network": network}))
