@@ -36,7 +36,7 @@ train: setup data/$(NAME) ## train RECIPE on DATA with NP ranks (default: one pe
 	  --config $(RECIPE) --data.root data/$(NAME) --run.dir runs/$(RUN) $(ARGS)
 
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
-	$(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 
 test-long: setup ## what `make test` leaves out for its length: jobs that compile, more mutated files
 	$(BIN)/python -m pytest -m long tests/parallel tests/unit $(ARGS)

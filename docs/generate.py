@@ -28,21 +28,21 @@ HEAD = """\
 
 ## How a key is set
 
-A key can stand in three places. Each one overrides those above it:
+A *key* is a setting. It can stand in three places. Each one overrides those above it:
 
 | place | how | example |
 |---|---|---|
-| a recipe | `--config FILE`, TOML or JSON by its name | `[train]` and below it `epochs = 3` |
+| a recipe, a file in TOML or JSON | `--config FILE` | `[train]` and below it `epochs = 3` |
 | the environment | `HVD_EUROSAT_SECTION__KEY` | `HVD_EUROSAT_TRAIN__EPOCHS=3` |
 | the command line | `--section.key VALUE` | `--train.epochs 3` |
 
-A list is `[1, 2, 3]` in a recipe and in the environment, and `1,2,3` on the command line. A key that nobody knows is
-an error, and so is a value of the wrong kind. Every run writes what it resolved to `config.toml` in its folder.
-`--config` with that file repeats the run. `rmldnn`'s JSON is a recipe, too: see [formats](formats.md#rmldnns-json).
+A list is `[1, 2, 3]` in a recipe and in the environment, and `1,2,3` on the command line. An unknown key is an error,
+and so is a value of the wrong kind. Every run writes all its keys to `config.toml` in its folder. `--config` with that
+file repeats the run. The JSON of rmldnn, another trainer, is a recipe, too: see [formats](formats.md#rmldnns-json).
 
 A run that goes on must have the configuration that it began with. Only `train.epochs`, `data.cache_dir` and the
 sections `valid` and `run` may change. `data.root` and the files of `model.weights` and `model.layers` may be elsewhere,
-with the same content. All ranks must have the same configuration, or the job ends and names the key.
+with the same content. All ranks must have the same configuration; else the job ends and names the key.
 """
 
 
@@ -59,7 +59,7 @@ def page() -> str:
         "## Formats of export\n",
         *_formats(),
         "",
-        "[formats.md](formats.md) has the commands, and what comes in.",
+        "[Formats](formats.md) has the commands, and the formats of weights that can be read.",
     ]
     return "\n".join(parts) + "\n"
 
@@ -103,8 +103,9 @@ def _type(of: dict[str, Any]) -> str:
         return "path"
     if of["type"] == "array":
         each: Sequence[dict[str, Any]] = of.get("prefixItems", ())
-        return f"{len(each)} × {_type(each[0])}" if each else f"list of {_type(of['items'])}"
-    bounds = [f"{word} {of[name]:g}" for name, word in BOUNDS.items() if name in of]
+        of_each = _type(each[0] if each else of["items"]).replace("number", "numbers").replace("path", "paths")
+        return f"{len(each)} {of_each}" if each else f"list of {of_each}"
+    bounds = [f"{word} {of[name]:,.15g}" for name, word in BOUNDS.items() if name in of]
     return " ".join([TYPES[of["type"]], *bounds])
 
 

@@ -1,4 +1,4 @@
-"""How fast training is here, beside what else a user would run, and what to expect of more ranks.
+"""Measure how fast training is here, beside Horovod's own example, and what to expect of more ranks.
 
 mpirun -np 2 --bind-to none python -m hvd_eurosat.benchmark step --data.root data/EuroSAT_RGB
 python -m hvd_eurosat.benchmark scaling --data.root data/EuroSAT_RGB

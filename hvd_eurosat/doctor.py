@@ -1,4 +1,4 @@
-"""Look for what keeps training from working well on these machines, and say how to mend it.
+"""Find what keeps training from working well on these machines, and say how to mend it.
 
 .venv/bin/python -m hvd_eurosat.doctor                    this machine
 .venv/bin/mpirun -np 8 … python -m hvd_eurosat.doctor     a job: any launcher, any number of hosts

@@ -1,4 +1,4 @@
-"""How good a checkpoint is on a split, as a table per class and an accuracy with its counts.
+"""Tell how good a checkpoint is on a split: a table by class, and the accuracy with its counts.
 
 python -m hvd_eurosat.evaluate --checkpoint runs/finetune/checkpoints/best.json --data.root data --split test
 """

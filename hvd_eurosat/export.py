@@ -1,4 +1,4 @@
-"""A trained network, or one prepared for training, in the formats of other tools.
+"""Write a trained network, or one prepared for training, in the format of another tool.
 
 python -m hvd_eurosat.export --checkpoint runs/finetune/checkpoints/best.json --format keras --out exported
 python -m hvd_eurosat.export --model.weights imagenet --format keras --out prepared

@@ -1,4 +1,4 @@
-"""The class of each image in files and folders: log-probabilities as HDF5, classes as CSV.
+"""Predict the class of each image in files and folders: log-probabilities as HDF5, classes as CSV.
 
 python -m hvd_eurosat.predict --checkpoint runs/finetune/checkpoints/best.json --input patches --out predictions
 """

@@ -42,16 +42,16 @@ LOCK = ".lock"
 
 EXAMPLES = """
 examples:
-  the real data, split 94:5:1:      python -m hvd_eurosat.prepare --source EuroSAT_RGB.zip --out data
-  the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data
-  a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data
-  your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data --resize
-  is it all still there, intact?    python -m hvd_eurosat.prepare --verify data
+  the real data, split 94:5:1:      python -m hvd_eurosat.prepare --source EuroSAT_RGB.zip --out data/EuroSAT_RGB
+  the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data/EuroSAT_RGB
+  a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data/sample --ratios 80,10,10
+  your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data/photos --resize
+  is it all still there, intact?    python -m hvd_eurosat.prepare --verify data/EuroSAT_RGB
 
-The source holds <Class>/<image> or, already split, train/ valid/ test/<Class>/<image>, with or without one more
-folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. Copies of an image share a split; an image in folders of two
-classes is refused. The result is train/ valid/ test/<Class>/<image>, with
-manifest.json (what it is and how it was made) and files.sha256 (for sha256sum -c). It appears whole or not at all.
+The source holds <Class>/<image>, or train/ valid/ test/<Class>/<image> if it is split already, with or without one
+more folder around. Images are 8-bit RGB in JPEG, PNG or TIFF. Copies of an image go into one split. An image in folders
+of two classes is refused. The result is train/ valid/ test/<Class>/<image>, with manifest.json (what it is and how it
+was made) and files.sha256 (for sha256sum -c). It appears whole or not at all.
 """
 
 

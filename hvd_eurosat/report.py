@@ -1,4 +1,4 @@
-"""Draw pictures, as PNG files: examples of the data, the network, a schedule, the course and the result of a run."""
+"""Draw pictures, as PNG files: examples of the data, the network, a schedule, or the course and result of a run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hvd_eurosat.training.schedule import image_size, learning_rate
 
 EXAMPLES_PER_CLASS = 8
 POINTS_PER_EPOCH = 50
-RANKS = "of the job, for optim.lr_scaling (default 1)"
+RANKS = "number of ranks of the job, for optim.lr_scaling (default 1)"
 
 EXAMPLES = """
 examples:
-  what is in the data?               python -m hvd_eurosat.report samples --data.root data --out samples.png
+  what is in the data?               python -m hvd_eurosat.report samples --data.root data/sample --out samples.png
   what does the network look like?   python -m hvd_eurosat.report network --out network.png
   how will it be trained?            python -m hvd_eurosat.report schedule --config recipes/scratch.toml --out s.png
   how is the run going?              python -m hvd_eurosat.report run --run.dir runs/quickstart-sample

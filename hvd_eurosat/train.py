@@ -1,4 +1,4 @@
-"""The main job: train the modified ResNet-50 on every rank's shard of the training images.
+"""Train the modified ResNet-50, each rank on its share of the training images. This is the main job.
 
 horovodrun -np 8 python -m hvd_eurosat.train --config recipes/finetune.toml --data.root data
 """

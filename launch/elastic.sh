@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Starts ranks that go on when hosts are lost, and take in those that come (back), by horovodrun over Gloo.
+# Starts ranks by horovodrun over Gloo. When hosts are lost the others go on; hosts that come (back) join them.
 #
-#   launch/elastic.sh --hostfile hosts.txt --interface eth0 train --config recipes/finetune.toml --data.root data
+#   launch/elastic.sh --hostfile hosts.txt --interface eth0 train --config recipes/finetune.toml \
+#     --data.root data/EuroSAT_RGB
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU
 #   --hostfile FILE    the same as lines, as in mpirun.sh; lines may come and go while the job runs
 #   --interface NAME   the network interface that the hosts share
 #   --np N             the number of ranks to start with; default: all slots
-#   --min-np N         the fewest to go on with; default 1
-#   --max-np N         the most; default: all slots, also of hosts that come later
+#   --min-np N         the smallest number of ranks to go on with; default 1
+#   --max-np N         the largest; default: all slots, also of hosts that come later
 #   COMMAND …          a verb of ours (train), or any program
 #
-# Without hosts they are those of the Slurm (sbatch --no-kill), PBS, LSF or Grid Engine job. Hosts are reached by ssh
-# without a password and have the project, its .venv included, in the same place. This host is the one that may not be
-# lost. When one rank of a host fails, the host is left out for half a minute. SIGTERM ends it at once; SIGUSR1 to one of
-# the ranks saves first.
+# Without --hosts or --hostfile it takes the hosts of the Slurm (sbatch --no-kill), PBS, LSF or Grid Engine job. Hosts are
+# reached by ssh without a password and have the project, its .venv included, in the same place. This host must not be
+# lost. When one rank of a host fails, the host is left out for half a minute. SIGTERM ends the job at once; SIGUSR1 to a
+# rank saves first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

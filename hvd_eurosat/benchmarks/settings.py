@@ -12,20 +12,20 @@ MODES = ("bn+head", "all")
 
 
 class StepSettings(Config):
-    """Images per second of the training step and of a whole epoch with its validation, for bn+head and all, beside
-    Horovod's example and that in our precision and channels_last. As many ranks as it is started with (mpirun,
-    horovodrun), or as hosts have slots. Weights are random. Of the keys of train, data.root, data.image_size,
-    model.arch and train.batch_size are the example's too; those of the step are ours alone; those of a whole run say
-    nothing here.
+    """Images per second of a training step and of a whole epoch with its validation, for bn+head and all. Beside them
+    stand Horovod's example, and that example in our precision and channels_last. There are as many ranks as mpirun or
+    horovodrun starts, or as --hosts has slots. Weights are random. Of the keys of train, data.root, data.image_size,
+    model.arch and train.batch_size hold for the example, too. Other keys of the step hold for ours alone, and keys of a
+    whole run have no effect.
     """
 
     steps: PositiveInt = 50
-    """measured steps of each contender and mode, in up to five rounds of equal length (project: in three, and as many
-    steps without the exchange of gradients); they bound the time it takes"""
+    """measured steps of each contender and mode, in up to five equal rounds; fewer take less time. project: in three
+    rounds, and as many steps again without exchange of gradients"""
     hosts: str = ""
-    """hosts to run on, as name:slots,name:slots; default: this machine"""
+    """hosts to run on, as name:slots,name:slots, where slots are ranks; default: this machine"""
     interface: str = ""
-    """the network interface that the hosts share, where they have several"""
+    """the network interface that the hosts share, if they have several"""
 
     @property
     def folder(self) -> Path:
@@ -38,10 +38,10 @@ class StepSettings(Config):
 
 
 class ScalingSettings(StepSettings):
-    """Images per second of 1 to N ranks, each with its own cores or GPU. Weak scaling is measured against as many
-    independent jobs of one rank, side by side on the same cores. Beside it stands the share of their rate that these
-    would keep if each waited for the slowest after every step (in lockstep): what is missing there is how unevenly the
-    cores work, not what the job costs. Strong scaling shares out one batch.
+    """Images per second of 1 to N ranks, each with its own cores or GPU. Weak scaling compares them with as many
+    independent jobs of one rank, side by side on the same cores. The column "in lockstep" is the share of their rate
+    that these would keep if each waited for the slowest after every step. What is missing there is due to uneven cores,
+    not to the job. Strong scaling shares out one batch.
     """
 
     cores: PositiveInt = 1
@@ -49,17 +49,18 @@ class ScalingSettings(StepSettings):
 
 
 class ProjectSettings(ScalingSettings):
-    """A model of the step's time from the ranks' work and the allreduce of two, checked against steps in which ranks
-    exchange gradients, and what it says of up to 1,024. With link, hosts are only checked against the model that an
-    earlier call has fitted.
+    """Make a model of the time of a step from the ranks' work and allreduces of two ranks. Check it against steps in
+    which ranks exchange gradients, and project the efficiency of up to 1,024 ranks. With --link it only checks the
+    model that an earlier call has fitted.
     """
 
     link: NonNegativeFloat = 0.0
-    """Gbit/s of the hosts' links, where they bound the allreduce; 0: fit the model"""
+    """rate of the links between the hosts in Gbit/s, to check the model over them; 0: fit the model"""
 
 
 class MemorySettings(StepSettings):
-    """The proportional set size of 1 and of 4 ranks: pages that ranks share, as the packed images, count once."""
+    """Peak memory of a rank, alone and as one of four. Pages that ranks share, such as the packed images, count
+    once."""
 
 
 class JobSettings(Config):

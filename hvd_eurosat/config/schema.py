@@ -44,14 +44,14 @@ class Section(BaseModel):
 
 
 class Place(Section):
-    """Where the images are. What else [data] holds in a recipe or the environment is for training, and ignored here."""
+    """Where the images are. Other keys of [data] in a recipe or the environment are for training, and ignored here."""
 
     model_config = ConfigDict(extra="ignore")
 
     root: UserPath = Path("data")
-    """class-folder tree with train/ valid/ test/, made by hvd_eurosat.prepare or unzipped by you"""
+    """folder with train/ valid/ test/, and in each a folder per class, as hvd_eurosat.prepare makes it"""
     cache_dir: UserPath | None = None
-    """folder for the packed arrays, on a fast local disk for example; default: beside the data"""
+    """folder for the packed (decoded) images, for example on a node's own fast disk; default: beside the data"""
 
 
 class Data(Place):
@@ -60,30 +60,31 @@ class Data(Place):
     model_config = ConfigDict(extra="forbid")
 
     image_size: Annotated[int, AfterValidator(_image_size)] = 64
-    """side of the images in pixels; the packed arrays are resized to it when the files differ; 0, for train: the side
-    that they have after resize and center_crop, which must be that of all"""
+    """side in pixels of the images that the network sees; others are resized to it. 0, for train alone: the side that
+    they have after resize and center_crop, which must be the same for all"""
     center_crop: Side = 0
-    """keep a square of this side from the centre of each image before that; 0: the whole image"""
+    """cut a square of this side from the middle of each image, before it is resized to image_size; 0: the whole
+    image"""
     resize: Side = 0
-    """bring each image to this side before the crop; 0: crop the image as it is"""
+    """resize each image to this side before center_crop; 0: crop the image as it is"""
     mean: tuple[Number, Number, Number] = IMAGENET_MEAN
-    """of red, green and blue (0..1), subtracted from each pixel"""
+    """subtracted from each pixel's red, green and blue, which are 0 to 1"""
     std: tuple[Spread, Spread, Spread] = IMAGENET_STD
-    """of red, green and blue, by which each pixel is then divided"""
+    """by which each pixel's red, green and blue are then divided"""
     augment: bool = True
-    """show each training image in its eight flips and quarter turns, another one every epoch"""
+    """flip and quarter-turn each training image: eight ways, a different one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
-    """shift each training image by up to this many pixels, mirrored at the border"""
+    """shift each training image by up to this many pixels; the border is mirrored"""
     random_horizontal_flip: Probability = 0.0
     """also swap left and right of a training image with this probability"""
     random_vertical_flip: Probability = 0.0
     """also swap top and bottom of a training image with this probability"""
     random_rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """also turn each training image by up to this many degrees either way, mirrored at the border"""
+    """also turn each training image by up to this many degrees either way; the border is mirrored"""
     jitter_crop: Fraction = 0.0
-    """also cut up to this share of half the side off each of the four borders, then resize"""
+    """also cut a strip off each of the four borders, each up to this share of half the side, then resize"""
     random_zoom: Fraction = 0.0
-    """also cut up to this share of half the side off all four borders alike, then resize"""
+    """also cut the same strip off all four borders, up to this share of half the side, then resize"""
 
 
 class Model(Section):
@@ -92,17 +93,20 @@ class Model(Section):
     arch: Literal["resnet50", "resnet18"] = "resnet50"
     """resnet18 is the small one, for tests and smoke runs"""
     weights: str = "imagenet"
-    """imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a checkpoint of ours"""
+    """what to start from: imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
+    checkpoint of ours"""
     trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
-    """what learns: bn+head (all BatchNorm layers and the head), head, all, or modules with all in them: layer4,fc"""
+    """what trains: bn+head (all BatchNorm layers and the head, which is the last layer), head, all, or whole modules by
+    name: layer4,fc"""
     layers: UserPath | None = None
-    """a Keras layers.json of a ResNet-50, which says what learns and sets the four keys below"""
+    """a Keras layers.json of a ResNet-50; it says what trains and sets the four keys below"""
     variant: Literal["auto", "v1", "v1.5"] = "auto"
-    """where a stage strides: v1.5 (torchvision) in its 3x3, v1 (Keras) in its first 1x1; auto: as the file says"""
+    """where a stage halves the image: v1.5 (torchvision) in its 3x3 convolution, v1 (Keras) in its first 1x1; auto: as
+    the file of weights says"""
     bn_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """added to BatchNorm's variances; Keras takes 1.001e-5"""
+    """added to BatchNorm's variances; Keras uses 1.001e-5"""
     bn_momentum: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """share of the new batch in BatchNorm's running statistics; Keras takes 0.01"""
+    """share of the new batch in BatchNorm's running statistics; Keras uses 0.01"""
     bn_affine: bool = True
     """whether BatchNorm layers have weights and biases"""
 
@@ -111,50 +115,54 @@ class Optim(Section):
     """Optimiser and learning-rate schedule."""
 
     name: Literal["adam", "adamw", "sgd", "adagrad", "rmsprop", "lars", "lamb"] = "adam"
-    """lars and lamb are for large batches"""
+    """the optimiser; lars and lamb are for large batches"""
     lr: PositiveFloat = 0.005
-    """peak learning rate, before lr_scaling"""
+    """the highest learning rate, before lr_scaling multiplies it"""
     momentum: Fraction = 0.9
-    """of sgd, rmsprop and lars"""
+    """momentum of sgd, rmsprop and lars"""
     nesterov: bool = True
-    """Nesterov's momentum, of sgd and lars"""
+    """use Nesterov's momentum; for sgd and lars"""
     beta1: Fraction = 0.9
-    """decay of the running mean of gradients, of adam, adamw and lamb"""
+    """decay of the running mean of gradients; for adam, adamw and lamb"""
     beta2: Fraction = 0.999
-    """decay of the running mean of their squares"""
+    """decay of the running mean of squared gradients; for the same"""
     eps: PositiveFloat = 1e-8
-    """added to denominators, of all but sgd and lars"""
+    """added to denominators; for all but sgd and lars"""
     amsgrad: bool = False
-    """AMSGrad, of adam and adamw"""
+    """use AMSGrad; for adam and adamw"""
     trust: PositiveFloat = 1e-3
     """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
-    """not applied to BatchNorm"""
+    """weight decay; BatchNorm is spared"""
     schedule: Literal["constant", "exponential", "step", "multistep", "cosine", "one_cycle"] = "one_cycle"
-    """exponential: times gamma every epoch, step: every step_size epochs, both counted from the end of the warm-up in
-    whole epochs; multistep: at milestones; cosine: down to 0; one_cycle: up over 30 % of the epochs, then down to 0"""
+    """how the learning rate changes. exponential: times gamma after every epoch. step: times gamma after every
+    step_size epochs. Both count from the end of the warm-up, in whole epochs. multistep: times gamma at milestones.
+    cosine: down to 0. one_cycle: up over 30 % of the epochs, then down to 0"""
     schedule_epochs: NonNegativeInt = 0
-    """epochs over which one_cycle and cosine run and images grow (train.start_size); then the rate stays at 0, and the
-    images at full size. 0: train.epochs; give it where you will raise those later, for else the rate jumps then"""
+    """epochs over which one_cycle and cosine run, and images grow (train.start_size). After them the rate stays at 0,
+    and the images at full size. 0: as many as train.epochs. Set it if you will raise train.epochs later: else the rate
+    jumps then"""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.95
-    """factor of the exponential, step and multistep schedules"""
+    """factor of the learning rate in the exponential, step and multistep schedules"""
     step_size: PositiveInt = 10
     """epochs between the step schedule's steps"""
     milestones: tuple[PositiveInt, ...] = ()
-    """epochs at which the multistep schedule steps, counted from the beginning: after the warm-up, at least one"""
+    """epochs at which the multistep schedule steps, counted from the beginning; one at least, and all after the
+    warm-up"""
     warmup_epochs: NonNegativeFloat = 0.0
-    """rise linearly to lr over this many epochs first; of one_cycle in place of its own rise. The rest of the schedule
-    follows: cosine and one_cycle fall to 0 over the epochs that are left"""
+    """first let the rate rise linearly to lr, over this many epochs. In one_cycle this replaces its own rise. Then
+    cosine and one_cycle fall to 0 over the epochs that are left"""
     warmup_start: Probability = 0.0
-    """share of the learning rate with which that rise begins"""
+    """share of lr at which the warm-up begins"""
     warmup_stairs: bool = False
-    """rise after each whole epoch, as rmldnn does, not in every step"""
+    """let the warm-up rise after each whole epoch, as in rmldnn, not in every step"""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """multiply lr by global batch / reference_batch, or by its square root; give it some warmup_epochs"""
+    """linear: multiply lr by global batch / reference_batch; sqrt: by the square root of that. Use it with
+    warmup_epochs"""
     reference_batch: PositiveInt = 64
-    """the global batch size for which lr was chosen"""
+    """the global batch (train.batch_size times ranks) for which lr was chosen"""
     compression: Literal["none", "fp16"] = "none"
-    """how gradients travel between the ranks: in 16 bits at half the traffic, which tells when all weights train"""
+    """fp16: send gradients between the ranks in 16 bits, which halves the traffic. It matters when all weights train"""
 
 
 class Train(Section):
@@ -163,25 +171,25 @@ class Train(Section):
     epochs: PositiveInt = 15
     """passes over the training images"""
     batch_size: PositiveInt = 64
-    """images per rank and step"""
+    """images of each rank in a step"""
     start_size: Side = 0
-    """side of the training images in pixels in the first epochs: it grows in steps of 16 to data.image_size, every size
-    for as many epochs of the schedule, the last at full size, which makes training from scratch shorter; where there
-    are fewer epochs than sizes the smallest are left out; 0: full size from the start"""
+    """side in pixels of the training images in the first epochs, which makes training from scratch shorter. It grows in
+    steps of 16 to data.image_size. Every size has equally many epochs, and the last epoch is at full size. Where there
+    are fewer epochs than sizes, the smallest are left out. 0: full size from the start"""
     label_smoothing: Fraction = 0.0
-    """share of the target spread over all classes"""
+    """share of each label that is spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
-    """weights of the classes in the loss, in the order of their names; only their ratios count: they are scaled to a
-    mean of 1 over the training images, where libtorch and rmldnn divide each batch by the sum of its own weights"""
+    """weights of the classes in the loss, in the order of their names. Only their ratios count: they are scaled to a
+    mean of 1 over the training images. (libtorch and rmldnn divide each batch by the sum of its own weights.)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 where the hardware is fast at it: GPUs since Ampere, and CPUs that multiply matrices faster in it
-    (AMX, AMD's AVX512-BF16), which is measured; else fp32"""
+    """auto: bf16 where the hardware is fast at it, else fp32. Fast are GPUs since Ampere, and CPUs with AMX or AMD's
+    AVX512-BF16 that multiply matrices faster in bf16, which is measured at the start"""
     compile: bool = False
-    """compile the network with torch.compile, on GPUs as CUDA graphs, after a slow first step; on CPUs steps are slower
-    for it, and on several GPUs the gradients of `all` are sent after the backward pass, not during it; needs Python.h
-    and gcc (CC) on GPUs, g++ (CXX) on CPUs: where a rank has none, all train uncompiled"""
+    """compile the network with torch.compile, on GPUs as CUDA graphs. The first step is slow. On CPUs all steps are
+    slower. On several GPUs gradients are sent after the backward pass, not during it. It needs Python.h and gcc (CC) on
+    GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train uncompiled"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """of the weights, the order of the images and their augmentation"""
+    """seed of random weights, the order of the images and their augmentation"""
 
 
 class Valid(Section):
@@ -190,8 +198,8 @@ class Valid(Section):
     batch_size: PositiveInt = 128
     """images per step"""
     sharded: bool = False
-    """spread validation over all ranks instead of rank 0 alone: the same counts; at 64 ranks rank 0 alone takes longer
-    to validate EuroSAT than all take to train an epoch"""
+    """let all ranks validate, not rank 0 alone; the counts are the same. Set it from 64 ranks on: there rank 0 alone
+    takes longer to validate EuroSAT than all ranks take to train an epoch"""
 
 
 class Run(Section):
@@ -200,28 +208,30 @@ class Run(Section):
     dir: UserPath | None = None
     """folder of the run; default: runs/<name of the recipe file>"""
     resume: str = "auto"
-    """auto continues from the newest checkpoint of run.dir if there is one, never starts anew, or a checkpoint FILE; a
-    run that does not go on with the one in run.dir sets it aside as run.dir.1, and what lies where it writes outside of
-    run.dir in a folder earlier.1 there"""
+    """auto: go on from the newest checkpoint in run.dir, if there is one. never: start anew. FILE: go on from this
+    checkpoint. A run that does not go on from run.dir renames that folder to run.dir.1. What an earlier run wrote
+    outside of it is moved into a folder earlier.1 there"""
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
-    """also save after every so many steps, unless the one before is still being written; 0: only after epochs"""
+    """also save after every so many steps, unless the last checkpoint is still being written; 0: only after epochs"""
     keep: PositiveInt = 2
     """how many of the newest checkpoints to keep, beside the best"""
     on_save_error: Literal["continue", "stop"] = "continue"
-    """when a checkpoint cannot be written: train on, and stop after three in a row; or stop at once"""
+    """when a checkpoint cannot be written. continue: train on, but stop after three failures in a row. stop: at once"""
     watchdog_seconds: NonNegativeFloat = 600.0
-    """end the job when a rank makes no progress for so long, and name it; 0: never"""
+    """end the job when a rank makes no progress for this long, and name the rank; 0: never"""
     verify_interval: NonNegativeInt = 200
-    """steps between checks for flipped bits: frozen weights are what they were, the others the same on all ranks; 0:
+    """steps between checks for flipped bits: are frozen weights unchanged, and trainable ones the same on all ranks? 0:
     never"""
     numbered_checkpoints: UserPath | None = None
-    """folder for model_checkpoint_<epoch>.pt every checkpoint_interval epochs, all of which are kept"""
+    """folder for a model_checkpoint_<epoch>.pt every checkpoint_interval epochs; all of them are kept"""
     outfile: UserPath | None = None
-    """x.txt gives x_train.txt, a line for each step, and x_test.txt, one for each validation (rmldnn's logs)"""
+    """rmldnn's logs: x.txt gives x_train.txt, with a line for each step, and x_test.txt, with one for each
+    validation"""
     predictions: UserPath | None = None
-    """folder for output_1.h5 and predictions.csv of the test images, in the end; a finished run writes them again"""
+    """folder for output_1.h5 and predictions.csv of the test images, written at the end; a finished run, started again,
+    writes them anew"""
 
     @property
     def path(self) -> Path:
@@ -247,7 +257,7 @@ class Settings(BaseSettings):
     )
 
     config: UserPath | None = Field(default=None, exclude=True)
-    """a recipe: TOML or JSON by its extension; environment and flags win over it"""
+    """a recipe, a file of settings in TOML or JSON; the environment and flags override it"""
 
     @classmethod
     def settings_customise_sources(
@@ -267,11 +277,11 @@ class Settings(BaseSettings):
 
 
 class Config(Settings):
-    """Train a land-cover classifier on one rank or many: mpirun, horovodrun or Slurm says how many. Most people need:
+    """Train a land-cover classifier on one process (rank), or on many that a launcher starts. Most people need:
 
     --config recipes/finetune.toml       a recipe: which weights train, how, and for how long
     --data.root data/EuroSAT_RGB         images in train/ valid/ test/, as python -m hvd_eurosat.prepare makes them
-    --model.weights FILE                 what to start from, where that is not ImageNet: a file of yours, or none
+    --model.weights FILE                 weights of yours to start from, or none; else it starts from ImageNet's
     --train.epochs 5                     passes over the images; --train.batch_size is per rank
     --run.dir runs/first                 the folder for all that the run writes; the same command goes on from there
     """

@@ -14,51 +14,51 @@ from hvd_eurosat.config.schema import Data, Model, Place, Settings, UserPath
 
 
 class EvaluateSettings(Settings):
-    """How good a checkpoint is on a split; images are prepared and computed with as in the run that saved it."""
+    """Tell how good a checkpoint is on a split. Images and precision are those of the run that saved it."""
 
     checkpoint: UserPath
     """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
     split: Literal["train", "valid", "test"] = "test"
-    """which images"""
+    """which images of data.root"""
     input: UserPath | None = None
-    """a folder of class folders to take instead of a split of data.root; without those there is no accuracy"""
+    """a folder of images to take instead of a split of data.root; with class folders in it there is an accuracy, too"""
     out: UserPath | None = None
-    """folder for output_1.h5 (log-probabilities) and predictions.csv, if they are wanted"""
+    """folder for output_1.h5 (log-probabilities) and predictions.csv; default: they are not written"""
     batch_size: NonNegativeInt = 0
     """images per step; 0: as in the run that saved the checkpoint"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
-    in log-probabilities"""
+    """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
+    and of an exported network"""
     data: Place = Place()
     expected: CliSuppress[dict[str, Any]] = Field(default={}, exclude=True)
     """how an rmldnn configuration prepares images and its layers, which must be as in the checkpoint"""
 
 
 class PredictSettings(Settings):
-    """The class of each image in files and folders; images of another size than the network's are resized."""
+    """Predict the class of each image. Images of another size than the network's are resized."""
 
     checkpoint: UserPath
     """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt, or best.json or last.json beside it"""
     input: tuple[UserPath, ...]
-    """images, and folders of images, searched with their subfolders"""
+    """images, and folders of images, with their subfolders"""
     out: UserPath
     """folder for output_1.h5 (log-probabilities) and predictions.csv (file, class, probability)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: as in the run that saved the checkpoint; bf16 differs from fp32, and from an exported network, by some 0.03
-    in log-probabilities"""
+    """auto: as in the run that saved the checkpoint. Log-probabilities in bf16 differ by some 0.03 from those in fp32
+    and of an exported network"""
 
 
 class ExportSettings(Settings):
-    """A trained network, or one prepared for training, in the formats of other tools."""
+    """Write a trained network, or one prepared for training, in the format of another tool."""
 
     checkpoint: UserPath | None = None
-    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt; without one, the network that model.* describes"""
+    """the checkpoint, runs/NAME/checkpoints/epoch-NNNN.pt; without one, the network that the keys of model describe"""
     format: Literal["keras", "safetensors", "onnx", "torch"]
     """keras: layers.json and model.h5; safetensors: model.safetensors; onnx: model.onnx; torch: model.pt"""
     out: UserPath
     """folder for the files"""
     classes: PositiveInt = 10
-    """units of the head, where there is no checkpoint"""
+    """classes of the network, where there is no checkpoint"""
     data: Data = Data()
     model: Model = Model()
 

@@ -65,7 +65,7 @@ class Journal:
             return
         self.display.say(f"{self._files.path} holds a finished run; raise train.epochs to go on")
         if lacking := self._files.cannot_be_had():
-            self.display.warn(f"it is written during training and cannot be had any more: {', '.join(lacking)}")
+            self.display.warn(f"only training itself writes this, and it is over: {', '.join(lacking)}")
         self.display.result("test", self._files.tested(), self._tree.classes)
 
     def begin(self, start: Checkpoint | None, header: Mapping[str, str], first: Checkpoint | None) -> None:
@@ -80,11 +80,11 @@ class Journal:
             between = f", step {start.step}" if start.samples else ""
             self.display.say(f"resuming after epoch {start.epoch}{between}")
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
-            self.display.warn("the convolutions are frozen as random numbers: give --model.weights, or train all")
+            self.display.warn("the convolutions are random and do not train: give --model.weights, or train all")
         valid, shard = len(self._tree.files("valid")), len(self._tree.files("train")) // self._world.size
         if valid > VALIDATION_SHARE * shard and not self._config.valid.sharded and self._world.size > 1:
             waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
-            self.display.warn(f"{waste}: --valid.sharded true lets all do it")
+            self.display.warn(f"{waste}: with --valid.sharded true all ranks validate")
 
     def _begin(self, start: Checkpoint | None, first: Checkpoint | None) -> None:
         if not self._files or not first:
@@ -183,7 +183,9 @@ class Journal:
             self.save(state)
         self.saved()
         if self._files and state:
-            self.display.say(f"stopped on request at step {state.step}, saved in {self._files.path}: start it again")
+            self.display.say(
+                f"stopped on request at step {state.step}, saved in {self._files.path}; start again to resume"
+            )
 
     def _wait_for_saver(self) -> None:
         """Until nothing is being written, of which the other ranks hear. Collective."""

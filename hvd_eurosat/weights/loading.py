@@ -141,7 +141,7 @@ def _imagenet(arch: str) -> dict[str, Tensor]:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # of the network, the file system, or a damaged file
         raise UserError(
-            f"the ImageNet weights cannot be had ({str(error).splitlines()[0]}): put {weights.url} at {place}, "
+            f"cannot fetch the ImageNet weights ({str(error).splitlines()[0]}): put {weights.url} at {place}, "
             f"or give --model.weights FILE (or none)"
         ) from None
     finally:

@@ -18,11 +18,13 @@ import torch
 
 from hvd_eurosat.training import checkpoint
 from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small, survivors, unlabelled
+from tests.parallel.conftest import warm as warm
 from tests.waiting import Moment
 
 STEP = "hvd_eurosat.training.step:Step.__call__"
 SAVE = "hvd_eurosat.training.checkpoint:CheckpointFolder.add"
 EPOCHS, STEPS = 3, 4
+COLD = ("kill-launcher", "at-the-very-end")
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ def fingerprint(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
-def launched(launcher: str, ranks: int, module: str, *arguments: object) -> list[str]:
+def launched(launcher: str, ranks: int, module: str, *arguments: object, python: str = sys.executable) -> list[str]:
     """A module as `ranks` ranks under a launcher."""
     count = [str(ranks)] if LAUNCHERS[launcher] else []
-    return [*LAUNCHERS[launcher], *count, sys.executable, "-m", module, *map(str, arguments)]
+    return [*LAUNCHERS[launcher], *count, python, "-m", module, *map(str, arguments)]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -96,12 +98,16 @@ def flags(data: Path, run_dir: Path, **keys: object) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def inject(data: Path) -> Inject:
-    """inject(faults, launcher, ranks, **keys): the job of those runs, each with its fault (inject.py), ended."""
+def inject(data: Path, warm: str) -> Inject:
+    """inject(faults, launcher, ranks, **keys): the job of those runs, each with its fault (inject.py), ended.
+
+    Its ranks are warm, but for faults that meet a rank's own start and end.
+    """
 
     def start(faults: Mapping[Path, str], launcher: str = "mpirun", ranks: int = 2, **keys: object) -> Ended:
         first = next(iter(faults))
-        job = launched(launcher, ranks, "tests.faults.inject", *flags(data, first, **keys))
+        python = sys.executable if any(fault.endswith(COLD) for fault in faults.values()) else warm
+        job = launched(launcher, ranks, "tests.faults.inject", *flags(data, first, **keys), python=python)
         variables = environment(FAULTS=json.dumps({str(run_dir): fault for run_dir, fault in faults.items()}))
         done = subprocess.run(job, env=variables, capture_output=True, text=True, timeout=300, check=False)
         deadline = time.monotonic() + 60

@@ -107,11 +107,16 @@ def happens() -> None:
     run_dir().with_suffix(".fault").write_text(json.dumps(now()))
 
 
+def launcher() -> int:
+    """The process that started this rank, or asked for it (tests/parallel/warm.py)."""
+    return int(os.environ.get("LAUNCHER", os.getppid()))
+
+
 def linger(*_: object, before: float, after: float) -> None:
     """Work slowly; after `before` seconds all ranks are told to end, as by srun, and `after` later the work is done."""
     time.sleep(before)
     happens()
-    for rank in psutil.Process(os.getppid()).children():
+    for rank in psutil.Process(launcher()).children():
         rank.terminate()
     time.sleep(after)
 
@@ -131,10 +136,10 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "usr1": lambda *_: send(os.getpid(), signal.SIGUSR1),
     "term": lambda *_: send(os.getpid(), signal.SIGTERM),
     "usr1-at-the-very-end": lambda *_: globals().update(last=AtTheVeryEnd()),
-    "usr1-launcher": lambda *_: send(os.getppid(), signal.SIGUSR1),
-    "term-launcher": lambda *_: send(os.getppid(), signal.SIGTERM),
-    "kill-launcher": lambda *_: send(os.getppid(), signal.SIGKILL),
-    "term-launcher-and-sleep": lambda *_: (send(os.getppid(), signal.SIGTERM), time.sleep(HOURS)),
+    "usr1-launcher": lambda *_: send(launcher(), signal.SIGUSR1),
+    "term-launcher": lambda *_: send(launcher(), signal.SIGTERM),
+    "kill-launcher": lambda *_: send(launcher(), signal.SIGKILL),
+    "term-launcher-and-sleep": lambda *_: (send(launcher(), signal.SIGTERM), time.sleep(HOURS)),
     "term-all-and-write-slowly": functools.partial(linger, before=0.0, after=2 * ENDING_GRACE),
     "term-all-later-and-write-slowly": functools.partial(linger, before=4.0, after=2 * ENDING_GRACE),
     "work-slowly-and-term-all": functools.partial(linger, before=ENDING_GRACE + 1, after=1.0),

@@ -263,9 +263,9 @@ def test_other_ranks_go_on_with_the_epoch(inject: Inject, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])
-def test_stop_and_resume_at_every_step(data: Path, tmp_path: Path, ranks: int) -> None:
+def test_stop_and_resume_at_every_step(warm: str, data: Path, tmp_path: Path, ranks: int) -> None:
     arguments = flags(data, tmp_path / "runs", train__epochs=1, data__max_shift=2)
-    job = launched("mpirun", ranks, "tests.faults.every_step", *arguments)
+    job = launched("mpirun", ranks, "tests.faults.every_step", *arguments, python=warm)
     done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     prints = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("fingerprint")]
@@ -329,11 +329,11 @@ def test_the_launcher_dies_and_nobody_reads_what_its_rank_says() -> None:
         rank.wait(60)
 
 
-def test_a_run_directory_is_used_by_one_job_at_a_time(data: Path, tmp_path: Path) -> None:
+def test_a_run_directory_is_used_by_one_job_at_a_time(warm: str, data: Path, tmp_path: Path) -> None:
     arguments = flags(data, tmp_path / "run", train__epochs=1)
     faults = json.dumps({str(tmp_path / "run"): f"0 2 {STEP} sleep"})
     first = launched("python", 1, "tests.faults.inject", *arguments)
-    second = launched("python", 1, "hvd_eurosat.train", *arguments)
+    second = launched("python", 1, "hvd_eurosat.train", *arguments, python=warm)
     with subprocess.Popen(first, env=environment(FAULTS=faults)) as running:
         wait_for(lambda: (tmp_path / "run.fault").exists() or running.poll() is not None)
         refused = subprocess.run(second, env=environment(), capture_output=True, text=True, timeout=240, check=False)

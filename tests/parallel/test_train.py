@@ -161,7 +161,7 @@ def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Pat
     more = [word for key, place in places.items() for word in (f"--run.{key}", place)]
     third = launch("mpirun", 2, "train", *flags, *more)
     assert third.returncode == 0, third.stderr
-    assert "cannot be had any more: run.outfile\n" in third.stderr
+    assert "only training itself writes this, and it is over: run.outfile\n" in third.stderr
     assert not list(tmp_path.glob("outfile*"))
     assert checkpoint.load(places["numbered_checkpoints"] / "model_checkpoint_1.pt").epoch == 1
     predicted = [line.split(",") for line in (places["predictions"] / "predictions.csv").read_text().splitlines()[1:]]

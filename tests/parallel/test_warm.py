@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +31,7 @@ time.sleep(600)
 
 
 def test_it_sees_what_a_python_sees(warm: str, tmp_path: Path) -> None:
-    def start(python: str) -> list[object]:
+    def start(python: str) -> list[Any]:
         words = ["sh", "-c", 'ulimit -f 4000; exec "$@"', "-", python, "-c", SEEN, "a b", ""]
         environment = {"PATH": "/bin", "EMPTY": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -38,6 +40,7 @@ def test_it_sees_what_a_python_sees(warm: str, tmp_path: Path) -> None:
         return list(json.loads(done.stdout))
 
     found, expected = start(warm), start(sys.executable)
+    assert found[2].pop("LAUNCHER") == str(os.getpid())  # all that it sees beside
     assert found == expected
     assert found[0] == ["-c", "a b", ""]
     assert found[4] != list(resource.getrlimit(resource.RLIMIT_FSIZE))

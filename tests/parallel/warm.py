@@ -45,7 +45,8 @@ LAZY = (
 def client(address: str, words: list[str]) -> None:
     """A rank, as its launcher sees it. It knows nothing but the standard library, to be there at once."""
     limits = {number: resource.getrlimit(number) for number in LIMITS}
-    request = marshal.dumps((words, os.getcwd(), dict(os.environ), sorted(os.sched_getaffinity(0)), limits))
+    variables = {**os.environ, "LAUNCHER": str(os.getppid())}  # whose child the rank is not
+    request = marshal.dumps((words, os.getcwd(), variables, sorted(os.sched_getaffinity(0)), limits))
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         socket.send_fds(server, [len(request).to_bytes(8, "little")], [0, 1, 2])
