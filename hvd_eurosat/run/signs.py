@@ -38,12 +38,12 @@ class Signs:
         self._thread = threading.Thread(target=self._run, daemon=True, name="signs of life")
         self._due = 0.0
 
-    def begin(self, resumed: bool, epochs: int, **facts: Any) -> None:
-        """The run is on its way, `epochs` of it complete. resumed: from earlier starts, which are remembered."""
+    def begin(self, resumed: bool, complete: int, /, **facts: Any) -> None:
+        """The run is on its way, `complete` epochs of it done. resumed: from earlier starts, which are remembered."""
         now = time.time()
         with contextlib.suppress(OSError):
             (self._folder / FAILURE).unlink(missing_ok=True)
-        start = {"time": now, "epoch": epochs, "step": facts["step"], "world_size": facts["world_size"]}
+        start = {"time": now, "epoch": complete, "step": facts["step"], "world_size": facts["world_size"]}
         starts = [*(self._earlier_starts() if resumed else []), start]
         self._status = {"state": "running", "version": hvd_eurosat.__version__, "starts": starts, **facts}
         self._thread.start()
