@@ -77,7 +77,7 @@ def draw_pages(made: Browser, folder: Path) -> None:
     export(ExportSettings(checkpoint=best, format="safetensors", out=folder))
     card = markdown.markdown((folder / "model_card.md").read_text(), extensions=["tables", "fenced_code"])
     (folder / "card.html").write_text(f'<meta charset="utf-8"><style>{CARD_STYLE}</style>{card}')
-    shoot(made, folder / "card.html", "card.png", 900, 1240)
+    shoot(made, folder / "card.html", "card.png", 980, 1240)
 
 
 def shoot(made: Browser, file: Path, name: str, width: int, height: int) -> None:

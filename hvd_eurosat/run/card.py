@@ -30,6 +30,7 @@ from hvd_eurosat.weights.stored import named
 
 CARD, ITEM = "model_card.md", "stac_item.json"
 MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
+EO = "https://stac-extensions.github.io/eo/v1.1.0/schema.json"
 EUROPE = (-25.0, 34.0, 45.0, 72.0)  # west, south, east, north, in degrees: the countries that EuroSAT was taken from
 BANDS = (("B04", "red"), ("B03", "green"), ("B02", "blue"))
 TRAINING = ("data", "model", "optim", "train")  # sections of the configuration
@@ -260,7 +261,7 @@ def stac_item(export: Export, judged: Confusion | None, facts: Mapping[str, Any]
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
-        "stac_extensions": [MLM],
+        "stac_extensions": [MLM, EO],
         "id": re.sub(r"[^A-Za-z0-9_-]+", "-", facts["name"]).strip("-") or "model",
         **place,
         "properties": _properties(export, judged, facts),
@@ -279,7 +280,6 @@ def _properties(export: Export, judged: Confusion | None, facts: Mapping[str, An
     return {
         "datetime": f"{datetime.fromtimestamp(written, tz=timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
         "description": f"A {export.facts['arch']} that classifies images of land cover; {CARD} says more.",
-        "bands": [{"name": band, "description": f"{colour}, {_metres(export)}"} for band, colour in BANDS],
         "mlm:name": re.sub(r"[^A-Za-z0-9_. -]+", "-", f"model {facts['name']}").rstrip("_. -"),
         "mlm:architecture": {"resnet50": "ResNet-50", "resnet18": "ResNet-18"}[export.facts["arch"]],
         "mlm:tasks": ["scene-classification"],
@@ -343,6 +343,7 @@ def _assets(export: Export, files: Sequence[Mapping[str, Any]]) -> dict[str, Any
         asset = {"href": f"./{file['name']}", "file:size": file["size"]}
         if is_model:
             asset |= {"type": kind.media, "roles": ["mlm:model", "mlm:weights"], "mlm:artifact_type": kind.artifact}
+            asset["eo:bands"] = [{"name": name, "common_name": colour} for name, colour in BANDS]
         else:
             asset |= {"type": "application/json", "roles": ["metadata"], "title": "the layers, for model_from_json"}
         assets["model" if is_model else "layers"] = asset

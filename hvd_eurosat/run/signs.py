@@ -38,8 +38,8 @@ class Signs:
         self._thread = threading.Thread(target=self._run, daemon=True, name="signs of life")
         self._due = 0.0
 
-    def begin(self, resumed: bool, complete: int, **facts: Any) -> None:
-        """The run is on its way, so many of its epochs `complete`. resumed: from earlier starts, which are remembered."""
+    def begin(self, resumed: bool, complete: int, /, **facts: Any) -> None:
+        """The run is on its way, `complete` epochs of it done. resumed: from earlier starts, which are remembered."""
         now = time.time()
         with contextlib.suppress(OSError):
             (self._folder / FAILURE).unlink(missing_ok=True)

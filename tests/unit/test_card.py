@@ -137,7 +137,7 @@ def test_the_item_says_how_images_become_input(plain: tuple[Path, str, dict[str,
     assert problems(item) == []
     properties = item["properties"]
     (given,) = properties["mlm:input"]
-    assert given["bands"] == [band["name"] for band in properties["bands"]] == ["B04", "B03", "B02"]
+    assert given["bands"] == [band["name"] for band in item["assets"]["model"]["eo:bands"]] == ["B04", "B03", "B02"]
     structure = {"shape": [-1, 3, 64, 64], "dim_order": ["batch", "channel", "height", "width"]}
     assert given["input"] == structure | {"data_type": "float32"}
     scaled = [(PIXELS[..., n] - one["mean"]) / one["stddev"] for n, one in enumerate(given["value_scaling"])]
