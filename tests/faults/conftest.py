@@ -68,7 +68,8 @@ def fingerprint(run_dir: Path) -> str:
         else:
             digest.update(repr(value).encode())
 
-    add({key: value for key, value in vars(saved).items() if key != "config"})
+    # Temperatures are the best checkpoint's, which need not be the newest where one could not be saved.
+    add({key: value for key, value in vars(saved).items() if key not in ("config", "temperatures")})
     return digest.hexdigest()
 
 

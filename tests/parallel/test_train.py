@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import socket
@@ -180,8 +181,8 @@ def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Pat
     assert "only training itself writes this, and it is over: run.outfile\n" in third.stderr
     assert not list(tmp_path.glob("outfile*"))
     assert checkpoint.load(places["numbered_checkpoints"] / "model_checkpoint_1.pt").epoch == 1
-    predicted = [line.split(",") for line in (places["predictions"] / "predictions.csv").read_text().splitlines()[1:]]
-    right = sum(Path(path).parent.name == label for path, label, _ in predicted)
+    predicted = csv.DictReader((places["predictions"] / "predictions.csv").read_text().splitlines())
+    right = sum(Path(row["file"]).parent.name == row["class"] for row in predicted)
     assert third.stdout.splitlines()[-1] == f"test accuracy: {100 * right / 20:.2f}% ({right}/20)"
     other = launch("python", 1, "train", *flags, "--optim.lr", "0.5", "--train.epochs", "2")
     assert other.returncode == 2
