@@ -202,7 +202,7 @@ class Ways:
         results = []
         for batch in shown:
             self.note(batch.images[: batch.total].permute(0, 2, 3, 1))
-            results.append(np.zeros((batch.total, len(CLASSES)), np.float32))
+            results.append(np.zeros((batch.total, 1, len(CLASSES)), np.float32))
         return results
 
     def ask(self, names: set[str], steps: list[Callable[[], object]]) -> tuple[set[str], set[str], str]:
@@ -250,6 +250,8 @@ def ways(alone: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
         data=load(["--data.image_size", str(SIDE)]).data,
         config=load(["--data.image_size", str(SIDE)]).model_dump(mode="json"),
         build_model=lambda device: model,
+        views=lambda asked: 1,
+        temperature=lambda views: 1.0,
     )
     open_images = batches.open_images
 
