@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from hvd_eurosat.config.schema import Config, flatten
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.examples import read_examples
 from hvd_eurosat.run.status import Status, read_status
+from hvd_eurosat.training.scores import wilson
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,7 +25,6 @@ else:
     import tomli as tomllib
 
 Event = dict[str, Any]
-CONFIDENCE = 1.959964  # standard deviations on either side that hold 95 % of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,8 @@ class Counted:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share, by Wilson's score (1927), which holds for few images too."""
-        if not self.total:
-            return 0.0, 1.0
-        z, n = CONFIDENCE**2, self.total
-        middle, half = self.share + z / (2 * n), math.sqrt(z * (self.share * (1 - self.share) + z / (4 * n)) / n)
-        return max(0.0, (middle - half) / (1 + z / n)), min(1.0, (middle + half) / (1 + z / n))
+        """The 95 % interval of the share, by Wilson's score, which holds for few images too."""
+        return wilson(self.correct, self.total) if self.total else (0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BINS = 15  # of probabilities, equally wide (Guo et al. 2017)
 NORMAL_95 = 1.959964  # standard normal deviate of a two-sided 95 % interval
@@ -16,6 +17,8 @@ def reliability(log_probabilities: Tensor, labels: Tensor, weights: Tensor, bins
 
     log_probabilities: [B, C]; labels: int64 [B]; weights: [B], 1 for a sample that counts. Sums, float64 [3, bins].
     """
+    import torch  # here, for reports of a run need the rest without it
+
     best, said = log_probabilities.max(1)
     probability = best.double().exp()
     places = ((probability * bins).ceil().long() - 1).clamp(0, bins - 1)
