@@ -34,7 +34,7 @@ TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 def slurm(hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     need("slurmctld", "munged")
     path = f"{next(tmp_path_factory.getbasetemp().glob('hosts*')) / 'bin'}:{os.environ['PATH']}"
-    with cluster(hosts, tmp_path_factory.mktemp("slurm"), PATH=path, OMP_NUM_THREADS="1") as started:
+    with cluster(hosts, tmp_path_factory.mktemp("slurm"), PATH=path, OMP_NUM_THREADS="1", SHELL="/bin/sh") as started:
         yield started
 
 
