@@ -26,6 +26,7 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.page import environment, percent, shown
 from hvd_eurosat.run.story import Confusion, Story, read_story
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.scores import calibration_error
 from hvd_eurosat.weights.stored import named
 
 CARD, ITEM = "model_card.md", "stac_item.json"
@@ -95,8 +96,8 @@ def write_card(export: Export) -> list[Path]:
 
     story = story_of(export.checkpoint)
     judged = judgement(export.saved, story)
-    calibration = story.examples.get("calibration") if story and judged and judged.split == "test" else None
-    facts = card(export, story, judged, calibration)
+    bins = story.calibration if story and judged and judged.split == "test" else None
+    facts = card(export, story, judged, calibration_error(bins) if bins is not None else None)
     text = environment().get_template("card.md.jinja").render(card=facts)
     write_text(export.folder / CARD, text)
     item = stac_item(export, judged, facts)
@@ -131,10 +132,8 @@ def judgement(saved: Checkpoint | None, story: Story | None) -> Confusion | None
 # --- for people ---
 
 
-def card(
-    export: Export, story: Story | None, judged: Confusion | None, calibration: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """All that the card says."""
+def card(export: Export, story: Story | None, judged: Confusion | None, off: float | None) -> dict[str, Any]:
+    """All that the card says. off: the test's expected calibration error, a fraction 0..1."""
     facts, config = export.facts, flatten(export.saved.config) if export.saved else {}
     names = export.classes
     synthetic = _is_synthetic(config, story)
@@ -163,7 +162,7 @@ def card(
         "data": Path(config["data.root"]).name if config else "",
         "judged": judged,
         "rows": rows,
-        "calibration": calibration,
+        "calibration_error": off,
         "synthetic": synthetic,
         "is_eurosat": set(names) == set(SCENES) and not synthetic,
         "weights_licence": _weights_licence(config.get("model.weights", "none")),

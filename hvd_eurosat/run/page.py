@@ -20,6 +20,7 @@ from hvd_eurosat.run.status import STALE_SECONDS, span
 from hvd_eurosat.run.story import Counted, Story, defaults, meaning, read_story
 from hvd_eurosat.run.svg import Curve, Mark
 from hvd_eurosat.training.files import write_text
+from hvd_eurosat.training.scores import calibration_error
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -353,8 +354,8 @@ def images(story: Story) -> dict[str, list[dict[str, Any]]]:
 
 
 def _calibration(story: Story) -> dict[str, Any] | None:
-    found = story.examples.get("calibration")
-    return {"svg": svg.reliability(found["bins"]), "error": found["error"]} if found else None
+    found = story.calibration
+    return {"svg": svg.reliability(found), "error": calibration_error(found)} if found is not None else None
 
 
 # --- what it took ---

@@ -114,6 +114,12 @@ class Story:
         return self.confusion.all if self.confusion and self.confusion.split == "test" else None
 
     @property
+    def calibration(self) -> NDArray[np.float64] | None:
+        """Of the test: scores.reliability's sums, [3, bins]."""
+        found = [event["reliability"] for event in self.of("test") if "reliability" in event]
+        return np.array(found[-1], dtype=np.float64) if found else None
+
+    @property
     def classes(self) -> list[str]:
         """Their names, as far as they are known."""
         known = self.status.get("classes") or self.summary.get("classes")

@@ -195,10 +195,11 @@ def test_many_large_images_leave_room(tmp_path: Path) -> None:
 
 
 def test_calibration() -> None:
-    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [1.0, 0.0]])
-    found = examples.calibration(probabilities, np.array([0, 1, 1, 0]))
-    assert [one["images"] for one in found["bins"]] == [0, 0, 0, 0, 0, 0, 1, 0, 0, 3]
-    assert found["error"] == pytest.approx((abs(2.9 - 2) + abs(0.65 - 1)) / 4)
+    drawn = svg.reliability(np.array([[0, 8, 2], [0, 4.8, 1.8], [0, 6, 1]]))
+    assert re.findall("<title>(.*?)</title>", drawn) == [
+        "8 images: 60.0 % sure, 75.0 % right",
+        "2 images: 90.0 % sure, 50.0 % right",
+    ]
 
 
 def test_wilsons_interval() -> None:
