@@ -32,11 +32,6 @@ LAUNCHERS = {
 }
 LAUNCHERS["elastic"] = [*LAUNCHERS["gloo"], "1", "--min-np", "1", "-H", THREE, "--max-np"]
 TRAINED = {"model__trainable": "all", "train__epochs": 2, "valid__batch_size": 8}
-NOTE_IMPORTS = """
-import atexit, json, os, sys
-path = {folder!r} + "/imported-" + os.environ.get("OMPI_COMM_WORLD_RANK", "none") + ".json"
-atexit.register(lambda: open(path, "w").write(json.dumps(sorted(sys.modules))))
-"""
 Job = subprocess.CompletedProcess[str]
 Launch = Callable[..., Job]
 
@@ -122,13 +117,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, all weights trained on 2 ranks; beside it is what these imported, imported-<rank>.json."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "sitecustomize.py").write_text(NOTE_IMPORTS.format(folder=str(folder)))
-    job = run(command("mpirun", 2, "train", *small(data, folder / "run", **TRAINED)), PYTHONPATH=str(folder))
+def trained(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, all weights trained on 2 ranks."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    job = launch("mpirun", 2, "train", *small(data, run_dir, **TRAINED))
     assert job.returncode == 0, job.stderr
-    return folder / "run"
+    return run_dir
 
 
 def make_data(folder: Path, seed: int, per_class: int = 12) -> Path:
