@@ -130,7 +130,10 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "fail": fail,
     "exit": lambda *_: sys.exit(0),
     "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda *_: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop": lambda *_: (
+        os.kill(os.getpid(), signal.SIGSTOP),
+        time.sleep(HOURS),
+    ),  # is woken for its stacks
     "sleep": lambda *_: time.sleep(HOURS),
     "gil": lambda *_: [ctypes.PyDLL(None).usleep(10**6) for _ in iter(int, 1)],  # keeps the GIL asleep, for ever
     "usr1": lambda *_: send(os.getpid(), signal.SIGUSR1),

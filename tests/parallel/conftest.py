@@ -142,7 +142,7 @@ SMALL = ("--model.arch", "resnet18", "--train.precision", "fp32", "--optim.sched
 def small(data: Path, run_dir: Path, **keys: object) -> list[str]:
     """Flags for a run of seconds; section__key=value adds more."""
     shown = {"data__root": data, "data__image_size": 32, "run__dir": run_dir}
-    flags = {**shown, "model__weights": "none", "train__batch_size": 10, **keys}
+    flags = {**shown, "model__weights": "none", "train__batch_size": 10, "valid__batch_size": 10, **keys}
     return [*SMALL, *(word for key, value in flags.items() for word in (f"--{key.replace('__', '.')}", str(value)))]
 
 

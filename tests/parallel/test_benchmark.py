@@ -29,7 +29,19 @@ def benchmark(warm: str) -> list[str]:
 
 def flags(data: Path, folder: Path, steps: int) -> list[str]:
     """For the smallest jobs."""
-    words = [*SMALL, "--data.root", data, "--train.batch_size", 10, "--run.dir", folder, "--steps", steps]
+    words = [
+        *SMALL,
+        "--data.root",
+        data,
+        "--data.image_size",
+        32,
+        "--train.batch_size",
+        10,
+        "--run.dir",
+        folder,
+        "--steps",
+        steps,
+    ]
     return list(map(str, words))
 
 

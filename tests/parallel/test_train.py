@@ -110,8 +110,7 @@ atexit.register(lambda: open(path, "w").write(json.dumps(sorted(sys.modules))))
 def test_a_rank_imports_what_it_uses(data: Path, tmp_path: Path) -> None:
     """No rank what training does not need; matplotlib, tensorboard and jinja2 rank 0 alone."""
     (tmp_path / "sitecustomize.py").write_text(NOTE_IMPORTS.format(folder=str(tmp_path)))
-    flags = small(data, tmp_path / "run", model__trainable="all", train__epochs=1)
-    job = run(command("mpirun", 2, "train", *flags), PYTHONPATH=str(tmp_path))
+    job = run(command("mpirun", 2, "train", *small(data, tmp_path / "run", train__epochs=1)), PYTHONPATH=str(tmp_path))
     assert job.returncode == 0, job.stderr
     main, other = (set(json.loads((tmp_path / f"imported-{rank}.json").read_text())) for rank in (0, 1))
     assert {"torch", "horovod.torch", "mpi4py.MPI"} <= other
