@@ -23,7 +23,7 @@ from hvd_eurosat.config.schema import flatten
 from hvd_eurosat.data.sample import SCENES
 from hvd_eurosat.data.tree import read_manifest
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.run.page import environment, percent, shown
+from hvd_eurosat.run.rendering import environment, percent, shown
 from hvd_eurosat.run.story import Confusion, Story, read_story
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.scores import calibration_error

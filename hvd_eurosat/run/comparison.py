@@ -10,11 +10,13 @@ from typing import Any
 
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.run import svg
-from hvd_eurosat.run.page import ABOUT_ITSELF, PAGE, STATES, environment, shown
+from hvd_eurosat.run.page import PAGE, STATES
+from hvd_eurosat.run.rendering import environment, shown
 from hvd_eurosat.run.story import Story, defaults, read_story
 from hvd_eurosat.training.files import write_text
 
 SEED = "train.seed"
+ABOUT_ITSELF = ("run.", "data.root", "data.cache_dir")  # keys that say where, not what
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
