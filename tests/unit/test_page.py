@@ -244,6 +244,23 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert [config["optim.lr"] for config in data["configs"]] == ["0.005", "0.005", "0.25"]
 
 
+@pytest.mark.parametrize(
+    ("told", "same"), [({}, True), ({"split": "another (digest def)"}, False), ({"world_size": 4}, False)]
+)
+def test_runs_of_one_configuration(tmp_path: Path, told: dict[str, Any], same: bool) -> None:
+    """Another split is another configuration, and so are more ranks, whose batch is larger."""
+    folders = [grow_run(tmp_path / "a"), grow_run(tmp_path / "b", status=told, train__seed=1)]
+    assert len(comparison.groups([story.read_story(folder) for folder in folders])) == same
+
+
+def test_a_comparison_says_why_a_run_failed(tmp_path: Path) -> None:
+    """And tells runs of one name apart."""
+    folders = [grow_run(tmp_path / place / "run", "failed", 1, {"error": f"<{place}>"}) for place in ("a", "b")]
+    text = Reader(comparison.write_comparison(folders, tmp_path / "index.html").read_text()).text
+    for words in ("<a>", "<b>", str(folders[0]), str(folders[1])):
+        assert words in text, words
+
+
 def test_mean_and_deviation() -> None:
     assert comparison.spread([0.9, 0.92, 0.94]) == {
         "mean": pytest.approx(0.92),
