@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hvd_eurosat.run.rendering import between, moment, percent
+from hvd_eurosat.run.rendering import between, counted, moment, percent
 from hvd_eurosat.run.status import span
-from hvd_eurosat.run.story import Counted, Story
+from hvd_eurosat.run.story import Story, beginning
+
+MOST_NAMED = 20  # classes, or hosts
 
 
 def lead(story: Story) -> str:
@@ -21,9 +23,9 @@ def lead(story: Story) -> str:
     first = f"A {config['model.arch']} {learns} to tell {kinds} apart, from {of_images}{_data(story)}."
     tested = story.tested
     if tested:
-        low, high = tested.interval
         of = f"{tested.total:,} test images, which it had never seen"
-        return f"{first} Of {of}, it classifies {percent(tested.share)} rightly (95 % interval {between(low, high)})."
+        rightly = f"{percent(tested.share)} rightly (95 % interval {between(*tested.interval)})"
+        return f"{first} Of {of}, it classifies {rightly}."
     best = story.best
     if best:
         return f"{first} The best validation so far is {percent(best['accuracy'])}, after epoch {best['epoch']}."
@@ -38,16 +40,16 @@ def _data(story: Story) -> str:
 
 def weak(story: Story) -> str:
     """Where it fails most."""
-    confusion = story.confusion
+    confusion, names = story.confusion, story.classes
     if not confusion or not confusion.worst_pairs:
         return ""
-    names, counts = story.classes, confusion.counts
-    shares = [Counted(int(row[n]), int(row.sum())) for n, row in enumerate(counts)]
-    worst = min(range(len(shares)), key=lambda n: (shares[n].share, -shares[n].total))
-    most = sorted(confusion.worst_pairs, key=lambda pair: -pair[2])[:3]
+    shares = [confusion.of_class(n)[0] for n in range(len(names))]
+    worst = min((n for n, of in enumerate(shares) if of.total), key=lambda n: (shares[n].share, -shares[n].total))
+    most = confusion.worst_pairs[:3]
     pairs = "; ".join(f"{names[t]} taken for {names[g]} ({n} of {shares[t].total})" for t, g, n in most)
     found = f"{shares[worst].correct} of {shares[worst].total} images are recognised"
-    return f"It is weakest on {names[worst]}, of which {found}. Most frequent mistakes: {pairs}."
+    when = "" if confusion.split == "test" else f" (validation after epoch {confusion.epoch})"
+    return f"It is weakest on {names[worst]}, of which {found}{when}. Most frequent mistakes: {pairs}."
 
 
 def trouble(story: Story) -> dict[str, Any] | None:
@@ -56,7 +58,7 @@ def trouble(story: Story) -> dict[str, Any] | None:
     if state not in ("failed", "stale", "stopped"):
         return None
     epoch, epochs = status.get("epoch", 0), status.get("epochs", story.config["train.epochs"])
-    where = f"in epoch {epoch} of {epochs}, after {status.get('step', 0):,} steps"
+    where = f"in epoch {epoch} of {epochs}, after {counted(status.get('step', 0), 'step')}"
     newest = story.checkpoints[-1] if story.checkpoints else None
     of = f"The newest checkpoint is of epoch {newest['epoch']}, step {newest['step']:,}." if newest else ""
     cure = f"{of} Start the same command again, and it goes on from there." if newest else "No checkpoint was saved."
@@ -73,12 +75,17 @@ def what(story: Story) -> list[tuple[str, str]]:
     """Facts by name: those of the run's first lines, where it ran, and with what."""
     status = story.status
     rows = [(name, str(value)) for name, value in status.get("header", {}).items()]
+    rows.append(("start", beginning(story.config)))
+    if names := story.classes:
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        rows.append(("classes", ", ".join(names[:MOST_NAMED]) + more))
     if split := status.get("split"):
         rows.append(("split", split))
     hosts = status.get("hosts", {})
     if hosts:
-        named = ", ".join(f"{host} ({count} rank{'s' * (count > 1)})" for host, count in list(hosts.items())[:20])
-        more = f" and {len(hosts) - 20} more" if len(hosts) > 20 else ""
+        some = list(hosts.items())[:MOST_NAMED]
+        named = ", ".join(f"{host} ({counted(count, 'rank')})" for host, count in some)
+        more = f" and {len(hosts) - MOST_NAMED} more" if len(hosts) > MOST_NAMED else ""
         rows.append((f"host{'s' * (len(hosts) > 1)}", named + more))
     if version := status.get("version"):
         commit = f", commit {status['commit']}" if status.get("commit") else ""
@@ -88,16 +95,16 @@ def what(story: Story) -> list[tuple[str, str]]:
         rows.append(("started", moment(starts[0]["time"])))
     resumes = [f"after epoch {s['epoch']}, step {s['step']:,} ({moment(s['time'])})" for s in starts[1:]]
     if resumes:
-        rows.append((f"resumed {len(resumes)} time{'s' * (len(resumes) > 1)}", "; ".join(resumes)))
+        rows.append((f"resumed {counted(len(resumes), 'time')}", "; ".join(resumes)))
     return rows
 
 
-def stand(story: Story) -> list[dict[str, str]]:
-    """Where it stands, in a few large figures: label, value, note."""
+def stand(story: Story) -> list[dict[str, Any]]:
+    """Where it stands, in a few large figures: label, value, note; since: of a note that grows old while it is read."""
     status, tiles = story.status, []
 
-    def tile(label: str, value: str, note: str = "") -> None:
-        tiles.append({"label": label, "value": value, "note": note})
+    def tile(label: str, value: str, note: str = "", since: float | None = None) -> None:
+        tiles.append({"label": label, "value": value, "note": note, "since": since})
 
     trained = story.of("train")
     epochs = int(story.config["train.epochs"])
@@ -106,7 +113,8 @@ def stand(story: Story) -> list[dict[str, str]]:
     if story.state == "running" and status.get("seconds_left") is not None:
         tile("left", span(status["seconds_left"]), status.get("phase", ""))
     else:
-        tile("trained for", span(sum(e.get("seconds", 0.0) for e in trained)), f"{status.get('step', 0):,} steps")
+        seconds = sum(e.get("seconds", 0.0) for e in trained)
+        tile("trained for", span(seconds) if trained else "less than an epoch", counted(status.get("step", 0), "step"))
     rate = status.get("images_per_second") or (trained[-1].get("images_per_second") if trained else None)
     if rate:
         tile("speed", f"{rate:,.0f}", "images per second, all ranks")
@@ -116,7 +124,8 @@ def stand(story: Story) -> list[dict[str, str]]:
         tile("test", percent(story.tested.share), f"{story.tested.correct:,} of {story.tested.total:,} images")
     if story.checkpoints:
         newest = story.checkpoints[-1]
+        live = story.state == "running"
         old = span(float(status.get("updated") or time.time()) - newest["time"])
-        note = f"{old} old" if story.state == "running" else newest["file"]
-        tile("last checkpoint", f"epoch {newest['epoch']}", note)
+        note = f"{old} old" if live else newest["file"]
+        tile("last checkpoint", f"epoch {newest['epoch']}", note, newest["time"] if live else None)
     return tiles

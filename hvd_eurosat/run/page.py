@@ -14,14 +14,15 @@ from hvd_eurosat.run import svg
 from hvd_eurosat.run.examples import in_turn
 from hvd_eurosat.run.opening import lead, stand, trouble, weak, what
 from hvd_eurosat.run.rendering import between, environment, shown
-from hvd_eurosat.run.status import STALE_SECONDS
-from hvd_eurosat.run.story import Counted, Story, defaults, meaning, read_story
+from hvd_eurosat.run.story import Story, defaults, meaning, read_story
 from hvd_eurosat.run.svg import Curve, Mark
 from hvd_eurosat.training.files import write_text
 from hvd_eurosat.training.scores import calibration_error
 
 PAGE = "index.html"
 RELOAD_SECONDS = 20
+MOST_SECONDS = 120.0  # between two pages of a running job, however long its epochs are
+PATIENCE = 300.0  # seconds after which a page that is not written anew is that of a dead job
 SHOWN = 12  # of the worst mistakes, and of the least certain images
 MOST_CLASSES = 60  # of a confusion matrix that can be looked at
 MOST_RANKS = 64  # of which the time is shown
@@ -61,7 +62,8 @@ def contents(story: Story) -> dict[str, Any]:
         "live": story.state == "running",
         "reload": RELOAD_SECONDS,
         "written": written,
-        "patience": _patience(story),
+        "patience": PATIENCE,
+        "again": f"python -m hvd_eurosat.report page --run.dir {shlex.quote(str(story.folder))}",
         "lead": lead(story),
         "weak": weak(story),
         "trouble": trouble(story),
@@ -79,14 +81,9 @@ def contents(story: Story) -> dict[str, Any]:
         "noted": noted(story),
         "settings": settings(story),
         "checkpoints": _checkpoints(story),
+        "frozen": story.checkpoints[-1].get("frozen") if story.checkpoints else None,
         "commands": commands(story),
     }
-
-
-def _patience(story: Story) -> float:
-    """Seconds after which a page that is not written anew is that of a dead job: twice an epoch, and some more."""
-    longest = max((e.get("seconds", 0.0) for e in story.of("train")), default=0.0)
-    return 2 * longest + 2 * max((e.get("seconds", 0.0) for e in story.of("valid")), default=0.0) + 10 * STALE_SECONDS
 
 
 # --- how it went ---
@@ -137,9 +134,8 @@ def _result(story: Story) -> dict[str, Any] | None:
     confusion = story.confusion
     if not confusion:
         return None
-    low, high = confusion.all.interval
-    is_test = confusion.split == "test"
-    return {"is_test": is_test, "epoch": confusion.epoch, "all": confusion.all, "between": between(low, high)}
+    of_all = {"all": confusion.all, "between": between(*confusion.all.interval)}
+    return {"is_test": confusion.split == "test", "epoch": confusion.epoch, **of_all}
 
 
 def per_class(story: Story) -> list[dict[str, Any]]:
@@ -147,13 +143,10 @@ def per_class(story: Story) -> list[dict[str, Any]]:
     if not story.confusion:
         return []
     rows = []
-    counts = story.confusion.counts
     for n, name in enumerate(story.classes):
-        hit, true, said = int(counts[n, n]), int(counts[n].sum()), int(counts[:, n].sum())
-        found = Counted(hit, true)
-        low, high = found.interval
-        shares = {"recall": found.share, "precision": Counted(hit, said).share, "f1": 2 * hit / max(true + said, 1)}
-        rows.append({"name": name, "images": true, "correct": hit, "between": between(low, high), **shares})
+        found, given = story.confusion.of_class(n)
+        f1 = 2 * found.correct / max(found.total + given.total, 1)
+        rows.append({"name": name, "found": found, "given": given, "between": between(*found.interval), "f1": f1})
     return rows
 
 
