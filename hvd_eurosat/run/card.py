@@ -161,6 +161,7 @@ def card(export: Export, story: Story | None, judged: Confusion | None, off: flo
         "judged": judged,
         "rows": rows,
         "calibration_error": off,
+        "caveats": caveats(export.saved, facts) if export.saved else [],
         "synthetic": synthetic,
         "is_eurosat": set(names) == set(SCENES) and not synthetic,
         "weights_licence": _weights_licence(config.get("model.weights", "none")),
@@ -189,6 +190,18 @@ def verdict(judged: Confusion) -> str:
     if split == "test":
         return found
     return f"{found} These images chose the epoch, so with new ones it will be somewhat lower. It was not tested."
+
+
+def caveats(saved: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
+    """In what the network that was judged is another than the one that is exported."""
+    views, found = saved.views(None), []
+    if views > 1:
+        found.append(
+            f"It was judged by the mean of {views} views of each image. By one view it is a little less accurate."
+        )
+    if facts["temperature"] != saved.temperature(views):
+        found.append("Its probabilities are not calibrated as those that were judged: it has another temperature.")
+    return found
 
 
 def _is_synthetic(config: Mapping[str, Any], story: Story | None) -> bool:
