@@ -85,6 +85,8 @@ def test_a_number_of_the_matrix_shows_its_images(chromium: Browser, runs: Path) 
     assert page.ask("viewer.open")
     assert page.ask("document.querySelector('#viewer h3').textContent") == "Pasture, taken for River"
     assert page.ask("document.querySelectorAll('#viewer img').length") == 12
+    sure = page.ask("[...document.querySelectorAll('#viewer figure')].map((figure) => Number(figure.dataset.sure))")
+    assert sure == sorted(sure, reverse=True)
     assert page.ask("[...document.querySelectorAll('#viewer img')].every((image) => image.naturalWidth === 64)")
     page.press("Escape")
     assert not page.ask("viewer.open")

@@ -90,6 +90,7 @@ for (const button of document.querySelectorAll("button.cell")) {
     const kept = document.getElementById("rest");
     const figures = [...document.querySelectorAll(".gallery figure"), ...kept.content.querySelectorAll("figure")];
     const wanted = figures.filter((figure) => figure.dataset.cell === button.dataset.cell && !viewer.contains(figure));
+    wanted.sort((a, b) => b.dataset.sure - a.dataset.sure);
     viewer.querySelector("h3").textContent = button.title;
     viewer.querySelector(".note").textContent =
       wanted.length < Number(button.textContent) ? `${wanted.length} of ${button.textContent.trim()} are kept here.` : "";
