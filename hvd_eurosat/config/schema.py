@@ -297,7 +297,8 @@ class Run(Section):
     """rmldnn's logs: x.txt gives x_train.txt, with a line for each step, and x_test.txt, with one for each
     validation"""
     page: bool = True
-    """write index.html, the page of the run, in run.dir: at its start, after every epoch and at its end"""
+    """write index.html, the page of the run, in run.dir: at its start, after every epoch, every two minutes of a
+    long one, and at its end"""
     metrics_file: Annotated[UserPath, AfterValidator(_metrics_file)] | None = None
     """FILE.prom for Prometheus: what status.json says, replaced every five seconds, for node_exporter's textfile
     collector"""

@@ -52,6 +52,7 @@ class Journal:
         self._files = world.together(self._open)
         self._saver: Saver | None = None
         self._signs: Signs | None = None
+        self._reached: dict[str, int] = {}
         self._outfile: Outfile | None = None
 
     def _open(self) -> RunDirectory | None:
@@ -160,6 +161,7 @@ class Journal:
 
     def stepped(self, number: int, step: Step, state: TrainingState, samples: int) -> None:
         """After step `number` and `samples` samples since begin_epoch: progress, now and then, of rank 0's shard."""
+        self._reached = {"step": state.step, "samples": state.samples}
         if self._outfile:
             rate = state.optimiser.param_groups[0]["lr"]
             self._outfile.stepped(state.epoch + 1, step.loss.clone(), step.gradient_norm(), rate)
@@ -222,7 +224,8 @@ class Journal:
         self._files.record("valid", epoch, step=step, seconds=validating, **validation.event())
         if self._signs:
             skipped = sum(event.get("skipped_steps", 0) for event in self._files.events("train"))
-            self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **self._results())
+            facts |= {"images_per_second": self._samples / seconds}
+            self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **facts, **self._results())
             self._signs.draw()
         if self._outfile:
             self._outfile.validated(epoch, validation)
@@ -311,7 +314,8 @@ class Journal:
             self._signs.end(phase="waiting for ranks")
         elif self._signs:
             noted = read_failure(folder)
-            self._signs.end(state="failed", error=noted["error"] if noted else self._words(error), seconds_left=None)
+            words = noted["error"] if noted else self._words(error)
+            self._signs.end(state="failed", error=words, seconds_left=None, **self._reached)
         elif not (self._world.is_main or lost or isinstance(error, SharedError)):
             leave_failure(folder, self._words(error))
             with contextlib.suppress(Exception):  # the job ends by another error than this

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +58,11 @@ class Confusion:
     def all(self) -> Counted:
         """Of all classes."""
         return Counted(int(self.counts.trace()), int(self.counts.sum()))
+
+    def of_class(self, n: int) -> tuple[Counted, Counted]:
+        """Of its images those that were given it (recall); of the images given it those that are of it (precision)."""
+        hits = int(self.counts[n, n])
+        return Counted(hits, int(self.counts[n].sum())), Counted(hits, int(self.counts[:, n].sum()))
 
     @property
     def worst_pairs(self) -> list[tuple[int, int, int]]:
@@ -187,6 +193,14 @@ def defaults() -> dict[str, Any]:
     """Of every key, whatever the environment says."""
     sections = {name: field.default for name, field in Config.model_fields.items() if name != "config"}
     return flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
+
+
+def beginning(config: Mapping[str, Any]) -> str:
+    """The weights that a run of this configuration begins with, and what of them trains."""
+    weights, trains = Path(config["model.weights"]).name, config["model.trainable"]
+    known = {"all": "all of them train", "bn+head": "the BatchNorm layers and the head (the last layer) train"}
+    known |= {"head": "the head (the last layer) trains"}
+    return f"{'random' if weights == 'none' else weights} weights; {known.get(trains, f'{trains} trains')}"
 
 
 def meaning(key: str) -> str:
