@@ -280,13 +280,15 @@ def _tar(file: BinaryIO, path: Path, inside: str) -> Source:
         flaw = _danger(name, member.size, member.size)
         if flaw:
             raise UserError(f"{path} is not safe to unpack: {name!r} {flaw}")
+        if member.islnk():  # a second name of a file that is in the archive, which tar writes unasked
+            member = members.get(member.linkname.removeprefix("./"), member)
         if not member.isfile() and not member.isdir():
             cure = "pack it with `tar -h`, which follows links"
             raise UserError(f"{path} cannot be used as it is: {name!r} is a link or a special file: {cure}")
         if name in members and member.isfile():
             raise UserError(f"{path} cannot be used as it is: {name!r} is there twice")
         members[f"{name}/" if member.isdir() else name] = member
-    _check_total(sum(member.size for member in every), path)
+    _check_total(sum(member.size for member in members.values()), path)
     lock = threading.Lock()  # the members share one file
 
     def read(name: str, size: int = -1) -> bytes:
