@@ -18,7 +18,7 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
-from hvd_eurosat.data.layout import find_files, is_litter, lay_out, list_folder, normal
+from hvd_eurosat.data.layout import check_name, find_files, is_litter, lay_out, list_folder, normal
 from hvd_eurosat.errors import UserError
 
 FAR_LARGER = 4  # times the side that the network was shown: it hardly knows what it sees
@@ -43,13 +43,15 @@ class Seen:
 def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     """The images in files and folders (with their subfolders), sorted by name: the path below its folder, or its own.
 
-    listed: more files, which are named as they are written. Raises UserError where there are none, or two of one name.
+    listed: more files, which are named as they are written, without a first slash. Raises UserError where there are
+    none, or two of one name.
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
     for name, path in [*(pair for place in places for pair in _images(place, notes)), *_listed(listed)]:
-        if not name.isprintable():
-            raise UserError(f"unusable file name {name!r}: it has control characters or no valid encoding")
+        check_name(name, "the input")
+        if found.get(name) == path:
+            raise UserError(f"{path} is named twice: name it once")
         if name in found:
             both = f"both {found[name]} and {path} would be {name} among the predictions"
             raise UserError(f"{both}: give their folder, or a --list of files, which are named by their paths")
@@ -93,9 +95,13 @@ def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
 def _listed(lines: Sequence[str]) -> Iterator[tuple[str, Path]]:
     for line in lines:
         name = normal(line)
+        if Path(line).is_dir():
+            raise UserError(
+                f"--list: {line} is a folder: list files (find {shlex.quote(line)} -type f), or give --input"
+            )
         if os.path.normpath(name) not in (name, name.removeprefix("./")):
             raise UserError(f"--list: {line} is no plain path: write {os.path.normpath(name)}")
-        yield name.removeprefix("./"), Path(line)
+        yield name.removeprefix("./").lstrip("/"), Path(line)  # HDF5 drops the first slash as well
 
 
 def class_numbers(labels: Sequence[str], names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:

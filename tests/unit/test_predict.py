@@ -143,21 +143,40 @@ def test_the_likeliest_classes(asked: Asked, images: Path, tmp_path: Path) -> No
 def test_a_list_of_files(
     asked: Asked, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin: bool
 ) -> None:
-    """They are named as in the list, so that its lines join the predictions."""
+    """Their lines join the predictions by `file`, and the names of both files are one, as HDF5 lists them."""
     lines = [
         str(images / "River" / "River_1.jpg"),
         str(images / "Forest" / "Forest_1.jpg"),
         os.path.relpath(images / "no.jpg"),
     ]
     text = "\n".join([lines[0], "", *lines[1:], ""])
-    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8-sig")  # as editors of Windows do
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
     asked(predict, "--list", "-" if stdin else tmp_path / "list.txt", "--skip-bad")
     rows = table(tmp_path / "out" / "predictions.csv")
-    assert sorted(row["name"] for row in rows) == sorted(lines[:2])
+    assert sorted(row["file"] for row in rows) == sorted(lines[:2])
     assert [row["name"] for row in table(tmp_path / "out" / "skipped.csv")] == lines[2:]
+    found: list[str] = []
     with h5py.File(tmp_path / "out" / "output_1.h5") as file:
-        assert all(file[row["name"]].shape == (3,) for row in rows)
+        file.visititems(lambda name, found_here: found.append(name) if isinstance(found_here, h5py.Dataset) else None)
+    assert [row["name"] for row in rows] == found == sorted(line.removeprefix("/") for line in lines[:2])
+
+
+def test_two_lines_of_one_name(asked: Asked, images: Path, tmp_path: Path) -> None:
+    file = str(images / "Forest" / "Forest_1.jpg")
+    (tmp_path / "list.txt").write_text(f"{file}\n{file[1:]}\n")
+    with pytest.raises(UserError, match=f"both {file} and {file[1:]} would be {file[1:]} among the predictions"):
+        asked(predict, "--list", tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text(f"{file}\n{file}\n")
+    with pytest.raises(UserError, match=f"{file} is named twice: name it once"):
+        asked(predict, "--list", tmp_path / "list.txt")
+
+
+def test_a_folder_in_a_list(asked: Asked, images: Path, tmp_path: Path) -> None:
+    """`find patches` lists them, too."""
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(images.rglob("*"))))
+    with pytest.raises(UserError, match=r"--list: \S+ is a folder: list files \(find \S+ -type f\), or give --input"):
+        asked(predict, "--list", tmp_path / "list.txt")
 
 
 def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
