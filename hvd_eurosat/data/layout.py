@@ -18,7 +18,7 @@ from hvd_eurosat.errors import UserError
 
 PREPARE = "python -m hvd_eurosat.prepare"
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp"))
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SPLITS = ("train", "valid", "test")
 SPLIT_FOLDERS = {
@@ -27,16 +27,20 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 PACKED = ".packed"  # our own, which is nobody's litter
+UNUSABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's categories of controls, broken characters and line ends
 SHOWN = 10  # names in a list
 # What Windows, macOS, Linux, network drives and notebooks leave among files, with all hidden names; then what they and
 # GIS programs leave beside a file, by the file's name and an ending.
 LITTER = re.compile(
-    r"\..*|desktop\.ini|ehthumbs(_vista)?\.db|thumbs\.db|icon\r|@eadir|@recycle|@recently-snapshot|#recycle|#snapshot"
-    r"|\$recycle\.bin|system volume information|lost\+found|lost\.dir|__macosx|__pycache__|zbthumbnail\.info|~\$.*",
+    r"\..*|desktop\.ini|ehthumbs(_vista)?\.db|thumbs\.db(:encryptable)?|icon[\r\uf00d]|picasa\.ini|zbthumbnail\.info"
+    r"|@eadir|@synoresource|@recycle|@recently-snapshot|#recycle|#snapshot|\$recycle\.bin|system volume information"
+    r"|wpsettings\.dat|found\.\d{3}|lost\+found|lost\.dir|network trash folder|temporary items|__macosx|__pycache__"
+    r"|~\$.*",
     re.IGNORECASE,
 )
 COMPANION = re.compile(
-    r".+([:\uf03a]zone\.identifier|\.aux\.xml|\.(ovr|tfw|tifw|jgw|jpgw|pgw|pngw|wld))", re.IGNORECASE
+    r".+([:\uf03a]zone\.identifier|@syno(eastream|resource)|\.aux\.xml|\.(ovr|tfw|tifw|jgw|jpgw|pgw|pngw|wld))",
+    re.IGNORECASE,
 )
 
 
@@ -48,6 +52,13 @@ def is_litter(name: str) -> bool:
 def normal(name: str) -> str:
     """The name in Unicode's NFC: macOS may write `ê` as two characters, other systems write one."""
     return unicodedata.normalize("NFC", name)
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise UserError for a name that lines of text cannot hold. Other spaces than ours, and joiners, they can."""
+    if not UNUSABLE.isdisjoint(map(unicodedata.category, name)):
+        flaw = "it has control characters or no valid encoding"
+        raise UserError(f"{where}: unusable file name {name!a}: {flaw}: rename it")
 
 
 @dataclass(frozen=True)
@@ -74,9 +85,9 @@ class Listing:
     def add(self, spelling: str) -> None:
         """Note a file. Raises UserError for a name that cannot be used, or is another's too."""
         name = normal(spelling)
-        if not name.isprintable() or "\\" in name:
-            flaw = "it has control characters, backslashes or no valid encoding"
-            raise UserError(f"{self.where}: unusable file name {spelling!r}: {flaw}")
+        check_name(name, self.where)
+        if "\\" in name:  # which sha256sum writes in another way
+            raise UserError(f"{self.where}: unusable file name {name!a}: it has backslashes: rename it")
         if name in self.files:
             both = f"{self.files[name]!a} and {spelling!a}"
             raise UserError(f"{self.where}: {both} are two files of one name, {name}: rename one")
@@ -235,11 +246,13 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
     if depth == 0:
         raise _no_classes(files, listing, "")
     around = {_around(name, depth) for name in files.images}
-    level = _split_level(around, listing)
     empty = {name for name in listing.folders if name.count("/") == depth - 1 and _around(name, depth) in around}
     classes = sorted({name.split("/")[depth - 1] for name in (*files.images, *empty)})
-    if level is None and {name.casefold() for name in classes} <= SPLIT_FOLDERS.keys():
+    if {name.casefold() for name in classes} <= SPLIT_FOLDERS.keys():
+        if len(around) > 1:
+            raise _splits_inside(classes, around, listing)
         raise _no_classes(files, listing, f" in {_folders(classes)}")
+    level = _split_level(around, listing)
     if len(classes) < least:
         raise _no_classes(files, listing, "", classes[0])
     _check_depth(files, set(classes), level, listing)
@@ -301,7 +314,8 @@ def _is_image(name: str, listing: Listing) -> bool:
     if os.path.splitext(name)[1].lower() in SUFFIXES:
         return True
     start = listing.peek(listing.files[name])
-    return start.startswith(MAGIC) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+    is_bmp = start[:2] == b"BM" and start[6:10] == bytes(4)  # two letters begin a text, too
+    return is_bmp or start.startswith(MAGIC) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
 
 
 def _around(name: str, depth: int) -> tuple[str, ...]:
@@ -324,10 +338,11 @@ def _split_level(around: set[tuple[str, ...]], listing: Listing) -> int | None:
     if twice:
         raise UserError(f"{listing.where} has {_folders(folders)}, of which two would be {twice}/: rename one")
     if len(splits) < len(SPLITS):
-        one = "/".join(next(one for one in sorted(around) if one[level] == folders[-1])[: level + 1])
+        chosen = min(splits, key=SPLITS.index)  # train, where there is one
+        one = next(names for names in sorted(around) if SPLIT_FOLDERS[names[level].casefold()] == chosen)
         raise UserError(
             f"{listing.where} has {_folders(folders)} but not all of train/, valid/ and test/: add what is missing, "
-            f"or split one of them anew with {listing.preparing(one)}"
+            f"or split one of them anew with {listing.preparing('/'.join(one[: level + 1]))}"
         )
     return level
 
@@ -355,6 +370,12 @@ def _several(what: str, folders: Sequence[tuple[str, ...]], listing: Listing) ->
     return UserError(f"{listing.where} has {what} in several folders, {_some(f'{name}/' for name in names)}: {choice}")
 
 
+def _splits_inside(splits: list[str], around: set[tuple[str, ...]], listing: Listing) -> UserError:
+    folders = ["/".join(names) for names in sorted(around)]
+    outer = f"class folders belong into the splits, as in {splits[0]}/{folders[0].rpartition('/')[2]}/"
+    return UserError(f"{listing.where} has {_folders(splits)} in {_some(f'{name}/' for name in folders)}: {outer}")
+
+
 def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
     """Why the least deep folders of images are no class folders: images lie beside folders of others, or are all."""
     loose = ""
@@ -365,7 +386,7 @@ def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> 
         unless = f", unless {loose}" if loose else ""
         return UserError(f"{listing.where} has one class only, {only}: there is nothing to tell apart{unless}")
     if loose:
-        return UserError(f"{listing.where}: {loose}")
+        return UserError(f"{listing.where}: {loose}: move it into one, or elsewhere")
     return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
 
 

@@ -119,6 +119,12 @@ def check_classes(counts: dict[str, dict[str, int]], where: str) -> tuple[str, .
     return tuple(classes)
 
 
+def preparing(root: Path, side: int | None) -> str:
+    """The command that prepares a folder, whose images have `side` pixels, if that is known."""
+    size = "" if side in (None, 64) else f" --image-size {side}"
+    return f"{PREPARE} --source {shlex.quote(str(root))} --out DIR{size}"
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal, read piece by piece."""
     digest = hashlib.sha256()
@@ -184,9 +190,8 @@ def _unzipped(root: Path) -> Tree:
     listing = list_folder(root, f"--data.root {shlex.quote(f'{root}/')}")
     layout = lay_out(listing)
     if not layout.split:
-        raise UserError(
-            f"{root} has no train/ valid/ test/: split it with {PREPARE} --source {shlex.quote(str(root))} --out DIR"
-        )
+        side = _side(root / listing.files[layout.items[0].path])
+        raise UserError(f"{root} has no train/ valid/ test/: split it with {preparing(root, side)}")
     own = {f"{item.split}/{item.label}/{item.name}": listing.files[item.path] for item in layout.items}
     digest = hashlib.sha256()
     counts: dict[str, dict[str, int]] = {split: dict.fromkeys(layout.classes, 0) for split in SPLITS}

@@ -288,7 +288,7 @@ BAD = {
     "63x64": "63x64 pixels; 64x64 is wanted",
     "128x64": "128x64 pixels; 64x64 is wanted",
     "13 bands": "13-band multispectral TIFF is not supported yet; use the RGB set",
-    "bomb": "its header claims 10000x10000 pixels",
+    "bomb": "its header claims 10000x10000 pixels; 4096 a side is the most (map takes whole scenes)",
     "great bomb": "its header claims more than",
 }
 
@@ -402,11 +402,22 @@ def test_images_beside_the_class_folders(grow: Grow, encode: Encode, run: Run) -
     assert "lost.jpg lies outside the class folders" in run(source)[2]
 
 
-@pytest.mark.parametrize("name", ["new\nline.jpg", "back\\slash.jpg", b"latin-\xe9.jpg"])
+@pytest.mark.parametrize("name", ["new\nline.jpg", "line\u2028end.jpg", "back\\slash.jpg", b"latin-\xe9.jpg"])
 def test_names_that_a_checksum_file_cannot_hold(grow: Grow, encode: Encode, run: Run, name: str | bytes) -> None:
     source = grow("photos", CLASSES)
     (source / "River" / os.fsdecode(name)).write_bytes(encode(1))
-    assert "unusable file name" in run(source)[2]
+    said = run(source)[2]
+    assert "unusable file name" in said
+    assert said.endswith(": rename it\n")
+
+
+def test_names_with_spaces_and_joiners_of_other_systems(tmp_path: Path, grow: Grow, encode: Encode, run: Run) -> None:
+    """macOS names a screenshot with a narrow space that does not break; emoji are joined by a character of no width."""
+    source = grow("photos", CLASSES)
+    for n, name in enumerate(("at 10.00.00\u202fAM.jpg", "no\u00a0break.jpg", "\U0001f468\u200d\U0001f33e.jpg")):
+        (source / "River" / name).write_bytes(encode(n))
+    assert run(source)[0] == 0
+    assert main(["--verify", str(tmp_path / "out")]) == 0
 
 
 def test_a_source_that_is_not_there(run: Run) -> None:
