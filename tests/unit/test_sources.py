@@ -90,6 +90,12 @@ def test_backslashes_are_folders(tmp_path: Path, members: Members, run: Run) -> 
     assert "climbing.zip is not safe to unpack" in run(climbing, out="out2")[2]
 
 
+def test_folders_of_no_name_are_odd_and_not_unsafe(tmp_path: Path, members: Members, run: Run) -> None:
+    names = {b"./" + name.replace(b"/", b"/.//"): content for name, content in members("utf-8").items()}
+    assert run(bare_zip(tmp_path / "odd.zip", {b"./": b"", **names}))[0] == 0
+    assert manifest(tmp_path / "out")["classes"] == ["Forêt", "Mer"]
+
+
 @pytest.mark.parametrize(
     ("flags", "method", "said"),
     [
