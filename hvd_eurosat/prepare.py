@@ -217,7 +217,7 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
             with (folder / (item.split or UNSPLIT) / item.label / name).open("xb") as file:
                 file.write(data)
         except FileExistsError:
-            raise UserError(f"{item.path}: another image of its class would be called {name} too") from None
+            raise UserError(f"{item.path}: another image of its class would be called {name} too: rename one") from None
         return Written(item, name, hashlib.sha256(data).hexdigest(), was)
 
     results = list(in_threads(copy, source.layout.items, "checking images"))

@@ -10,7 +10,7 @@ import shlex
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,8 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-PACKED = ".packed"  # our own, which is nobody's litter
+PACKED = ".packed"
+OWN = re.compile(rf"{re.escape(PACKED)}|\..*\.partial-[0-9a-f]{{8}}")  # ours, which is nobody's litter
 UNUSABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's categories of controls, broken characters and line ends
 SHOWN = 10  # names in a list
 # What Windows, macOS, Linux, network drives and notebooks leave among files, with all hidden names; then what they and
@@ -93,6 +94,14 @@ class Listing:
             raise UserError(f"{self.where}: {both} are two files of one name, {name}: rename one")
         self.files[name] = spelling
 
+    def leave_out(self, name: str) -> None:
+        """Count litter, by its ending where there may be one for each file."""
+        if OWN.fullmatch(name):
+            return
+        companion = None if LITTER.fullmatch(name) else COMPANION.fullmatch(name)
+        kind = f"*{companion[1]}" if companion else "._*" if name.startswith("._") else name.strip()
+        self.litter[kind] += 1
+
     def inside(self, folder: str) -> "Listing":
         """What lies in one of its folders. Raises UserError where there is no such folder."""
         start = f"{normal(folder).strip('/')}/"
@@ -141,7 +150,7 @@ class Files:
     def notes(self, where: str) -> Iterator[str]:
         """A line on those beside, if there are any."""
         if self.beside:
-            files = "1 file" if len(self.beside) == 1 else f"{len(self.beside):,} files"
+            files = _count(self.beside)
             lost = f" ({self.lost:,} of them images)" if self.lost else ""
             yield f"{where}: left out {files}{lost} outside the folders of images: {_some(self.beside)}"
 
@@ -184,6 +193,8 @@ def list_folder(root: Path, option: str = "--inside ") -> Listing:
         except OSError:
             return b""
 
+    if root.is_file():
+        raise UserError(f"{root} is a file: give a folder")
     listing = Listing(str(root), peek, option)
     spelt: dict[str, str] = {}
     try:
@@ -208,7 +219,7 @@ def list_names(spellings: Iterable[str], where: str, peek: Callable[[str], bytes
         if not spelling.endswith("/"):
             listing.add(spelling)
     for path in litter:
-        _add_litter(path.rpartition("/")[2], listing)
+        listing.leave_out(path.rpartition("/")[2])
     return listing
 
 
@@ -277,8 +288,8 @@ def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: L
     for entry in entries:
         path = f"{below}{entry.name}"
         if is_litter(entry.name):
-            _add_litter(entry.name, listing)
-        elif not entry.is_dir():
+            listing.leave_out(entry.name)
+        elif not _is_folder(entry):
             listing.add(path)
         elif entry.is_symlink() and _identity(entry) in here:
             listing.loops.append(path)
@@ -288,18 +299,16 @@ def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: L
             _walk(root, f"{path}/", here, listing, spelt)
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a bad file, named with the others
+        return False
+
+
 def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
     status = entry.stat()
     return status.st_dev, status.st_ino
-
-
-def _add_litter(name: str, listing: Listing) -> None:
-    """Count it, by its ending where there may be one for each file."""
-    if name == PACKED:
-        return
-    companion = None if LITTER.fullmatch(name) else COMPANION.fullmatch(name)
-    kind = f"*{companion[1]}" if companion else "._*" if name.startswith("._") else name.strip()
-    listing.litter[kind] += 1
 
 
 def _add_folder(spelling: str, listing: Listing, spelt: dict[str, str]) -> None:
@@ -412,8 +421,8 @@ def _no_images(listing: Listing) -> UserError:
     packed = [name for name in sorted(listing.files) if name.casefold().endswith(ARCHIVES)]
     if packed:
         return UserError(f"{listing.where} has no images but {_some(packed)}: unpack that and give what was in it")
-    others = f"; its {len(listing.files):,} files are {_some(sorted(listing.files))}" if listing.files else ""
-    litter = f"; {_some(sorted(listing.litter))} in it are no data" if listing.litter else ""
+    others = f"; it has {_count(listing.files)}: {_some(sorted(listing.files))}" if listing.files else ""
+    litter = f"; what is no data in it: {_some(sorted(listing.litter))}" if listing.litter else ""
     return UserError(f"{listing.where} has no images (JPEG, PNG, TIFF, WebP, BMP){others}{litter}")
 
 
@@ -423,6 +432,10 @@ def _key(name: str) -> list[str]:
 
 def _folders(names: Iterable[str]) -> str:
     return ", ".join(f"{name}/" for name in names)
+
+
+def _count(files: Collection[str]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files):,} files"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -92,6 +92,8 @@ def open_tree(root: Path) -> Tree:
     Raises UserError where the folder is missing, not split, empty, of one class, or its splits' classes differ.
     """
     try:
+        if root.is_file():
+            raise UserError(f"{root} is a file: make a folder of what is in it with {preparing(root, None)}")
         if not root.is_dir():
             raise UserError(
                 f"no data at {root}: make it with {PREPARE} --source EuroSAT_RGB.zip --out {root}, "
@@ -210,7 +212,7 @@ def _unzipped(root: Path) -> Tree:
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
-    except FileNotFoundError:  # a link that leads nowhere is a bad image, named with the others
+    except OSError:  # a link that leads nowhere is a bad image, named with the others
         return path.lstat()
 
 

@@ -136,13 +136,19 @@ def broken_link(tree: Grown, folder: Path, n: int) -> None:
     tree.bad.add(f"broken{n}.jpg")
 
 
+def self_link(tree: Grown, folder: Path, n: int) -> None:
+    with contextlib.suppress(FileExistsError):
+        (folder / f"self{n}.jpg").symlink_to(f"self{n}.jpg")
+    tree.bad.add(f"self{n}.jpg")
+
+
 def pipe(tree: Grown, folder: Path, n: int) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkfifo(folder / f"pipe{n}")
     tree.bad.add(f"pipe{n}")
 
 
-BAD = (grey, no_image, broken_link, pipe)
+BAD = (grey, no_image, broken_link, self_link, pipe)
 
 
 def loose(tree: Grown, folder: Path, n: int) -> None:

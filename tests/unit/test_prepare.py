@@ -25,7 +25,7 @@ import pytest
 from PIL import TiffImagePlugin
 
 from hvd_eurosat.data.images import decode
-from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.layout import SPLITS, list_folder
 from hvd_eurosat.data.packed import pack
 from hvd_eurosat.data.split import sizes
 from hvd_eurosat.data.tree import open_tree
@@ -334,9 +334,11 @@ def test_bad_files_are_counted_and_named_by_their_reasons(grow: Grow, encode: En
 def test_links_that_lead_nowhere_and_pipes_are_bad_files(grow: Grow, run: Run) -> None:
     source = grow("photos", CLASSES)
     (source / "River" / "link.jpg").symlink_to("nowhere.jpg")
+    (source / "River" / "self.jpg").symlink_to("self.jpg")
     os.mkfifo(source / "River" / "pipe.jpg")
     stderr = run(source)[2]
     assert "link.jpg: cannot be read (No such file" in stderr
+    assert "self.jpg: cannot be read (Too many levels of symbolic links)" in stderr
     assert "pipe.jpg: not a regular file" in stderr
 
 
@@ -693,3 +695,12 @@ def test_trees_that_do_not_open(tmp_path: Path, grow: Grow, counts: dict[str, in
     root = tmp_path / "data" if counts is None else grow("data", counts)
     with pytest.raises(UserError, match=re.escape(said)):
         open_tree(root)
+
+
+def test_an_archive_in_place_of_a_tree(tmp_path: Path, grow: Grow) -> None:
+    archive = zipped(tmp_path / "photos.zip", grow("photos", CLASSES))
+    said = f"{archive} is a file: make a folder of what is in it with python -m hvd_eurosat.prepare --source {archive} "
+    with pytest.raises(UserError, match=re.escape(said)):
+        open_tree(archive)
+    with pytest.raises(UserError, match="is a file: give a folder"):
+        list_folder(archive)
