@@ -18,7 +18,7 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
-from hvd_eurosat.data.layout import check_name, find_files, is_litter, lay_out, list_folder, normal
+from hvd_eurosat.data.layout import Listing, check_name, find_files, is_litter, lay_out, list_folder, normal
 from hvd_eurosat.errors import UserError
 
 FAR_LARGER = 4  # times the side that the network was shown: it hardly knows what it sees
@@ -48,7 +48,7 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
-    for name, path in [*(pair for place in places for pair in _images(place, notes)), *_listed(listed)]:
+    for name, path in [*(pair for place in places for pair in _images(place, notes)), *_listed(listed, notes)]:
         check_name(name, "the input")
         if found.get(name) == path:
             raise UserError(f"{path} is named twice: name it once")
@@ -56,6 +56,8 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
             both = f"both {found[name]} and {path} would be {name} among the predictions"
             raise UserError(f"{both}: give their folder, or a --list of files, which are named by their paths")
         found[name] = path
+    if not found:
+        raise UserError(f"no image is left; {'; '.join(notes)}")
     for name, path in found.items():
         for folder in found.keys() & set(map(str, Path(name).parents)):
             raise UserError(f"{found[folder]} would be an image and the folder of {path} among the predictions")
@@ -92,9 +94,13 @@ def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
     yield from ((name, place / listing.files[name]) for name in files.images)
 
 
-def _listed(lines: Sequence[str]) -> Iterator[tuple[str, Path]]:
+def _listed(lines: Sequence[str], notes: list[str]) -> Iterator[tuple[str, Path]]:
+    listing = Listing("--list", lambda spelling: b"")
     for line in lines:
         name = normal(line)
+        if found := next((part for part in name.split("/") if is_litter(part) and not part.startswith(".")), None):
+            listing.leave_out(found)  # as `find` lists it, too; what is hidden was named by somebody
+            continue
         if Path(line).is_dir():
             raise UserError(
                 f"--list: {line} is a folder: list files (find {shlex.quote(line)} -type f), or give --input"
@@ -102,6 +108,7 @@ def _listed(lines: Sequence[str]) -> Iterator[tuple[str, Path]]:
         if os.path.normpath(name) not in (name, name.removeprefix("./")):
             raise UserError(f"--list: {line} is no plain path: write {os.path.normpath(name)}")
         yield name.removeprefix("./").lstrip("/"), Path(line)  # HDF5 drops the first slash as well
+    notes += listing.notes()
 
 
 def class_numbers(labels: Sequence[str], names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:

@@ -179,6 +179,21 @@ def test_a_folder_in_a_list(asked: Asked, images: Path, tmp_path: Path) -> None:
         asked(predict, "--list", tmp_path / "list.txt")
 
 
+def test_litter_in_a_list(asked: Asked, images: Path, tmp_path: Path) -> None:
+    """A thumbnail, as `find` lists it; but a hidden folder around the images was named by their user."""
+    (images / "Forest" / "@eaDir").mkdir()
+    (images / "Forest" / "Forest_1.jpg").rename(images / "Forest" / "@eaDir" / "Forest_1.jpg")
+    images.rename(hidden := tmp_path / ".images")
+    files = sorted(path for path in (hidden / "Forest").rglob("*") if path.is_file())
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in files))
+    said = asked(predict, "--list", tmp_path / "list.txt", "--skip-bad")[2]
+    assert "note: --list: left out files and folders that are no data: 1 @eaDir\n" in said
+    assert [row["file"] for row in table(tmp_path / "out" / "predictions.csv")] == list(map(str, files[1:3]))
+    (tmp_path / "list.txt").write_text(f"{files[0]}\n")
+    with pytest.raises(UserError, match=r"no image is left; --list: left out .* 1 @eaDir"):
+        asked(predict, "--list", tmp_path / "list.txt")
+
+
 def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--list .*nowhere: No such file"):
         asked(predict, "--list", tmp_path / "nowhere")
