@@ -73,8 +73,7 @@ def find_labelled(folder: Path) -> tuple[Images, list[str]]:
         return Images({name: folder / listing.files[name] for name in files.images}, notes), []
     layout = lay_out(listing, least=1)
     if layout.split:
-        tops = sorted({item.path.split("/")[0] for item in layout.items})
-        raise UserError(f"{folder} is split: give one of {', '.join(f'{folder / top}' for top in tops)}")
+        raise UserError(f"{folder} is split: give one of {', '.join(str(folder / split) for split in layout.splits)}")
     paths = {item.path: folder / listing.files[item.path] for item in layout.items}
     return Images(paths, layout.notes), [item.label for item in layout.items]
 

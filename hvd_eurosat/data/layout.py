@@ -172,13 +172,18 @@ class Item:
 class Layout:
     """items: the files that should be images. classes: all class folders seen, sorted, empty ones too.
 
-    split: whether the items are split already. notes: what was left out.
+    splits: the folders of the splits, none where the items are not split. notes: what was left out.
     """
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
-    split: bool
+    splits: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def split(self) -> bool:
+        """Whether the items are split already."""
+        return bool(self.splits)
 
 
 def list_folder(root: Path, option: str = "--inside ") -> Listing:
@@ -276,7 +281,8 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
         if other is not item:
             raise UserError(f"{where}: {other.path} and {path} would both be {item.name} of {item.label}: rename one")
     notes = (*listing.notes(), *files.notes(where))
-    return Layout(tuple(items.values()), tuple(classes), level is not None, notes)
+    splits = sorted({"/".join(names[: level + 1]) for names in around}) if level is not None else []
+    return Layout(tuple(items.values()), tuple(classes), tuple(splits), notes)
 
 
 def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: Listing, spelt: dict[str, str]) -> None:

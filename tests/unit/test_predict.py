@@ -221,8 +221,10 @@ def test_what_a_shell_gives_in_place_of_a_star(asked: Asked, images: Path, tmp_p
 
 
 def test_evaluate_of_a_split_tree_says_which(asked: Asked, grow: Grow) -> None:
-    root = grow("data", {f"{split}/{label}": 1 for split in ("Train", "Val", "Test") for label in ("Forest", "River")})
+    counts = {f"RGB/{split}/{label}": 1 for split in ("Train", "Val", "Test") for label in ("Forest", "River")}
+    data = grow("data", counts)
+    root = data / "RGB"
     with pytest.raises(UserError, match=f"is split: give one of {root}/Test, {root}/Train, {root}/Val"):
-        asked(evaluate, "--input", root)
+        asked(evaluate, "--input", data)
     assert asked(evaluate, "--input", root / "Test")[1].splitlines()[-1].startswith("Test accuracy: ")
     assert asked(evaluate, "--input", root / "Test" / "Forest")[0] == 0  # no classes, no accuracy
