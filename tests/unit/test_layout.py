@@ -350,7 +350,12 @@ def test_converting_writes_what_was_converted(tmp_path: Path, grow: Grow, encode
     assert "B/wide.png: 80x64 pixels; 64x64 is wanted" in run(source, "--convert")[2]
     status, _, said = run(source, "--convert", "--resize")
     kinds = "1 of 16 bits a channel and grey, 1 of CMYK, 1 of alpha, 2 of grey, 1 of palette"
-    assert (status, said) == (0, f"note: converted 6 images of {source} to 8-bit RGB: {kinds}\n")
+    wide = "to 64x64, the largest from 80x64; squeezed, for they are no squares: 1"
+    notes = [
+        f"note: resized 1 images of {source} {wide}",
+        f"note: converted 6 images of {source} to 8-bit RGB: {kinds}",
+    ]
+    assert (status, said.splitlines()) == (0, notes)
     assert manifest(tmp_path / "out")["converted"] == {
         "16 bits a channel and grey": ["B/deep.png"],
         "CMYK": ["A/cmyk.jpg"],
