@@ -64,6 +64,8 @@ def read_list(source: Path | None) -> list[str]:
         text = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
     except OSError as error:
         raise UserError(f"--list {source}: {error.strerror}") from None
+    if b"\0" in text:
+        raise UserError(f"--list {source} is no text in UTF-8 with a path on each line")
     lines = [line.removesuffix("\r") for line in os.fsdecode(text.removeprefix(BOM_UTF8)).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"--list {source}: it names no files")

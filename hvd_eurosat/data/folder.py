@@ -48,7 +48,10 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
-    for name, path in [*(pair for place in places for pair in _images(place, notes)), *_listed(listed, notes)]:
+    named = Listing("the input", lambda spelling: b"")
+    pairs = [*(pair for place in places for pair in _images(place, named, notes)), *_listed(listed, named)]
+    notes = [*named.notes(), *notes]
+    for name, path in pairs:
         check_name(name, "the input")
         if found.get(name) == path:
             raise UserError(f"{path} is named twice: name it once")
@@ -78,11 +81,10 @@ def find_labelled(folder: Path) -> tuple[Images, list[str]]:
     return Images(paths, layout.notes), [item.label for item in layout.items]
 
 
-def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
+def _images(place: Path, named: Listing, notes: list[str]) -> Iterator[tuple[str, Path]]:
     if not place.exists():
         raise UserError(f"no image at {place}: neither a folder nor a file")
-    if is_litter(place.name) and not place.name.startswith("."):  # of a shell's patches/*
-        notes.append(f"{place}: left out, it is no data")
+    if _is_left_out(Path(place.name) if place.is_dir() else place, named):
         return
     if not place.is_dir():
         yield normal(place.name), place
@@ -93,13 +95,19 @@ def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
     yield from ((name, place / listing.files[name]) for name in files.images)
 
 
-def _listed(lines: Sequence[str], notes: list[str]) -> Iterator[tuple[str, Path]]:
-    listing = Listing("--list", lambda spelling: b"")
+def _is_left_out(path: Path, named: Listing) -> bool:
+    """Whether a shell's star or `find` named litter, which is counted; what is hidden was named by somebody."""
+    litter = next((part for part in path.parts if is_litter(part) and not part.startswith(".")), None)
+    if litter:
+        named.leave_out(litter)
+    return litter is not None
+
+
+def _listed(lines: Sequence[str], named: Listing) -> Iterator[tuple[str, Path]]:
     for line in lines:
-        name = normal(line)
-        if found := next((part for part in name.split("/") if is_litter(part) and not part.startswith(".")), None):
-            listing.leave_out(found)  # as `find` lists it, too; what is hidden was named by somebody
+        if _is_left_out(Path(line), named):
             continue
+        name = normal(line)
         if Path(line).is_dir():
             raise UserError(
                 f"--list: {line} is a folder: list files (find {shlex.quote(line)} -type f), or give --input"
@@ -107,7 +115,6 @@ def _listed(lines: Sequence[str], notes: list[str]) -> Iterator[tuple[str, Path]
         if os.path.normpath(name) not in (name, name.removeprefix("./")):
             raise UserError(f"--list: {line} is no plain path: write {os.path.normpath(name)}")
         yield name.removeprefix("./").lstrip("/"), Path(line)  # HDF5 drops the first slash as well
-    notes += listing.notes()
 
 
 def class_numbers(labels: Sequence[str], names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:

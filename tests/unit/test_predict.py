@@ -187,10 +187,10 @@ def test_litter_in_a_list(asked: Asked, images: Path, tmp_path: Path) -> None:
     files = sorted(path for path in (hidden / "Forest").rglob("*") if path.is_file())
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in files))
     said = asked(predict, "--list", tmp_path / "list.txt", "--skip-bad")[2]
-    assert "note: --list: left out files and folders that are no data: 1 @eaDir\n" in said
+    assert "note: the input: left out files and folders that are no data: 1 @eaDir\n" in said
     assert [row["file"] for row in table(tmp_path / "out" / "predictions.csv")] == list(map(str, files[1:3]))
     (tmp_path / "list.txt").write_text(f"{files[0]}\n")
-    with pytest.raises(UserError, match=r"no image is left; --list: left out .* 1 @eaDir"):
+    with pytest.raises(UserError, match=r"no image is left; the input: left out .* 1 @eaDir"):
         asked(predict, "--list", tmp_path / "list.txt")
 
 
@@ -200,6 +200,9 @@ def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(UserError, match="it names no files"):
         asked(predict, "--list", tmp_path / "empty")
+    (tmp_path / "wide").write_text("a.jpg\n", encoding="utf-16")
+    with pytest.raises(UserError, match="is no text in UTF-8 with a path on each line"):
+        asked(predict, "--list", tmp_path / "wide")
 
 
 def test_a_scene_is_warned_about(asked: Asked, encode: Encode, tmp_path: Path) -> None:
@@ -215,9 +218,9 @@ def test_a_scene_is_warned_about(asked: Asked, encode: Encode, tmp_path: Path) -
 def test_what_a_shell_gives_in_place_of_a_star(asked: Asked, images: Path, tmp_path: Path) -> None:
     (images / "Thumbs.db").write_bytes(b"")
     (images / "@eaDir" / "x.jpg").mkdir(parents=True)
-    said = asked(predict, "--input", *sorted(images.iterdir()), "--skip-bad")[2]
-    assert f"note: {images / 'Thumbs.db'}: left out, it is no data" in said
-    assert f"note: {images / '@eaDir'}: left out" in said
+    (images / "@eaDir" / "y.jpg").write_bytes(b"")
+    said = asked(predict, "--input", *sorted(images.iterdir()), images / "@eaDir" / "y.jpg", "--skip-bad")[2]
+    assert "note: the input: left out files and folders that are no data: 2 @eaDir, 1 Thumbs.db\n" in said
 
 
 def test_evaluate_of_a_split_tree_says_which(asked: Asked, grow: Grow) -> None:
