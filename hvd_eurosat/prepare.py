@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -83,12 +84,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Written:
-    """A usable image of the source, the name it was written under, its bytes' sha256, and its kind if converted."""
+    """A usable image of the source, the name it was written under, its bytes' sha256, its kind if converted, its size.
+
+    size: width and height in pixels, before it was resized.
+    """
 
     item: Item
     name: str
     checksum: str
     was: str
+    size: tuple[int, int]
 
     @property
     def path(self) -> str:
@@ -129,6 +134,7 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
             _tell(skipped, len(source.layout.items), spec, options)
         presplit = source.layout.split
         _tell_of_copies(written, spec, presplit)
+        _tell_of_sizes(written, spec, options.image_size)
         files = _placed(written) if presplit else _split(source, written, folder, options)
         counts = {split: dict.fromkeys(source.layout.classes, 0) for split in SPLITS}
         for path in files:
@@ -217,8 +223,8 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
             with (folder / (item.split or UNSPLIT) / item.label / name).open("xb") as file:
                 file.write(data)
         except FileExistsError:
-            raise UserError(f"{item.path}: another image of its class would be called {name} too") from None
-        return Written(item, name, hashlib.sha256(data).hexdigest(), was)
+            raise UserError(f"{item.path}: another image of its class would be called {name} too: rename one") from None
+        return Written(item, name, hashlib.sha256(data).hexdigest(), was, image.size)
 
     results = list(in_threads(copy, source.layout.items, "checking images"))
     skipped = sorted((r for r in results if isinstance(r, Skipped)), key=lambda bad: bad.file)
@@ -271,6 +277,16 @@ def _tell_of_copies(written: list[Written], spec: str, presplit: bool) -> None:
     if torn:
         counts = ", ".join(f"{count:,} in {splits}" for splits, count in sorted(torn.items()))
         print(f"warning: {torn.total():,} images of {spec} are in several splits: {counts}", file=sys.stderr)
+
+
+def _tell_of_sizes(written: list[Written], spec: str, side: int) -> None:
+    """A note on what was resized, for afterwards all look alike."""
+    resized = [image.size for image in written if image.size != (side, side)]
+    if resized:
+        largest, others = max(resized, key=math.prod), sum(1 for width, height in resized if width != height)
+        squeezed = f"; squeezed, for they are no squares: {others:,}" if others else ""
+        what = f"resized {len(resized):,} images of {spec} to {side}x{side}, the largest from {largest[0]}x{largest[1]}"
+        print(f"note: {what}{squeezed}", file=sys.stderr)
 
 
 def _tell(skipped: list[Skipped], total: int, spec: str, options: Options) -> None:

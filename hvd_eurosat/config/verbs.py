@@ -73,7 +73,8 @@ class PredictSettings(Predictions):
     input: tuple[UserPath, ...] = ()
     """images, and folders of images, with their subfolders"""
     list: UserPath | None = None
-    """a file with the path of an image on each line, or - for standard input; these images are named by their paths"""
+    """a file with the path of an image on each line, or - for standard input; these images are named by their paths,
+    without a first slash"""
     out: UserPath
     """folder for output_1.h5 (log-probabilities) and predictions.csv (name, file, class, probability); both have the
     same name for an image"""

@@ -92,6 +92,8 @@ def open_tree(root: Path) -> Tree:
     Raises UserError where the folder is missing, not split, empty, of one class, or its splits' classes differ.
     """
     try:
+        if root.is_file():
+            raise UserError(f"{root} is a file: make a folder of what is in it with {preparing(root, None)}")
         if not root.is_dir():
             raise UserError(
                 f"no data at {root}: make it with {PREPARE} --source EuroSAT_RGB.zip --out {root}, "
@@ -117,6 +119,12 @@ def check_classes(counts: dict[str, dict[str, int]], where: str) -> tuple[str, .
     if len(classes) < 2:
         raise UserError(f"{where} has one class only, {classes[0]}: there is nothing to tell apart")
     return tuple(classes)
+
+
+def preparing(root: Path, side: int | None) -> str:
+    """The command that prepares a folder, whose images have `side` pixels, if that is known."""
+    size = "" if side in (None, 64) else f" --image-size {side}"
+    return f"{PREPARE} --source {shlex.quote(str(root))} --out DIR{size}"
 
 
 def sha256_of(path: Path) -> str:
@@ -184,9 +192,8 @@ def _unzipped(root: Path) -> Tree:
     listing = list_folder(root, f"--data.root {shlex.quote(f'{root}/')}")
     layout = lay_out(listing)
     if not layout.split:
-        raise UserError(
-            f"{root} has no train/ valid/ test/: split it with {PREPARE} --source {shlex.quote(str(root))} --out DIR"
-        )
+        side = _side(root / listing.files[layout.items[0].path])
+        raise UserError(f"{root} has no train/ valid/ test/: split it with {preparing(root, side)}")
     own = {f"{item.split}/{item.label}/{item.name}": listing.files[item.path] for item in layout.items}
     digest = hashlib.sha256()
     counts: dict[str, dict[str, int]] = {split: dict.fromkeys(layout.classes, 0) for split in SPLITS}
@@ -205,7 +212,7 @@ def _unzipped(root: Path) -> Tree:
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
-    except FileNotFoundError:  # a link that leads nowhere is a bad image, named with the others
+    except OSError:  # a link that leads nowhere is a bad image, named with the others
         return path.lstat()
 
 
