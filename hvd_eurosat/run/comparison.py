@@ -48,6 +48,7 @@ def _row(story: Story, out: Path) -> dict[str, Any]:
         "link": link.replace(os.sep, "/"),
         "state": story.state,
         "state_text": STATES[story.state],
+        "split": story.split,
         "epochs": trained[-1]["epoch"] if trained else 0,
         "of": story.config["train.epochs"],
         "seed": story.config.get(SEED),
@@ -73,7 +74,8 @@ def groups(stories: Sequence[Story]) -> list[dict[str, Any]]:
         if story.state != "done":
             continue
         what = {key: value for key, value in story.config.items() if key != SEED and not key.startswith(ABOUT_ITSELF)}
-        key = (("data", Path(story.config["data.root"]).name), *((k, shown(v)) for k, v in sorted(what.items())))
+        data = (("data", Path(story.config["data.root"]).name), ("split", story.split))
+        key = (*data, *((k, shown(v)) for k, v in sorted(what.items())))
         same.setdefault(key, []).append(story)
     return [
         {

@@ -207,8 +207,8 @@ def what(story: Story) -> list[tuple[str, str]]:
     """Facts by name: those of the run's first lines, where it ran, and with what."""
     status = story.status
     rows = [(name, str(value)) for name, value in status.get("header", {}).items()]
-    if split := status.get("split"):
-        rows.append(("split", split))
+    if story.split:
+        rows.append(("split", story.split))
     hosts = status.get("hosts", {})
     if hosts:
         named = ", ".join(f"{host} ({count} rank{'s' * (count > 1)})" for host, count in list(hosts.items())[:20])
