@@ -108,7 +108,7 @@ class Listing:
         files = {name.removeprefix(start): own for name, own in self.files.items() if name.startswith(start)}
         if not files:
             tops = sorted({name.split("/")[0] for name in self.files if "/" in name})
-            raise UserError(f"{self.where} has no files in {start}; its folders are {_some(tops) or 'none'}")
+            raise UserError(f"{self.where} has no files in {start}; its folders are {some(tops) or 'none'}")
         below = {name.removeprefix(start) for name in self.folders if name.startswith(start)}
         return replace(self, within=f"{self.within}{start}", files=files, folders=below)
 
@@ -126,13 +126,13 @@ class Listing:
         """What was left out, and what is not as it seems, a line for each kind."""
         if self.litter:
             counts = [f"{n:,} {name}" for name, n in sorted(self.litter.items())]
-            yield f"{self.where}: left out files and folders that are no data: {_some(counts)}"
+            yield f"{self.where}: left out files and folders that are no data: {some(counts)}"
         if self.loops:
-            yield f"{self.where}: left out links that lead back to a folder around them: {_some(self.loops)}"
+            yield f"{self.where}: left out links that lead back to a folder around them: {some(self.loops)}"
         if self.links:
-            yield f"{self.where}: followed linked folders: {_some(self.links)}"
+            yield f"{self.where}: followed linked folders: {some(self.links)}"
         if self.twins:
-            yield f"{self.where}: folders spelt in two ways of Unicode (NFC, NFD) are one: {_some(sorted(self.twins))}"
+            yield f"{self.where}: folders spelt in two ways of Unicode (NFC, NFD) are one: {some(sorted(self.twins))}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Files:
         if self.beside:
             files = _count(self.beside)
             lost = f" ({self.lost:,} of them images)" if self.lost else ""
-            yield f"{where}: left out {files}{lost} outside the folders of images: {_some(self.beside)}"
+            yield f"{where}: left out {files}{lost} outside the folders of images: {some(self.beside)}"
 
 
 @dataclass(frozen=True)
@@ -382,13 +382,13 @@ def _is_in_split(name: str, home: tuple[str, ...]) -> bool:
 def _several(what: str, folders: Sequence[tuple[str, ...]], listing: Listing) -> UserError:
     names = ["/".join(folder) for folder in folders]
     choice = f"say which is meant with {listing.choosing(names[0])}"
-    return UserError(f"{listing.where} has {what} in several folders, {_some(f'{name}/' for name in names)}: {choice}")
+    return UserError(f"{listing.where} has {what} in several folders, {some(f'{name}/' for name in names)}: {choice}")
 
 
 def _splits_inside(splits: list[str], around: set[tuple[str, ...]], listing: Listing) -> UserError:
     folders = ["/".join(names) for names in sorted(around)]
     outer = f"class folders belong into the splits, as in {splits[0]}/{folders[0].rpartition('/')[2]}/"
-    return UserError(f"{listing.where} has {_folders(splits)} in {_some(f'{name}/' for name in folders)}: {outer}")
+    return UserError(f"{listing.where} has {_folders(splits)} in {some(f'{name}/' for name in folders)}: {outer}")
 
 
 def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
@@ -426,9 +426,9 @@ def _check_depth(files: Files, classes: set[str], level: int | None, listing: Li
 def _no_images(listing: Listing) -> UserError:
     packed = [name for name in sorted(listing.files) if name.casefold().endswith(ARCHIVES)]
     if packed:
-        return UserError(f"{listing.where} has no images but {_some(packed)}: unpack that and give what was in it")
-    others = f"; it has {_count(listing.files)}: {_some(sorted(listing.files))}" if listing.files else ""
-    litter = f"; what is no data in it: {_some(sorted(listing.litter))}" if listing.litter else ""
+        return UserError(f"{listing.where} has no images but {some(packed)}: unpack that and give what was in it")
+    others = f"; it has {_count(listing.files)}: {some(sorted(listing.files))}" if listing.files else ""
+    litter = f"; what is no data in it: {some(sorted(listing.litter))}" if listing.litter else ""
     return UserError(f"{listing.where} has no images (JPEG, PNG, TIFF, WebP, BMP){others}{litter}")
 
 
@@ -444,7 +444,7 @@ def _count(files: Collection[str]) -> str:
     return "1 file" if len(files) == 1 else f"{len(files):,} files"
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     every = [name if name.isprintable() else ascii(name) for name in names]
     more = f", … and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""

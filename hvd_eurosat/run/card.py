@@ -224,7 +224,7 @@ def _training(export: Export, config: Mapping[str, Any], story: Story | None) ->
     counts = ", ".join(f"{count:,} {split}" for split, count in images.items())
     return [
         ("data", f"{Path(config['data.root']).name}{f': {counts} images' if counts else ''}"),
-        ("split", status.get("split", f"digest of the images {export.saved.digest[:12]}")),
+        ("split", (story and story.split) or f"digest of the images {export.saved.digest[:12]}"),
         ("start", beginning(config)),
         ("optimiser", header.get("optimiser", rate)),
         ("length", f"epoch {export.saved.epoch} of {config['train.epochs']}, {export.saved.step:,} steps"),
@@ -276,7 +276,9 @@ def _properties(export: Export, judged: Confusion | None, facts: Mapping[str, An
     written = (named(export.checkpoint) if export.checkpoint else export.folder / export.files[0]).stat().st_mtime
     kind = KINDS[export.format]
     what = {key: shown(value) for key, value in config.items() if key.split(".")[0] in TRAINING}
-    found = {f"hvd_eurosat:{judged.split}_accuracy": judged.all.share} if judged else {}
+    found: dict[str, Any] = {f"hvd_eurosat:{judged.split}_accuracy": judged.all.share} if judged else {}
+    if split := dict(facts["training"]).get("split"):
+        found["hvd_eurosat:split"] = split
     return {
         "datetime": f"{datetime.fromtimestamp(written, tz=timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
         "description": f"A {export.facts['arch']} that classifies images of land cover; {CARD} says more.",

@@ -59,6 +59,7 @@ def _row(story: Story, name: str, out: Path) -> dict[str, Any]:
         "state_text": STATES[story.state],
         "error": story.status.get("error") or "",
         "data": Path(story.config["data.root"]).name,
+        "split": story.split,
         "epochs": trained[-1]["epoch"] if trained else 0,
         "of": story.config["train.epochs"],
         "seed": story.config.get(SEED),
@@ -78,7 +79,7 @@ def _beside(story: Story) -> dict[str, Any]:
     status = story.status
     ranks = story.summary.get("world_size") or status.get("world_size")
     version = " ".join(str(status[key]) for key in ("version", "commit") if status.get(key))
-    return {"ranks": ranks, "split": status.get("split"), "version": version or None}
+    return {"ranks": ranks, "split": story.split or None, "version": version or None}
 
 
 def _keys(stories: Sequence[Story]) -> list[str]:

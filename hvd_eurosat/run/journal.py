@@ -34,6 +34,7 @@ from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 from hvd_eurosat.training.stragglers import slow_ranks
+from hvd_eurosat.training.trained_on import note_images
 
 LOCK_SECONDS = 180.0  # a shared disk keeps the lock of a lost host's rank 0 for a while (NFS: 90 s)
 REGROUPING = ("HorovodInternalError", "HostsUpdatedInterrupt")  # Horovod's, when ranks are lost or join
@@ -112,6 +113,7 @@ class Journal:
             return
         self._files.check_space(first.size_on_disk(copies=self._config.run.keep + 2))
         self._files.begin(start)
+        note_images(self._files.checkpoints.folder, self._tree)
         if not start:
             self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
         if self._config.run.outfile:

@@ -79,8 +79,8 @@ def what(story: Story) -> list[tuple[str, str]]:
     if names := story.classes:
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         rows.append(("classes", ", ".join(names[:MOST_NAMED]) + more))
-    if split := status.get("split"):
-        rows.append(("split", split))
+    if story.split:
+        rows.append(("split", story.split))
     hosts = status.get("hosts", {})
     if hosts:
         some = list(hosts.items())[:MOST_NAMED]

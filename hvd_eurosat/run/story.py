@@ -96,6 +96,11 @@ class Story:
         """running, stopped, done, failed, stale, or unknown."""
         return str(self.status.get("state") or ("done" if self.summary else "unknown"))
 
+    @property
+    def split(self) -> str:
+        """How its images came to their splits; "" of a run of an earlier version."""
+        return str(self.status.get("split") or self.summary.get("split") or "")
+
     def of(self, kind: str) -> list[Event]:
         """Its events of a kind, oldest first."""
         return [event for event in self.events if event["event"] == kind]

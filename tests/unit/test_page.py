@@ -256,6 +256,7 @@ def test_a_curve_with_holes_and_many_points() -> None:
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         grow_run(tmp_path / name, train__seed=seed)
+    grow_run(tmp_path / "far", status={"split": "by torchgeo's spatial lists (digest def)"}, train__seed=2)
     grow_run(tmp_path / "other", "running", 1, {"updated": time.time()}, optim__lr=0.25, train__seed=0)
     page.write_page(tmp_path / "a")
     assert report.main(["runs", "--out", str(tmp_path / "index.html")]) == 0
@@ -263,11 +264,12 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     html = Reader((tmp_path / "index.html").read_text())
     assert "a/index.html" in html.addresses
     assert "b/index.html" not in html.addresses
-    groups = comparison.groups([story.read_story(tmp_path / name) for name in ("a", "b", "other")])
+    groups = comparison.groups([story.read_story(tmp_path / name) for name in ("a", "b", "far", "other")])
     assert [group["names"] for group in groups] == [["a", "b"]]
     assert groups[0]["test"] == {"mean": pytest.approx(168 / 180), "deviation": 0, "count": 2}
     data = json.loads(re.findall(r'id="runs-data">(.*?)</script>', (tmp_path / "index.html").read_text())[0])
-    assert [config["optim.lr"] for config in data["configs"]] == ["0.005", "0.005", "0.25"]
+    assert [config["optim.lr"] for config in data["configs"]] == ["0.005", "0.005", "0.005", "0.25"]
+    assert "by torchgeo's spatial lists (digest def)" in html.text
 
 
 @pytest.mark.parametrize(
