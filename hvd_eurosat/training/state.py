@@ -59,10 +59,13 @@ class TrainingState:
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
         self._seals: dict[int, tuple[object, Tensor]] = {}
 
-    def advance(self, samples: int, skipped: Tensor) -> None:
-        """A step was made with so many samples, or skipped (bool [])."""
-        if self.average and self.step % EVERY == 0:
-            self.average.update(skipped)
+    @property
+    def averages(self) -> bool:
+        """Whether the step that is being made counts for the average of the weights."""
+        return self.average is not None and self.step % EVERY == 0
+
+    def advance(self, samples: int) -> None:
+        """A step was made with so many samples."""
         self.samples += samples
         self.step += 1
 

@@ -1,0 +1,176 @@
+"""A step that is captured and replayed gives what the step as it stands gives, bit for bit.
+
+The graphs are those of tests/unit/tape.py, for no GPU is at hand; the loop, its ranks and their exchange are those of
+tests/reference/product.py. Learning rates are powers of two, which float32 (on the device) holds as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train
+from hvd_eurosat.training import capture
+from hvd_eurosat.training.capture import KEPT, WARM_UP, Captured, Graphs
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.optimiser import build_optimiser
+from hvd_eurosat.training.step import Step
+from tests.reference import product
+from tests.reference.cases import CLASSES, splits, weights
+from tests.reference.product import Trained
+from tests.unit import tape
+
+IMAGES = 21  # 6 steps an epoch in batches of 4, the last of which is padded
+
+
+def configuration(**keys: Any) -> Config:
+    """Of two epochs; keys: section__key=value."""
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"image_size": 32},
+        "model": {"arch": "resnet18", "weights": "none"},
+        "optim": {"name": "sgd", "lr": 2**-6, "schedule": "step", "step_size": 1, "gamma": 0.5},
+        "train": {"epochs": 2, "batch_size": 4, "precision": "fp32"},
+        "run": {"verify_interval": 0},
+    }
+    for key, value in keys.items():
+        section, _, name = key.partition("__")
+        sections[section][name] = value
+    kinds = {"data": Data, "model": Model, "optim": Optim, "train": Train, "run": Run}
+    return Config(**{name: kinds[name](**values) for name, values in sections.items()})
+
+
+def train(config: Config, start: Checkpoint | None = None, ranks: int = 1, **how: Any) -> Trained:
+    """To the end, or up to step `stop`; at the steps of `faults` a loss is nan."""
+    data = splits(IMAGES, config.data.image_size)
+    how = {"stop": None, "faults": {}} | how
+    return product.run(config, data, CLASSES, weights(config.model.bn_affine), start, ranks, **how)
+
+
+def same(one: Trained, other: Trained) -> None:
+    """Losses, rates and sums of all steps and epochs, weights, statistics and what the optimiser keeps."""
+    assert repr(one.log) == repr(other.log)
+    assert one.diverged == other.diverged
+    found, wanted = (tree_leaves(dataclasses.asdict(trained.saved)) for trained in (one, other))
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine == theirs
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "momentum": {},
+    "adam, weight by weight": {"optim__name": "adam", "optim__amsgrad": True, "optim__weight_decay": 0.25},
+    "all weights, averaged": {"model__trainable": "all", "optim__name": "adamw", "train__ema": 0.9},
+    "mixed images": {"train__mixup": 0.2, "train__cutmix": 1.0, "data__random_erase": 0.5, "data__max_shift": 2},
+    "weighted classes": {"train__class_weights": (1.0, 2.0, 0.5), "train__label_smoothing": 0.1},
+    "by depth": {"optim__layer_decay": 0.5, "optim__unfreeze_epochs": 1, "optim__schedule_epochs": 6},
+}
+
+
+@pytest.mark.parametrize("keys", CASES.values(), ids=CASES)
+def test_graphs_train_as_the_step_does(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(**keys)
+    plain = train(config)
+    tapes = tape.install(monkeypatch)
+    same(train(config), plain)
+    assert sum(one.replays for one in tapes) == 2 * 12 - 2 * WARM_UP - (WARM_UP if config.train.ema else 0)
+
+
+def test_each_size_of_the_images_has_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(data__image_size=48, train__start_size=32)
+    plain = train(config)
+    tapes = tape.install(monkeypatch)
+    same(train(config), plain)
+    assert [one.replays for one in tapes] == [3, 9, 3]  # forward and backward, the update, forward and backward
+
+
+@pytest.mark.parametrize("faults", [{4: 0, 9: 0}, {0: 0, 4: 0}, {3: 0, 4: 0, 5: 0}])
+def test_steps_are_skipped_and_end_the_run(faults: dict[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(optim__name="adam", train__ema=0.9)
+    plain = train(config, faults=faults)
+    assert plain.diverged == (len(faults) == 3)
+    tape.install(monkeypatch)
+    same(train(config, faults=faults), plain)
+
+
+def test_a_run_stops_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint is one of any other run: it holds plain learning rates."""
+    config = configuration(optim__name="adam", train__ema=0.9)
+    plain = train(config, stop=5)
+    whole = train(config, plain.saved)
+    tapes = tape.install(monkeypatch)
+    stopped = train(config, stop=5)
+    same(stopped, plain)
+    assert all(type(group["lr"]) is float for group in stopped.saved.optimiser["param_groups"])
+    assert stopped.saved.step == 5
+    del tapes[:]
+    same(train(config, stopped.saved), whole)
+    assert sum(one.replays for one in tapes) > 0
+
+
+@pytest.mark.parametrize("compression", ["none", "fp16"])
+def test_ranks_exchange_between_the_graphs(compression: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configuration(train__batch_size=2, optim__compression=compression)
+    plain = train(config, ranks=2, faults={4: 1})
+    tapes = tape.install(monkeypatch)
+    same(train(config, ranks=2, faults={4: 1}), plain)
+    assert len(tapes) == 4
+
+
+def test_what_cannot_be_captured_is_launched_as_ever(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration()
+    plain = train(config)
+    tapes = tape.install(monkeypatch)
+    optimise = Step._optimise
+    monkeypatch.setattr(Step, "_optimise", lambda step, skip: None if skip else optimise(step, skip))
+    same(train(config), plain)
+    assert [one.replays for one in tapes] == [9, 0]
+    assert capsys.readouterr().err == (
+        "warning: rank 0 of 1 launches its steps kernel by kernel, which is slower: no CUDA graph: CUDA error: "
+        "operation not permitted when stream is capturing\n"
+    )
+
+
+def test_only_the_newest_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one function; what it is given is copied to where they read it."""
+    tapes = tape.install(monkeypatch)
+    found = torch.zeros(())
+    captured = Captured(lambda factor, number: found.copy_(factor * number), Graphs(ALONE))
+
+    def call(factor: int) -> float:
+        captured(factor, torch.tensor(10.0 + factor))
+        return float(found)
+
+    for factor in range(1, KEPT + 2):
+        assert [call(factor) for _ in range(WARM_UP + 2)] == [factor * (10 + factor)] * (WARM_UP + 2)
+    assert len(tapes) == KEPT + 1
+    assert [call(1), call(2)] == [11, 24]
+    assert [one.replays for one in tapes] == [2, 3, *[2] * (KEPT - 1)]
+
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "why"),
+    [("cpu", "adam", ""), ("cuda", "adam", None), ("cuda", "rmsprop", "optim.name rmsprop cannot be captured")],
+)
+def test_why_a_step_is_not_captured(kind: str, name: str, why: str | None) -> None:
+    world = dataclasses.replace(ALONE, device=torch.device(kind))
+    assert capture.obstacle(world, Optim(name=name)) == why
+
+
+def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the stand-in as by CUDA; and as there nothing that was captured is done."""
+    tape.install(monkeypatch)
+    number = torch.ones(())
+    with pytest.raises(RuntimeError, match="not permitted"), tape.Tape().capture():
+        number.add_(1)
+        number.item()
+    assert number == 1
