@@ -26,7 +26,7 @@ from hvd_eurosat.config.schema import Optim
 
 WARM_UP = 3  # steps before a capture, in which libraries set themselves up, cuDNN tries its algorithms, torch compiles
 KEPT = 4  # graphs of a function: images grow from size to size, and none of these comes back
-NOT_CAPTURED = ("adagrad", "rmsprop", "lars", "lamb")  # torch's ask the host whether a step is to be skipped
+NOT_CAPTURED = ("adagrad", "rmsprop")  # torch's ask the host whether a step is to be skipped
 
 
 def obstacle(world: World, optim: Optim) -> str | None:

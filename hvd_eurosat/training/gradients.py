@@ -61,7 +61,7 @@ class GradientBuckets:
         if self._at_once:  # a few kernels in all, where adding up takes one for each parameter
             torch._foreach_copy_(list(self._slices.values()), torch.autograd.grad(loss, list(self._slices)))
         else:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def _arrived(self, number: int) -> None:
         self._missing[number] -= 1

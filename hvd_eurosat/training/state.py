@@ -185,11 +185,13 @@ class TrainingState:
 
     def _moving(self) -> list[Tensor]:
         """The weights that train, with each what the optimiser keeps of it, and their averages."""
-        tensors = list(self.average.weights.values()) if self.average else []
-        for parameter in self._trainable().values():
-            kept = self.optimiser.state.get(parameter, {}).values()
-            tensors += [parameter.detach(), *(value for value in kept if isinstance(value, Tensor))]
-        return tensors
+        averages = list(self.average.weights.values()) if self.average else []
+        return [*averages, *(parameter.detach() for parameter in self._trainable().values()), *self.kept()]
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that the optimiser keeps of the weights that train."""
+        states = (self.optimiser.state.get(parameter, {}) for parameter in self._trainable().values())
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:

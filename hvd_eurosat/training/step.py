@@ -18,9 +18,11 @@ from hvd_eurosat.data.augment import network_input
 from hvd_eurosat.data.batches import Batch, Draw, Images
 from hvd_eurosat.data.mixing import mixed_input, quantiles
 from hvd_eurosat.errors import Stopped, UserError
+from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.training import capture
 from hvd_eurosat.training.compilation import obstacle
 from hvd_eurosat.training.gradients import GradientBuckets
+from hvd_eurosat.training.large_batch import unless
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.schedule import image_size, image_sizes, rate_share
 from hvd_eurosat.training.state import TrainingState
@@ -153,6 +155,9 @@ class Step:
             if optimiser.defaults.get("fused"):  # it leaves everything as it is where found_inf is 1
                 optimiser.found_inf = skip.float()  # type: ignore[attr-defined]
                 optimiser.step()
+            elif self.captured:
+                with unless(skip, [*self._trainable, *self._state.kept()]):
+                    optimiser.step()
             elif not skip:
                 optimiser.step()
 
@@ -164,6 +169,10 @@ class Step:
         self._network = compiled(self._state.model, mode="default" if self.captured else "reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
             self._input = compiled(self._input)
+            with self._state.precision.autocast(self._device):
+                for module in self._state.model.modules():
+                    if isinstance(module, Convolution):
+                        module.prepare()
 
     @property
     def loss(self) -> Tensor:
