@@ -28,7 +28,8 @@ class Convolution(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, C, H, W]; returns [B, out_channels, H / stride, W / stride]."""
         if torch.compiler.is_compiling():
-            return self._conv_forward(images, self._compiled(), None)
+            compiled: Tensor = self._conv_forward(images, self._compiled(), None)
+            return compiled
         pixels, stride, frozen = images.permute(0, 2, 3, 1), self.stride[0], not self.weight.requires_grad
         if images.is_cpu and self.kernel_size == (1, 1):
             return self._product(pixels[:, ::stride, ::stride])
@@ -61,7 +62,7 @@ class Convolution(nn.Conv2d):
         return F.linear(rows, self._ready(as_matrix))
 
     def prepare(self) -> None:
-        """For compiled code on a GPU: bring a frozen weight into the precision of the context, before it is compiled."""
+        """For compiled code on GPUs: bring a frozen weight into the precision of the context, before it is compiled."""
         if not self.weight.requires_grad:
             self._ready(_as_it_is)
 

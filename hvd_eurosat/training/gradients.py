@@ -18,9 +18,10 @@ class GradientBuckets:
 
     Each bucket is one buffer, allocated once, whose slices are the parameters' `.grad`; its allreduce starts when
     the last gradient of it is there. Buckets are filled from the last parameter to the first, the order in which
-    backward makes them (compiled, it hands over all of them at its end). Fixed buckets make the sums repeatable, unlike
-    Horovod's own fusion. `at_once`: a graph makes the gradients, and all buckets leave after it. The last bucket ends with a few numbers more: what the ranks tell each other in every step,
-    `notes`, costs no collective of its own. Buckets, notes included, travel as `dtype`.
+    backward makes them (compiled, it hands over all of them at its end). `at_once`: a graph makes all gradients, and
+    all buckets leave after it. Fixed buckets make the sums repeatable, unlike Horovod's own fusion. The last bucket
+    ends with a few numbers more: what the ranks tell each other in every step, `notes`, costs no collective of its own.
+    Buckets, notes included, travel as `dtype`.
     """
 
     def __init__(

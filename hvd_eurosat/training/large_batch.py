@@ -53,7 +53,7 @@ class Lars(_Proportional):
 
     def _update(self, weights: list[Tensor], gradients: list[Tensor], group: dict[str, Any], scales: bool) -> None:
         decay, momentum = group["weight_decay"], group["momentum"]
-        steps = torch._foreach_add(gradients, weights, alpha=decay)
+        steps = list(torch._foreach_add(gradients, weights, alpha=decay))
         if scales:
             norms = _norms(weights)
             _scale(steps, group["trust"] * norms, _norms(gradients) + decay * norms)
@@ -62,7 +62,7 @@ class Lars(_Proportional):
             velocities = [self.state[weight]["velocity"] for weight in weights]
             torch._foreach_mul_(velocities, momentum)
             torch._foreach_add_(velocities, steps)
-            steps = torch._foreach_add(steps, velocities, alpha=momentum) if group["nesterov"] else velocities
+            steps = list(torch._foreach_add(steps, velocities, alpha=momentum)) if group["nesterov"] else velocities
         torch._foreach_sub_(weights, steps)
 
 
@@ -85,7 +85,7 @@ class Lamb(_Proportional):
         torch._foreach_mul_(squares, rate2)
         torch._foreach_addcmul_(squares, gradients, gradients, value=1 - rate2)
         first, second = self._corrections(weights, rate1, rate2)
-        steps, roots = torch._foreach_div(means, first), torch._foreach_div(squares, second)
+        steps, roots = list(torch._foreach_div(means, first)), torch._foreach_div(squares, second)
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, group["eps"])
         torch._foreach_div_(steps, roots)

@@ -162,7 +162,7 @@ class Step:
                 optimiser.step()
 
     def _compile(self) -> None:
-        """Each size of the images has code of its own; on GPUs the network is a CUDA graph too, or part of the step's."""
+        """Each size of the images has code of its own; on GPUs the network is a CUDA graph, or part of the step's."""
         sizes = image_sizes(self._config.data.input_side, self._config.train.start_size)
         torch._dynamo.config.recompile_limit = RECOMPILES * len(sizes)  # torch.compile takes it from 2.12 on alone
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False)

@@ -34,7 +34,6 @@ from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from tests.unit.conftest import Grow
 
-
 EPOCH = torch.tensor(5)  # which a batch whose images are there does not ask for
 
 
