@@ -21,7 +21,7 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
-.PHONY: help setup train map bench test test-long test-faults test-system lint format docs pictures constraints clean
+.PHONY: help setup train map bench test test-long test-faults test-system test-gpu lint format docs pictures constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]*:.*## / { printf "%-13s%s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ test-faults: setup ## the whole fault suite (docs/reliability.md)
 
 test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+test-gpu: setup ## the step on a GPU, and how fast it is: some minutes; skipped where there is none
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 bench: setup data/$(NAME) ## the benchmark: step with NP ranks, scaling, projection, memory; hours (ARGS="--steps 5": less)
 	$(BIN)/mpirun -np $(NP) --bind-to none $(BIN)/python -m hvd_eurosat.benchmark step $(BENCH)

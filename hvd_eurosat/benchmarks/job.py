@@ -24,9 +24,10 @@ from hvd_eurosat.cluster import environment, job
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.config.schema import mixes
-from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
+from hvd_eurosat.data.batches import Batch, Draw, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
+from hvd_eurosat.training import capture
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_algorithms, choose_precision
@@ -92,13 +93,14 @@ class Loop:
         self.clock = Clock(world.device)
         self.step = Step(self.state, world, config, class_weights(config, images, len(tree.classes)))
         self.step.stopwatch = self.clock
-        self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
-        self.state.optimiser.register_step_post_hook(lambda *_: self.clock.begin("step"))
+        if not self.step.captured:  # else it is one graph with the rest
+            self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
+            self.state.optimiser.register_step_post_hook(lambda *_: self.clock.begin("step"))
         train = config.train
         batches = TrainBatches(images, train.batch_size, world.rank, world.size, train.seed, mixes(train))
         self._batches = self._endless(batches)
 
-    def _endless(self, batches: TrainBatches) -> Iterator[Batch]:
+    def _endless(self, batches: TrainBatches) -> Iterator[Batch | Draw]:
         while True:
             yield from batches.epoch(self.state.epoch)
             self.state.end_epoch()
@@ -138,6 +140,8 @@ class Loop:
     def readiness(self) -> list[float]:
         """The share of a step's time, apart, after which the last gradient of each bucket is there."""
         groups, clock = self.step.gradients.groups, self.clock
+        if self.step.captured:  # all buckets leave after it
+            return [1.0] * len(groups)
         there: dict[int, Any] = {}
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda _, n=number: there.update({n: clock.mark()}))
@@ -220,7 +224,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
 def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
     """Seconds of each step in each thing, and its images on all ranks; in turn, more. Collective."""
     mode = loop.state.model.trainable
-    for _ in range(settings.warm_up):
+    for _ in range(settings.warm_up + capture.WARM_UP * loop.step.captured):
         next(loop)
     meet(settings, f"{mode}.begin.{number}", lambda: time.sleep(0.001))
     loop.clock.seconds()

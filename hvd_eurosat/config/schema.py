@@ -245,9 +245,9 @@ class Train(Section):
     deterministic: bool = False
     """on GPUs: take algorithms that give the same bits every time, though they may be slower. CPUs always do"""
     compile: bool = False
-    """compile the network with torch.compile, on GPUs as CUDA graphs. The first step is slow. On CPUs all steps are
-    slower. On several GPUs gradients are sent after the backward pass, not during it. It needs Python.h and gcc (CC) on
-    GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train uncompiled"""
+    """compile the network with torch.compile, and on GPUs the augmentation. The first step is slow. On CPUs all steps
+    are slower. It needs Python.h and gcc (CC) on GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train
+    uncompiled"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """seed of random weights, of the order of the images and of their augmentation"""
 

@@ -48,6 +48,27 @@ class Batch:
     total: int
     partners: Partners | None = None
 
+    def complete(self, epoch: Tensor) -> Batch:
+        """As a Draw's."""
+        return self
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A batch whose images are still to be taken, from a split that lies on the device: a graph does that by itself.
+
+    indices, weights, total: as a Batch has them.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    total: int
+    source: TrainBatches
+
+    def complete(self, epoch: Tensor) -> Batch:
+        """With its images and labels, and with its partners in an epoch, int64 []."""
+        return self.source.take(self.indices, self.weights, self.total, epoch)
+
 
 class Images:
     """A packed split for a device: a resident copy on a GPU that has room for it, else the memory-mapped file."""
@@ -63,13 +84,21 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def on_device(self) -> bool:
+        """Whether taking some of them is the device's work, which a graph can do."""
+        return self.storage.type == "cuda"
+
     def sample(self, count: int) -> NDArray[np.uint8]:
         """So many images, or fewer, spread evenly: uint8 [n, S, S, 3]."""
         return np.asarray(self.images[:: -(-len(self) // count)].cpu())
 
-    def batch(self, indices: Tensor, real: int, total: int) -> Batch:
-        """The samples at `indices` (int64 [B], on the storage's device), of which the first `real` count."""
-        weights = (torch.arange(len(indices), device=self.device) < real).float()
+    def weights(self, size: int, real: int) -> Tensor:
+        """Of a batch whose first `real` samples count: float32 [size]."""
+        return (torch.arange(size, device=self.device) < real).float()
+
+    def batch(self, indices: Tensor, weights: Tensor, total: int) -> Batch:
+        """The samples at `indices` (int64 [B], on the storage's device)."""
         return Batch(*self._take(indices), weights, total)
 
     def partners(self, indices: Tensor) -> Partners:
@@ -159,7 +188,6 @@ class TrainBatches:
             )
         self._images, self._seed, self._mixes = images, seed, mixes
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
-        self._mine = rank + world_size * torch.arange(batch_size, device=images.storage)
         # It adds the epoch to its seed: seed s + 1 would have the orders of seed s, an epoch earlier.
         seed = int(mix(seed, torch.zeros((), dtype=torch.int64)))
         self._order: DistributedSampler[Tensor] = DistributedSampler(
@@ -170,19 +198,29 @@ class TrainBatches:
         """Steps of an epoch of which `samples` have been seen."""
         return math.ceil((self.length - samples) / self.global_batch)
 
-    def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch | Draw]:
         """The batches of an epoch in its own order, from the sample at position `samples` on."""
         self._order.set_epoch(epoch)
         order = torch.tensor(list(self._order), device=self._images.storage)
+        order = order[torch.arange(self.length + self.global_batch, device=order.device) % self.length]
+        full = self._images.weights(self._batch_size, self._batch_size)
         for first in range(samples, self.length, self.global_batch):
             real = min(self._batch_size, len(range(first + self._rank, self.length, self._world_size)))
             total = min(self.global_batch, self.length - first)
-            chosen = order[(first + self._mine) % self.length]
-            batch = self._images.batch(chosen, real, total)
-            if self._mixes:
-                others = partners(self._seed, chosen, epoch, self.length)
-                batch = replace(batch, partners=self._images.partners(others))
-            yield batch
+            chosen = order[first + self._rank : first + self.global_batch : self._world_size]
+            weights = full if real == self._batch_size else self._images.weights(self._batch_size, real)
+            if self._images.on_device:
+                yield Draw(chosen, weights, total, self)
+            else:
+                yield self.take(chosen, weights, total, epoch)
+
+    def take(self, chosen: Tensor, weights: Tensor, total: int, epoch: int | Tensor) -> Batch:
+        """The batch of the samples at `chosen`, int64 [B]."""
+        batch = self._images.batch(chosen, weights, total)
+        if not self._mixes:
+            return batch
+        others = partners(self._seed, chosen, epoch, self.length)
+        return replace(batch, partners=self._images.partners(others))
 
 
 class _Length(Dataset[Tensor]):
@@ -203,4 +241,4 @@ def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int
     for first in range(shard * batch_size, len(images), shards * batch_size):
         real = min(batch_size, len(images) - first)
         indices = torch.arange(first, first + batch_size, device=images.storage).clamp(max=len(images) - 1)
-        yield images.batch(indices, real, real)
+        yield images.batch(indices, images.weights(batch_size, real), real)

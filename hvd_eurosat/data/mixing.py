@@ -18,7 +18,7 @@ LEVELS = 1024  # of the share, all equally likely
 GRID = 2**14  # places at which the density of shares is added up
 
 
-def partners(seed: int, indices: Tensor, epoch: int, count: int) -> Tensor:
+def partners(seed: int, indices: Tensor, epoch: int | Tensor, count: int) -> Tensor:
     """With which of the split's `count` images those of `indices` are mixed in an epoch: int64 [B]."""
     return mix(seed, indices, epoch, PARTNER) % count
 

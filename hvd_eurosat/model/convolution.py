@@ -28,7 +28,8 @@ class Convolution(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, C, H, W]; returns [B, out_channels, H / stride, W / stride]."""
         if torch.compiler.is_compiling():
-            return super().forward(images)
+            compiled: Tensor = self._conv_forward(images, self._compiled(), None)
+            return compiled
         pixels, stride, frozen = images.permute(0, 2, 3, 1), self.stride[0], not self.weight.requires_grad
         if images.is_cpu and self.kernel_size == (1, 1):
             return self._product(pixels[:, ::stride, ::stride])
@@ -59,6 +60,16 @@ class Convolution(nn.Conv2d):
         if not self.weight.requires_grad and products.are_fast(rows, self.weight):
             return products.multiply(rows, self._ready(as_matrix, products.panels))
         return F.linear(rows, self._ready(as_matrix))
+
+    def prepare(self) -> None:
+        """For compiled code on GPUs: bring a frozen weight into the precision of the context, before it is compiled."""
+        if not self.weight.requires_grad:
+            self._ready(_as_it_is)
+
+    def _compiled(self) -> Tensor:
+        """The weight that compiled code uses: on GPUs what was prepared, on CPUs, whose shapes are others, its own."""
+        prepared = self._prepared
+        return self.weight if prepared is None or self.weight.is_cpu else prepared[1]
 
     def prepared(self) -> tuple[object, list[Tensor]]:
         """What is kept of a frozen weight: the making, which is another object each time, and its tensors."""

@@ -8,6 +8,7 @@ less on a Xeon with AMX. It is on wherever it could be built.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -31,10 +32,21 @@ def norm_relu(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None = No
         bound = 0.0 if relu else -math.inf
         output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, bound, norm)
         return output
-    normed: Tensor = norm(images)
+    normed: Tensor = norm(images) if images.is_cpu or not norm.training else uncounted(norm, images)
     if residual is not None:
         normed += residual
     return F.relu(normed, inplace=True) if relu else normed
+
+
+def uncounted(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
+    """norm(images) in training, [B, C, H, W], but for the batches that it counts: on GPUs `count` does it for all."""
+    buffers = norm.running_mean, norm.running_var
+    return F.batch_norm(images, *buffers, norm.weight, norm.bias, True, cast(float, norm.momentum), norm.eps)
+
+
+def count(norms: Iterable[nn.BatchNorm2d]) -> None:
+    """One more batch for each that trains, in one kernel."""
+    torch._foreach_add_([cast(Tensor, norm.num_batches_tracked) for norm in norms if norm.training], 1)
 
 
 def is_available() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.model.convolution import use_matrix_products
-from hvd_eurosat.model.norm_relu import norm_relu
+from hvd_eurosat.model.norm_relu import count, norm_relu
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -145,6 +145,7 @@ class LandCoverResNet(nn.Module):
         self.trainable = trainable
         self.details = details
         self._frozen_norms: list[nn.BatchNorm2d] = []
+        self._norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         for name, module in self.named_modules():
             trains = is_trainable(name, module, trainable)
             for parameter in module.parameters(recurse=False):
@@ -189,6 +190,8 @@ class LandCoverResNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """images: float [B, 3, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
+        if not images.is_cpu and self.training:
+            count(self._norms)
         x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.avgpool(x).flatten(1))

@@ -35,7 +35,9 @@ def header(
         "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world, step, state.model)}, "
         + state.precision.name
         + (", compiled" if step.compiled else "")
-        + (f", not compiled: {step.obstacle}" if step.obstacle else ""),
+        + (f", not compiled: {step.obstacle}" if step.obstacle else "")
+        + (", steps as CUDA graphs" if step.captured else "")
+        + (f", steps not as CUDA graphs: {step.uncaptured}" if step.uncaptured else ""),
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"

@@ -39,11 +39,15 @@ class Sums:
         over_all.total = world.sum(self.total).cpu()
         return over_all
 
-    def add(self, log_probabilities: Tensor, batch: Batch, skipped: Tensor) -> None:
-        """A batch, unless its step was skipped (bool []); without waiting for the device."""
+    @staticmethod
+    def of(log_probabilities: Tensor, batch: Batch) -> Tensor:
+        """A batch's loss, correct and samples, float64 [3]."""
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         correct = log_probabilities.argmax(1) == batch.labels
-        sums = torch.stack([losses, correct, torch.ones_like(losses)]).double() @ batch.weights.double()
+        return torch.stack([losses, correct, torch.ones_like(losses)]).double() @ batch.weights.double()
+
+    def add(self, sums: Tensor, skipped: Tensor) -> None:
+        """Those of a batch, unless its step was skipped (bool []); without waiting for the device."""
         self.total[:3] += sums.masked_fill(skipped, 0)
         self.total[3] += skipped * self._share
 

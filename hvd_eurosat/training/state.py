@@ -59,10 +59,13 @@ class TrainingState:
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
         self._seals: dict[int, tuple[object, Tensor]] = {}
 
-    def advance(self, samples: int, skipped: Tensor) -> None:
-        """A step was made with so many samples, or skipped (bool [])."""
-        if self.average and self.step % EVERY == 0:
-            self.average.update(skipped)
+    @property
+    def averages(self) -> bool:
+        """Whether the step that is being made counts for the average of the weights."""
+        return self.average is not None and self.step % EVERY == 0
+
+    def advance(self, samples: int) -> None:
+        """A step was made with so many samples."""
         self.samples += samples
         self.step += 1
 
@@ -121,9 +124,9 @@ class TrainingState:
             frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
             self._frozen = self._frozen or _copy(frozen)
             changing = {name: t for name, t in self.model.state_dict().items() if name not in frozen}
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in (*changing.values(), *live.values())):
+            if not _are_finite([*changing.values(), *live.values()]):
                 raise RunError("the weights are not finite any more: try a lower optim.lr")
-            return Checkpoint(
+            saved = Checkpoint(
                 model=self._frozen | _copy(changing),
                 frozen=list(frozen),
                 optimiser=_copy(self.optimiser.state_dict()),
@@ -142,6 +145,9 @@ class TrainingState:
                 live=live,
                 share=float(self.average.share) if self.average else 0.0,
             )
+            if self._world.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # see _copy
+            return saved
 
     def seal(self) -> None:
         """From here on what does not train must stay as it is."""
@@ -182,11 +188,13 @@ class TrainingState:
 
     def _moving(self) -> list[Tensor]:
         """The weights that train, with each what the optimiser keeps of it, and their averages."""
-        tensors = list(self.average.weights.values()) if self.average else []
-        for parameter in self._trainable().values():
-            kept = self.optimiser.state.get(parameter, {}).values()
-            tensors += [parameter.detach(), *(value for value in kept if isinstance(value, Tensor))]
-        return tensors
+        averages = list(self.average.weights.values()) if self.average else []
+        return [*averages, *(parameter.detach() for parameter in self._trainable().values()), *self.kept()]
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that the optimiser keeps of the weights that train."""
+        states = (self.optimiser.state.get(parameter, {}) for parameter in self._trainable().values())
+        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
 
 
 def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -213,10 +221,22 @@ def _named(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
 
 
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    """All numbers in them; the host waits for a device once."""
+    places = {tensor.device for tensor in tensors}
+    found = [torch.stack([t.isfinite().all() for t in tensors if t.device == place]) for place in places]
+    return all(bool(one.all()) for one in found)
+
+
 def _copy(value: Any) -> Any:
-    """Nested dictionaries and lists with copies of their tensors on the CPU."""
+    """Nested dictionaries and lists with copies of their tensors on the CPU.
+
+    From a GPU they come into pinned memory, and are there once its stream has come so far: hundreds cost one wait.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        if value.is_cpu:
+            return value.detach().to("cpu", copy=True)
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return [_copy(item) for item in value] if isinstance(value, list) else value

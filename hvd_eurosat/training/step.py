@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +15,15 @@ from torch import Tensor
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config, mixes, schedule_epochs
 from hvd_eurosat.data.augment import network_input
-from hvd_eurosat.data.batches import Batch, Images
+from hvd_eurosat.data.batches import Batch, Draw, Images
 from hvd_eurosat.data.mixing import mixed_input, quantiles
 from hvd_eurosat.errors import Stopped, UserError
+from hvd_eurosat.model.convolution import Convolution
+from hvd_eurosat.training import capture
 from hvd_eurosat.training.compilation import obstacle
 from hvd_eurosat.training.gradients import GradientBuckets
+from hvd_eurosat.training.large_batch import unless
+from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.schedule import image_size, image_sizes, rate_share
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.stragglers import Stopwatch
@@ -54,6 +59,7 @@ def sample_losses(log_probabilities: Tensor, labels: Tensor, weights: Tensor | N
 class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Compiled if every rank can. Collective.
 
+    On GPUs all before the sum is a CUDA graph, and all after it another, wherever that can be had (capture.py).
     Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
@@ -68,7 +74,10 @@ class Step:
         self._epochs = schedule_epochs(config.optim, config.train)
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=WIRE[config.optim.compression])
+        self.uncaptured = capture.obstacle(world, config.optim)  # why; None if the step is captured
+        self.captured = self.uncaptured is None
+        wire = WIRE[config.optim.compression]
+        self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=wire, at_once=self.captured)
         self._input: Callable[..., Any] = mixed_input if mixes(config.train) else network_input
         self._quantiles = [quantiles(alpha, world.device) for alpha in (config.train.mixup, config.train.cutmix)]
         self._network: Callable[[Tensor], Tensor] = state.model
@@ -76,51 +85,94 @@ class Step:
         self.compiled = config.train.compile and not self.obstacle
         if self.compiled:
             self._compile()
+        groups = len(state.optimiser.param_groups)
+        self._numbers = torch.zeros(3 + groups, dtype=torch.float64, device=world.device)  # see _tell
+        self._before = torch.zeros_like(state.statistics.flat)
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        self._found = torch.zeros(2, device=world.device)
+        self._learn: Callable[[int, Batch | Draw], None] = self._forward_and_backward
+        self._improve: Callable[[bool], None] = self._update
+        if self.captured:
+            graphs = capture.Graphs(world)
+            self._learn, self._improve = (capture.Captured(work, graphs) for work in (self._learn, self._improve))
         self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
         self._skipped_in_a_row = 0
         self.stopwatch = Stopwatch(world.device)
 
-    def __call__(self, batch: Batch, learning_rate: float, stop: bool) -> None:
+    def __call__(self, batch: Batch | Draw, learning_rate: float, stop: bool) -> None:
         """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
-        state, gradients = self._state, self.gradients
+        state = self._state
+        self._tell(batch.total, learning_rate, stop)
+        self._learn(image_size(self._config.data, self._config.train, self._epochs, state.epoch), batch)
+        self.stopwatch.wait()
+        self.gradients.wait()
+        self.stopwatch.work()
+        self._improve(state.averages)
+        self._findings.add(self._found)
+        state.advance(batch.total)
+
+    def _tell(self, total: int, learning_rate: float, stop: bool) -> None:
+        """What the host knows of the step goes to the device in one copy: epoch, samples, stop, rates of the groups."""
+        state, optim = self._state, self._config.optim
         for group in state.optimiser.param_groups:
-            group["lr"] = learning_rate * rate_share(self._config.optim, group["depth"], state.epoch)
-        before = state.statistics.flat.clone()
+            group["lr"] = learning_rate * rate_share(optim, group["depth"], state.epoch)
+        rates = [group["lr"] for group in state.optimiser.param_groups]
+        numbers, pinned = [state.epoch, total, stop, *rates], self._device.type == "cuda"
+        self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned), non_blocking=True)
+
+    def _forward_and_backward(self, size: int, drawn: Batch | Draw) -> None:
+        """The gradients of images of this size, and what else the ranks are to add up, into the buckets."""
+        state, gradients = self._state, self.gradients
+        epoch, total, stop = self._numbers[0].long(), self._numbers[1].float(), self._numbers[2]
+        self._before.copy_(state.statistics.flat)
         gradients.zero()
-        images, share = self._prepare(batch)
+        batch = drawn.complete(epoch)
+        images, share = self._prepare(batch, epoch, size)
         with state.precision.autocast(self._device):
             log_probabilities = self._network(images)
         loss = self._losses(log_probabilities, batch, share) @ batch.weights
-        gradients.notes[0].copy_(loss.detach() / batch.total)
-        gradients.notes[1].fill_(stop / self._ranks)
-        (loss / batch.total).backward()
-        self.stopwatch.wait()
-        gradients.wait()
-        self.stopwatch.work()
+        gradients.notes[0].copy_(loss.detach() / total)
+        gradients.notes[1].copy_(stop / self._ranks)
+        gradients.backward(loss / total)
+        self._sums.copy_(Sums.of(log_probabilities.detach(), batch))
+
+    def _update(self, averages: bool) -> None:
+        """From the summed gradients to new weights, unless one of the numbers is not finite: all stays then."""
+        state, gradients = self._state, self.gradients
         total = torch.stack([buffer.sum() for buffer in gradients.buffers]).sum()  # not finite if any of them is not
         skip = ~total.isfinite()
-        self._update(skip)
-        state.statistics.flat.copy_(torch.where(skip, before, state.statistics.flat))
-        state.sums.add(log_probabilities.detach(), batch, skip)
-        self._findings.add(torch.stack([skip.float(), gradients.notes[1]]))
-        state.advance(batch.total, skip)
+        self._optimise(skip)
+        state.statistics.flat.copy_(torch.where(skip, self._before, state.statistics.flat))
+        state.sums.add(self._sums, skip)
+        if state.average and averages:
+            state.average.update(skip)
+        self._found.copy_(torch.stack([skip.float(), gradients.notes[1]]))
+
+    def _optimise(self, skip: Tensor) -> None:
+        optimiser = self._state.optimiser
+        rates = capture.rates_from(self._numbers[3:].float(), optimiser) if self.captured else contextlib.nullcontext()
+        with rates:
+            if optimiser.defaults.get("fused"):  # it leaves everything as it is where found_inf is 1
+                optimiser.found_inf = skip.float()  # type: ignore[attr-defined]
+                optimiser.step()
+            elif self.captured:
+                with unless(skip, [*self._trainable, *self._state.kept()]):
+                    optimiser.step()
+            elif not skip:
+                optimiser.step()
 
     def _compile(self) -> None:
-        """Each size of the images has code of its own; on GPUs the network is a CUDA graph too."""
+        """Each size of the images has code of its own; on GPUs the network is a CUDA graph, or part of the step's."""
         sizes = image_sizes(self._config.data.input_side, self._config.train.start_size)
         torch._dynamo.config.recompile_limit = RECOMPILES * len(sizes)  # torch.compile takes it from 2.12 on alone
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False)
-        self._network = compiled(self._state.model, mode="reduce-overhead")
+        self._network = compiled(self._state.model, mode="default" if self.captured else "reduce-overhead")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
             self._input = compiled(self._input)
-
-    def _update(self, skip: Tensor) -> None:
-        optimiser = self._state.optimiser
-        if optimiser.defaults.get("fused"):  # it leaves everything as it is where found_inf is 1
-            optimiser.found_inf = skip.float()  # type: ignore[attr-defined]
-            optimiser.step()
-        elif not skip:
-            optimiser.step()
+            with self._state.precision.autocast(self._device):
+                for module in self._state.model.modules():
+                    if isinstance(module, Convolution):
+                        module.prepare()
 
     @property
     def loss(self) -> Tensor:
@@ -166,12 +218,9 @@ class Step:
         other = sample_losses(log_probabilities, batch.partners.labels, self._class_weights, smoothing)
         return other.lerp(own, share.to(own.dtype))
 
-    def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _prepare(self, batch: Batch, epoch: Tensor, size: int) -> tuple[Tensor, Tensor | None]:
         """What the network is shown, and with partners the share that each sample keeps of itself."""
-        data, train, epoch = self._config.data, self._config.train, self._state.epoch
-        size = image_size(data, train, self._epochs, epoch)
-        epoch_there = torch.full((), epoch, device=self._device)
-        drawn = train.seed, epoch_there, size, data
+        drawn = self._config.train.seed, epoch, size, self._config.data
         if batch.partners is None:
             return self._input(batch.images, batch.indices, *drawn), None
         others = batch.partners
@@ -190,7 +239,9 @@ class _Findings:
 
     def add(self, numbers: Tensor) -> None:
         event = None
-        if self._lag:
+        if not self._lag:
+            numbers = numbers.clone()
+        else:
             numbers = torch.empty(len(numbers), pin_memory=True).copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()

@@ -23,6 +23,7 @@ from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training.checkpoint import CheckpointFolder
+from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
@@ -34,14 +35,15 @@ def bare(step: Step, batch: Batch) -> None:
     """The step without what durability adds to it."""
     state, gradients = step._state, step.gradients
     gradients.zero()
+    epoch, size = torch.tensor(0), step._config.data.input_side
     with state.precision.autocast(step._device):
-        log_probabilities = step._network(step._prepare(batch))
+        log_probabilities = step._network(step._prepare(batch, epoch, size)[0])
     losses = F.cross_entropy(log_probabilities, batch.labels, reduction="none")
     (losses @ batch.weights / batch.total).backward()
     gradients.wait()
     state.optimiser.found_inf = None  # type: ignore[attr-defined]
     state.optimiser.step()
-    state.sums.add(log_probabilities.detach(), batch, torch.tensor(False))
+    state.sums.add(Sums.of(log_probabilities.detach(), batch), torch.tensor(False))
 
 
 def durable(world: World, step: Step, batch: Batch) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hvd_eurosat import train
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config, Model, mixes
-from hvd_eurosat.data.batches import Batch, Images, TrainBatches
+from hvd_eurosat.data.batches import Batch, Draw, Images, TrainBatches
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import Stopped, UserError
@@ -156,7 +156,7 @@ class Batches(TrainBatches):
     faults: dict[int, int]
     step: int
 
-    def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch | Draw]:
         for batch in super().epoch(epoch, samples):
             faulty = self.step in self.faults and self.faults[self.step] % self._world_size == self._rank
             yield dataclasses.replace(batch, weights=batch.weights.double() * (torch.nan if faulty else 1))

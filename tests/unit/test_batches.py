@@ -34,6 +34,8 @@ from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from tests.unit.conftest import Grow
 
+EPOCH = torch.tensor(5)  # which a batch whose images are there does not ask for
+
 
 def make_images(count: int) -> Images:
     pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
@@ -50,7 +52,7 @@ def test_every_sample_counts_once_in_an_epoch(count: int, ranks: int, size: int)
     images = make_images(count)
     shards = [list(TrainBatches(images, size, rank, ranks, seed=3).epoch(1)) for rank in range(ranks)]
     assert sorted(index for shard in shards for batch in shard for index in counted(batch)) == list(range(count))
-    assert all(len(batch.indices) == len(batch.images) == size for shard in shards for batch in shard)
+    assert all(len(batch.indices) == len(batch.complete(EPOCH).images) == size for shard in shards for batch in shard)
     for step in zip(*shards, strict=True):
         assert {batch.total for batch in step} == {sum(len(counted(batch)) for batch in step)}
 
@@ -193,7 +195,8 @@ def test_a_sample_is_mixed_with_the_same_one_in_the_same_way_on_any_number_of_ra
     def mixed(ranks: int, epoch: int) -> dict[int, tuple[object, float, int]]:
         found: dict[int, tuple[object, float, int]] = {}
         for rank in range(ranks):
-            for batch in TrainBatches(images, 10, rank, ranks, seed=3, mixes=True).epoch(epoch):
+            for drawn in TrainBatches(images, 10, rank, ranks, seed=3, mixes=True).epoch(epoch):
+                batch = drawn.complete(EPOCH)
                 others = batch.partners
                 assert others is not None
                 inputs = batch.images, batch.indices, others.images, others.indices, 3, torch.tensor(epoch), 8, Data()

@@ -151,3 +151,15 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_value_for_each_channel_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_relu(a_norm(64), images((1, 64, 1, 1), 1, torch.float32))
+
+
+def test_batches_are_counted_once_for_all_layers() -> None:
+    """As on GPUs: apart from the count the norm does what torch's does, and a layer that is frozen counts nothing."""
+    images = torch.randn(4, 8, 3, 3)
+    ours, theirs, frozen = (nn.BatchNorm2d(8, momentum=0.3) for _ in range(3))
+    frozen.eval()
+    assert torch.equal(module.uncounted(ours, images), theirs(images))
+    module.count([ours, frozen])
+    for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(mine, other)
+    assert frozen.num_batches_tracked == 0

@@ -1,0 +1,1 @@
+"""What takes a GPU: `make test-gpu`, where there is one."""
