@@ -28,7 +28,8 @@ from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder, replacing
 from hvd_eurosat.weights import exporters
-from hvd_eurosat.weights.loading import load_weights
+from hvd_eurosat.weights.known import normalised
+from hvd_eurosat.weights.loading import Taken, load_weights
 from hvd_eurosat.weights.settle import settle
 
 WRITERS = {
@@ -55,11 +56,11 @@ def export(settings: ExportSettings) -> list[str]:
     if settings.with_normalisation and settings.format not in NORMALISING:
         why = "it does so by itself" if settings.format == "deepness" else "the others hold weights alone"
         raise UserError(f"--with-normalisation is for {', '.join(NORMALISING)}, not for {settings.format}: {why}")
-    saved, lacking = checkpoint.load(settings.checkpoint) if settings.checkpoint else None, ""
+    saved, taken = checkpoint.load(settings.checkpoint) if settings.checkpoint else None, Taken()
     if saved:
         model, facts = trained(saved, settings)
     else:
-        model, facts, lacking = prepared(settings)
+        model, facts, taken = prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
     make_folder(settings.out, "--out")
@@ -69,7 +70,8 @@ def export(settings: ExportSettings) -> list[str]:
             write(model, facts, file)
     parameters, _ = count_parameters(model)
     done = Export(settings.out, settings.format, facts, parameters, list(writers), saved, settings.checkpoint)
-    notes = [f"model.weights {settings.model.weights}: {lacking}; the one written is random"] if lacking else []
+    notes = [f"model.weights {settings.model.weights}: {taken.line}"] if taken.line else []
+    notes += ["the head that is written is random"] if taken.lacking else []
     return [*notes, *(f"wrote {path}" for path in [*(settings.out / name for name in writers), *write_card(done)])]
 
 
@@ -77,21 +79,23 @@ def trained(saved: Checkpoint, settings: ExportSettings) -> tuple[LandCoverResNe
     """The network of a checkpoint, its temperature in the head unless `raw`, and what its user must know."""
     model = saved.build_model(torch.device("cpu"))
     temperature = 1.0 if settings.raw else saved.temperature(views=1)
-    model.fc.weight.data /= temperature
+    for parameter in model.fc.parameters():
+        parameter.data /= temperature
     facts = {"classes": saved.classes, "epoch": saved.epoch, "temperature": temperature, "config": saved.config}
     side = saved.image_side or saved.data.image_size
     return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side) | facts
 
 
-def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], str]:
-    """The network as training would begin with it, what its user must know, and why it has a head of its own."""
+def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], Taken]:
+    """The network as training would begin with it, what its user must know, and what of the weights was taken."""
     size = settings.data.image_size
     if not size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
     chosen = settle(settings.model, settings.classes, settings.data.input_side)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
-    lacking = load_weights(model, chosen)
-    return model, describe(model, chosen.arch, settings.data, settings, size), lacking
+    data = normalised(settings.data, chosen.weights, inputs=None)
+    taken = load_weights(model, chosen)
+    return model, describe(model, chosen.arch, data, settings, size), taken
 
 
 def describe(model: LandCoverResNet, arch: str, data: Data, settings: ExportSettings, side: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from hvd_eurosat.training.schedule import jump, learning_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
 from hvd_eurosat.training.stragglers import work_of_ranks
+from hvd_eurosat.weights.known import normalised
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.settle import settle
 
@@ -75,10 +76,10 @@ def train(world: World, config: Config) -> int:
     model.to(world.device)
     inputs = tree.inputs.measured(images["train"].sample(SAMPLED))
     state = TrainingState(world, config, tree, model, choose(world, config, start), inputs)
-    lacking = begin(world, config, state, start)
+    taken = begin(world, config, state, start)
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)
-    facts = header(world, config, tree, state, step, batches, lacking)
+    facts = header(world, config, tree, state, step, batches, taken)
     journal.begin(start, facts, state.snapshot())
     for note in tree.notes:
         journal.display.note(note)
@@ -124,6 +125,7 @@ def settled(config: Config, tree: Tree) -> Config:
     """With values in place of what it leaves to the data and to files of the network. Raises UserError."""
     data = resolve_size(tree, config.data)
     model = settle(config.model, len(tree.classes), data.input_side)
+    data = normalised(data, model.weights, tree.inputs)
     return config.model_copy(update={"data": data, "model": model})
 
 
@@ -134,16 +136,17 @@ def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
 
 
 def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> str:
-    """A checkpoint's state, or rank 0's weights, on every rank. Returns what of them is left out. Collective."""
-    lacking = ""
+    """A checkpoint's state, or rank 0's weights, on every rank. Returns what of a file was taken. Collective."""
+    taken = ""
     if start:
         state.restore(start)
     else:
-        lacking = world.on_main(lambda: load_weights(state.model, config.model))
+        bands = state.inputs.bands if state.inputs else ()
+        taken = world.on_main(lambda: load_weights(state.model, config.model, bands).line)
         state.weights = world.on_main(lambda: digest_of(config.model.weights))
         world.broadcast(state.model.state_dict().values())
     state.seal()
-    return lacking
+    return taken
 
 
 def train_epoch(

@@ -93,7 +93,7 @@ class Data(Place):
     resize: Side = 0
     """resize each image to this side before center_crop; 0: crop the image as it is"""
     mean: tuple[Number, Number, Number] = IMAGENET_MEAN
-    """subtracted from each pixel's red, green and blue, which are 0 to 1"""
+    """subtracted from each pixel's red, green and blue, which are 0 to 1; named Sentinel-2 weights bring their own"""
     std: tuple[Spread, Spread, Spread] = IMAGENET_STD
     """by which each pixel's red, green and blue are then divided"""
     augment: bool = True
@@ -132,13 +132,14 @@ class Model(Section):
     arch: Literal["resnet50", "resnet18"] = "resnet50"
     """resnet18 is the small one, for tests and smoke runs"""
     weights: str = "imagenet"
-    """what to start from: imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
-    checkpoint of ours"""
+    """what to start from: imagenet (torchvision's), none (random), sentinel2-rgb-moco, sentinel2-all-moco or
+    sentinel2-all-dino (SSL4EO-S12, as torchgeo publishes them), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
+    checkpoint of ours or of another trainer"""
     trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
     """what trains: bn+head (all BatchNorm layers and the head, which is the last layer), head, all, or whole modules by
     name: layer4,fc"""
     layers: UserPath | None = None
-    """a Keras layers.json of a ResNet-50; it says what trains and sets the four keys below"""
+    """a Keras layers.json of a ResNet-50; it says what trains and sets the five keys below"""
     variant: Literal["auto", "v1", "v1.5"] = "auto"
     """where a stage halves the image: v1.5 (torchvision) in its 3x3 convolution, v1 (Keras) in its first 1x1; auto: as
     the file of weights says"""
@@ -148,6 +149,8 @@ class Model(Section):
     """share of the new batch in BatchNorm's running statistics; Keras uses 0.01"""
     bn_affine: bool = True
     """whether BatchNorm layers have weights and biases"""
+    head_bias: bool = False
+    """whether the head has biases, one for each class; a head with biases is taken from the weights only then"""
 
 
 class Optim(Section):

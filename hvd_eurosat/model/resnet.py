@@ -100,25 +100,27 @@ class Details:
     """In what ResNet-50s differ. variant: v1 strides in the first 1x1 convolution of a stage, v1.5 in its 3x3.
 
     epsilon and momentum (the share of the new batch) are BatchNorm's; without affine it has no weights and biases.
+    head_bias: whether the head has biases.
     """
 
     variant: str = "v1.5"
     epsilon: float = 1e-5
     momentum: float = 0.1
     affine: bool = True
+    head_bias: bool = False
 
     @staticmethod
     def of(model: Model) -> Details:
         """Those of a configuration; auto is v1.5."""
         variant = "v1" if model.variant == "v1" else "v1.5"
-        return Details(variant, model.bn_epsilon, model.bn_momentum, model.bn_affine)
+        return Details(variant, model.bn_epsilon, model.bn_momentum, model.bn_affine, model.head_bias)
 
 
 DEFAULT = Details()
 
 
 class LandCoverResNet(nn.Module):
-    """ResNet (He et al. 2015) whose head is a dense layer without bias and a log-softmax.
+    """ResNet (He et al. 2015) whose head is a dense layer, without bias unless details say so, and a log-softmax.
 
     `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
     al. 2021, "Training BatchNorm and only BatchNorm"), or names of modules between commas, which train with all that is
@@ -141,7 +143,7 @@ class LandCoverResNet(nn.Module):
         # Blocks that begin as the identity suit training from scratch (Goyal et al. 2017); weights override it.
         self._draw_weights(identity_blocks=trainable == "all")
         use_matrix_products(self)
-        self.fc = nn.Linear(512 * wider, classes, bias=False)
+        self.fc = nn.Linear(512 * wider, classes, bias=details.head_bias)
         self.trainable = trainable
         self.details = details
         self._frozen_norms: list[nn.BatchNorm2d] = []

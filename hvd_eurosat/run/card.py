@@ -26,6 +26,7 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.page import environment, percent, shown
 from hvd_eurosat.run.story import Confusion, Story, read_story
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.weights.known import KNOWN
 from hvd_eurosat.weights.stored import named
 
 CARD, ITEM = "model_card.md", "stac_item.json"
@@ -35,6 +36,7 @@ EUROPE = (-25.0, 34.0, 45.0, 72.0)  # west, south, east, north, in degrees: the 
 BANDS = (("B04", "red"), ("B03", "green"), ("B02", "blue"))
 TRAINING = ("data", "model", "optim", "train")  # sections of the configuration
 WEIGHTS_LICENCES = {
+    **{name: f"it began with the weights {name} ({known.licence})" for name, known in KNOWN.items()},
     "none": "it began with random weights, which nobody has a right in",
     "imagenet": "it began with torchvision's ImageNet weights (BSD-3-Clause), of images with terms of their own",
 }

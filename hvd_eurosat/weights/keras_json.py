@@ -94,7 +94,7 @@ def parse_layers(content: Any) -> Architecture:
     layers, outputs = _layers(content)
     if any(layer.kind == "Rescaling" for layer in layers.values()):
         raise ValueError("it normalises images itself, as training does before it: export it without")
-    details = _backbone(layers)
+    details = replace(_backbone(layers), head_bias=_find(layers, HEAD).settings.get("use_bias") is True)
     classes = _find(layers, HEAD).settings.get("units")
     if type(classes) is not int or not 0 < classes < 2**20:
         raise ValueError(f"the head has {_shown(classes)} units")
@@ -110,8 +110,24 @@ def parse_layers(content: Any) -> Architecture:
 
 
 def parse_backbone(content: Any) -> Details:
-    """The same for a ResNet-50 with any head or none."""
-    return _backbone(_layers(content)[0])
+    """The same for a ResNet-50 with any head or none, which may be a layer of another model."""
+    return _backbone(_layers(_inner(content) or content)[0])
+
+
+def _inner(content: Any) -> Any:
+    """The model, among those that are layers of another, that begins as a ResNet-50; None where there is none."""
+    config = content.get("config") if isinstance(content, dict) else None
+    layers = config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(layers, list):
+        return None
+    if any(_name(layer) == "conv1_conv" for layer in layers):
+        return content
+    return next((found for layer in layers if (found := _inner(layer))), None)
+
+
+def _name(layer: Any) -> Any:
+    config = layer.get("config") if isinstance(layer, dict) else None
+    return config.get("name") if isinstance(config, dict) else None
 
 
 def _backbone(layers: dict[str, Layer]) -> Details:

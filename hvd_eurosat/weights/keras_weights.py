@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from hvd_eurosat.weights.weight_file import Weights
 
 Layer = dict[str, Tensor]
 FEATURES = 2048
+BODY = re.compile(r"conv\d|post_|stem|stage|block")  # which the name of no head begins with
 OPTIONAL = {"bias", "gamma", "beta"}
 TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
@@ -51,7 +53,9 @@ def write_weights(file: BinaryIO, state: Mapping[str, Tensor], facts: Mapping[st
 def _to_keras(name: str, state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
     module = module_name(name)
     if not name.endswith("_bn"):
-        return {"kernel": _kernel(state[f"{module}.weight"])}
+        arrays = {"kernel": _kernel(state[f"{module}.weight"])}
+        bias = state.get(f"{module}.bias")
+        return arrays if bias is None else arrays | {"bias": bias.numpy(force=True)}
     keys = {key: f"{module}.{TORCH[key]}" for key in TORCH}
     return {key: state[own].numpy(force=True) for key, own in keys.items() if own in state}
 
@@ -73,8 +77,9 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"model.weights {path}: {reason}")
     try:
         layers, facts = _unpack(reader.stdout)
+        left_out = _settle_head(layers)
         _check(layers)
-        return Weights(_to_torch(layers), *_stated(facts))
+        return Weights(_to_torch(layers), *_stated(facts), left_out=left_out)
     except RecursionError:
         raise UserError(f"model.weights {path}: its model_config is nested too deeply") from None
     except ValueError as error:
@@ -88,10 +93,18 @@ def _unpack(data: bytes) -> tuple[dict[str, Layer], dict[str, str]]:
     for name, tensor in safetensors.torch.load(data).items():
         layer, key = name.rsplit("/", 1)
         layers.setdefault(layer, {})[key] = tensor
-    heads = [name for name, layer in layers.items() if name not in _shapes() and _is_head(layer)]
-    if len(heads) == 1:
-        layers[HEAD] = layers.pop(heads[0])
     return layers, facts
+
+
+def _settle_head(layers: dict[str, Layer]) -> tuple[str, ...]:
+    """Give a head of one layer its name here; take any other out, and return the names of its layers."""
+    others = [name for name in layers if name not in _shapes() and not BODY.match(name)]
+    if len(others) == 1 and _is_head(layers[others[0]]):
+        layers[HEAD] = layers.pop(others[0])
+        return ()
+    for name in others:
+        del layers[name]
+    return tuple(others)
 
 
 def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:
@@ -110,7 +123,7 @@ def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:
 def _check(layers: Mapping[str, Layer]) -> None:
     """Raise ValueError unless names and shapes are the network's; the head may be missing."""
     expected = _shapes()
-    for name in [*layers, *expected]:
+    for name in [*expected, *layers]:
         if name not in layers:
             raise ValueError(f"not weights of resnet50: layer {name} is missing")
         if name != HEAD:

@@ -9,6 +9,7 @@ from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.weights.keras_json import read_layers
+from hvd_eurosat.weights.known import NAMES, check_name
 from hvd_eurosat.weights.loading import KERAS_SUFFIXES, read_weights
 
 DEFAULTS = Model()
@@ -16,6 +17,7 @@ DEFAULTS = Model()
 
 def settle(model: Model, classes: int, image_size: int) -> Model:
     """The section with model.layers and `auto` turned into values. Raises UserError where it contradicts its files."""
+    check_name(model.weights, model.arch)
     found = _from_layers(model.layers, classes, image_size) if model.layers else {}
     if found and model.arch != "resnet50":
         raise UserError(f"model.layers {model.layers} is a resnet50, and model.arch is {model.arch}")
@@ -43,13 +45,14 @@ def _from_layers(path: Path, classes: int, image_size: int) -> dict[str, Any]:
         raise UserError(f"{taken}; data.input_size, or else image_size, is {image_size}: give {side}")
     details = architecture.details
     values = {"variant": details.variant, "bn_epsilon": details.epsilon, "bn_momentum": details.momentum}
-    return {**values, "bn_affine": details.affine, "trainable": architecture.trainable}
+    values |= {"bn_affine": details.affine, "head_bias": details.head_bias}
+    return {**values, "trainable": architecture.trainable}
 
 
 def _variant(model: Model) -> str:
     """The variant, which must be the one that the file of weights states."""
     path = Path(model.weights).expanduser()
-    stated = read_weights(path).variant if model.weights not in ("imagenet", "none") and path.exists() else None
+    stated = read_weights(path).variant if model.weights not in NAMES and path.exists() else None
     if model.variant == "auto" and not stated and path.suffix in KERAS_SUFFIXES and path.exists():
         raise UserError(
             f"model.weights {path} does not say where its network strides: give --model.variant v1 "
