@@ -86,6 +86,7 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         bn_momentum=draw(either(0.1, 0.01, 0.5)),
         bn_epsilon=draw(either(1e-5, 1e-2)),
         bn_affine=draw(either(True, True, False)),
+        head_bias=draw(either(False, False, True)),
     )
     train = Train(
         epochs=epochs,
@@ -156,10 +157,10 @@ def splits(count: int, size: int) -> dict[str, Split]:
 
 
 @cache
-def weights(affine: bool) -> dict[str, Tensor]:
+def weights(affine: bool, head_bias: bool = False) -> dict[str, Tensor]:
     """Random ones, in float64, whose BatchNorm layers are not all the same."""
     generator = torch.Generator().manual_seed(0)
-    plain = network(Model(arch="resnet18", bn_affine=affine), CLASSES).state_dict()
+    plain = network(Model(arch="resnet18", bn_affine=affine, head_bias=head_bias), CLASSES).state_dict()
     state = {name: tensor.clone() for name, tensor in plain.items()}
     for tensor in state.values():
         if tensor.ndim > 1:
@@ -193,7 +194,8 @@ class Shown:
 
 def check(case: Case) -> None:
     """Raises AssertionError where product and reference differ."""
-    data, start = splits(case.images, case.config.data.image_size), weights(case.config.model.bn_affine)
+    model = case.config.model
+    data, start = splits(case.images, case.config.data.image_size), weights(model.bn_affine, model.head_bias)
     faults = dict(case.faults)
     reference = Trainer(case.config, data, CLASSES, start)
     saved = None

@@ -87,7 +87,7 @@ KINDS: dict[str, tuple[Callable[[State], Any], str]] = {
     "a state dict": (lambda s: s, "121 tensors"),
     "state_dict": (lambda s: {"state_dict": s, "arch": "r"}, "121 tensors of state_dict; left out: arch"),
     "DataParallel": (
-        lambda s: {"net": under("module.", s), "acc": 9},
+        lambda s: {"net": under("module.", s), "acc": 97.5},
         "121 tensors under module. of net; left out: acc",
     ),
     "compiled": (lambda s: {"model": under("_orig_mod.", s)}, "121 tensors under _orig_mod. of model"),

@@ -272,6 +272,7 @@ SETTINGS: dict[str, Any] = {
     "model.bn_epsilon": 1e-3,
     "model.bn_momentum": 0.2,
     "model.bn_affine": False,
+    "model.head_bias": True,
     "optim.lr": 1e-9,  # all validations alike: after the first, none is the best
     "train.epochs": 3,
     "train.batch_size": 3,
@@ -379,6 +380,7 @@ JOB: dict[str, Callable[[Job], bool]] = {
     "model.bn_epsilon": lambda job: norms(job, "eps") == {1e-3},
     "model.bn_momentum": lambda job: norms(job, "momentum") == {0.2},
     "model.bn_affine": lambda job: norms(job, "affine") == {False},
+    "model.head_bias": lambda job: job.model.fc.bias is not None,
     "train.precision": lambda job: job.precision == "bf16" and job.types == {torch.bfloat16},
     "train.seed": lambda job: torch.equal(job.model.conv1.weight, first_weights(job)),
     "valid.batch_size": lambda job: job.validated == {3},
