@@ -104,7 +104,7 @@ def _settle_head(layers: dict[str, Layer]) -> tuple[str, ...]:
         return ()
     for name in others:
         del layers[name]
-    return tuple(others)
+    return tuple(sorted(others))
 
 
 def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:

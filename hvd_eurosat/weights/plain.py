@@ -80,5 +80,5 @@ def _reason(message: str) -> str:
     if "TorchScript" in message:
         return f"it is a TorchScript program: {cure}"
     if found := re.search(r"GLOBAL (\S{1,80})", message):
-        return f"it holds more than tensors and plain values, {found[1]}: {cure}"
+        return f"beside tensors and plain values it holds {found[1]}: {cure}"
     return "it is damaged, or holds more than tensors"

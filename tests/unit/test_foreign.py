@@ -268,7 +268,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a whole module": (
         lambda: nn.Linear(2, 2),
-        "it holds more than tensors and plain values, torch.nn.modules.linear.Linear: save the network's state_dict()",
+        "beside tensors and plain values it holds torch.nn.modules.linear.Linear: save the network's state_dict() alone",
     ),
 }
 

@@ -249,6 +249,27 @@ def test_keras_own_resnet50_computes_the_same_here(applications: Any, kind: str,
     assert features.std() > 0.01
 
 
+@pytest.mark.parametrize("layout", ["keras 3", "whole"])
+def test_a_resnet50_in_another_model_is_found(applications: Any, tmp_path: Path, layout: str) -> None:
+    """As people put it between augmentation and a head of their own."""
+    import keras
+
+    network, files = applications["features"]
+    outer = [keras.layers.RandomFlip(), network, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(5)]
+    whole = keras.Sequential([keras.Input((64, 64, 3)), *outer, keras.layers.Dense(3, name="last")])
+    path = tmp_path / "w.h5" if layout == "whole" else tmp_path / "w.weights.h5"
+    (whole.save if layout == "whole" else whole.save_weights)(path)
+    settled = settle(Model(weights=str(path), variant="auto" if layout == "whole" else "v1"), 10, 64)
+    assert settled.variant == "v1"
+    taken = load_weights(inner := build("resnet50", 10, "all", seed=5, details=Details.of(settled)), settled)
+    assert taken.line == f"265 tensors; it has no head; left out: {outer[-1].name}, last"
+    load_weights(
+        alone := build("resnet50", 10, "all", seed=5, details=Details.of(settled)),
+        settled.model_copy(update={"weights": str(files["whole"])}),
+    )
+    assert all(torch.equal(tensor, inner.state_dict()[name]) for name, tensor in alone.state_dict().items())
+
+
 def test_layers_of_keras_3_are_read_too(applications: Any, exported: Any) -> None:
     """Keras 3's own spelling, and that of the peer's Keras 2.9."""
     import keras

@@ -160,7 +160,7 @@ class Exploit:
         ("missing", r"not weights of resnet18: conv1.weight is missing \(1 differences\)"),
         ("not finite", r"conv1.weight is not finite \(1 differences\)"),
         ("list", "not a state dict"),
-        ("pickle", "not a file of weights: it is damaged, or holds more than tensors"),
+        ("pickle", "not a file of weights: beside tensors and plain values it holds getattr: save "),
     ],
 )
 def test_bad_weights(tmp_path: Path, content: str | bytes, message: str) -> None:
