@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,10 +24,12 @@ def check_fit(
     found = list(_differences(state, own, optional))
     if not found:
         return
-    shown = "; ".join(found[:NAMED])
-    raise UserError(
-        f"model.weights {source}: not weights of {arch}: {shown} ({len(found)} differences){_hint(state, arch)}"
-    )
+    raise UserError(f"model.weights {source}: not weights of {arch}: {nearest(found)}{_hint(state, arch)}")
+
+
+def nearest(differences: Sequence[str]) -> str:
+    """The first of them, and how many there are."""
+    return f"{'; '.join(differences[:NAMED])} ({len(differences)} differences)"
 
 
 def plain_norms(own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet
 from hvd_eurosat.weights import hdf5
+from hvd_eurosat.weights.fitting import nearest
 from hvd_eurosat.weights.keras_graph import HEAD, module_name, resnet50, weight_layers
 from hvd_eurosat.weights.keras_json import parse_backbone
 from hvd_eurosat.weights.weight_file import Weights
@@ -78,7 +79,7 @@ def read_weights(path: Path) -> Weights:
     try:
         layers, facts = _unpack(reader.stdout)
         left_out = _settle_head(layers)
-        _check(layers)
+        _check(layers, left_out)
         return Weights(_to_torch(layers), *_stated(facts), left_out=left_out)
     except RecursionError:
         raise UserError(f"model.weights {path}: its model_config is nested too deeply") from None
@@ -120,27 +121,28 @@ def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:
     return None, None
 
 
-def _check(layers: Mapping[str, Layer]) -> None:
-    """Raise ValueError unless names and shapes are the network's; the head may be missing."""
+def _check(layers: Mapping[str, Layer], left_out: Sequence[str]) -> None:
+    """Raise ValueError unless names and shapes are the network's; the head may be missing.
+
+    left_out: layers that may be why others are missing.
+    """
     expected = _shapes()
-    for name in [*expected, *layers]:
-        if name not in layers:
-            raise ValueError(f"not weights of resnet50: layer {name} is missing")
-        if name != HEAD:
-            _check_layer(name, layers[name], expected.get(name))
+    found = [text for name in layers if name != HEAD for text in _differences(name, layers[name], expected.get(name))]
+    missing = [f"layer {name} is missing" for name in expected if name not in layers]
+    unknown = [f"layer {name[:60]!r} is unknown" for name in left_out] if missing else []
+    if problems := [*found, *missing, *unknown]:
+        raise ValueError(f"not weights of resnet50: {nearest(problems)}")
 
 
-def _check_layer(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]] | None) -> None:
+def _differences(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]] | None) -> Iterator[str]:
     if expected is None:
-        raise ValueError(f"not weights of resnet50: layer {name[:60]!r} is unknown")
-    for key in [*layer, *(key for key in expected if key not in OPTIONAL)]:
-        if key not in expected:
-            raise ValueError(f"not weights of resnet50: {name} has an unknown {key[:60]!r}")
-        if key not in layer:
-            raise ValueError(f"not weights of resnet50: {name} has no {key}")
-        if tuple(layer[key].shape) != expected[key]:
-            shapes = f"{list(layer[key].shape)}, expected {list(expected[key])}"
-            raise ValueError(f"not weights of resnet50: {key} of {name} is {shapes}")
+        yield f"layer {name[:60]!r} is unknown"
+        return
+    yield from (f"{name} has an unknown {key[:60]!r}" for key in layer if key not in expected)
+    yield from (f"{name} has no {key}" for key in expected if key not in layer and key not in OPTIONAL)
+    for key in layer:
+        if key in expected and tuple(layer[key].shape) != expected[key]:
+            yield f"{key} of {name} is {list(layer[key].shape)}, expected {list(expected[key])}"
 
 
 def _is_head(layer: Layer) -> bool:

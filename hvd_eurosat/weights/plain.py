@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class _Ignored:
         pass
 
 
-ALLOWED = [
+ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((_Mapping, name) for name in MAPPINGS),
     *((_List, name) for name in LISTS),
     *((_Ignored, name) for name in OTHERS),

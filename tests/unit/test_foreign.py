@@ -129,14 +129,11 @@ def loaded(path: Path, **settings: Any) -> tuple[LandCoverResNet, Taken]:
     return model.eval(), taken
 
 
-def check_same(model: LandCoverResNet, other: nn.Module, head: bool) -> None:
+def check_same(model: LandCoverResNet, other: LandCoverResNet, head: bool) -> None:
     """Of log-probabilities or, without the head, of features."""
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        if head:
-            mine, theirs = model(images), other(images)
-        else:
-            mine, theirs = model.features(images), other.features(images)
+        mine, theirs = (one(images) if head else one.features(images) for one in (model, other))
     torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
 
 
@@ -268,7 +265,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a whole module": (
         lambda: nn.Linear(2, 2),
-        "beside tensors and plain values it holds torch.nn.modules.linear.Linear: save the network's state_dict() alone",
+        "beside tensors and plain values it holds torch.nn.modules.linear.Linear: save the network's state_dict()",
     ),
 }
 

@@ -511,7 +511,7 @@ KERNEL = "conv1_conv/conv1_conv/kernel:0"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename, "not weights of resnet50: layer 'mystery' is unknown"),
+        (rename, r"layer conv1_bn is missing; layer 'mystery' is unknown \(2 differences\)"),
         (drop, "not weights of resnet50: layer conv1_bn is missing"),
         (reshape, r"kernel of conv1_conv is \[7, 7, 64, 3\], expected \[7, 7, 3, 64\]"),
         (lambda a: a.__delitem__(KERNEL), "'kernel:0' is missing"),
