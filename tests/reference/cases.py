@@ -86,7 +86,6 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         bn_momentum=draw(either(0.1, 0.01, 0.5)),
         bn_epsilon=draw(either(1e-5, 1e-2)),
         bn_affine=draw(either(True, True, False)),
-        head_bias=draw(either(False, False, True)),
     )
     train = Train(
         epochs=epochs,

@@ -376,7 +376,7 @@ JOB: dict[str, Callable[[Job], bool]] = {
     "data.root": lambda job: summary(job.run)["train_images"] == 8,
     "data.cache_dir": lambda job: len(list((job.folder / "cache_dir").glob("*.npy"))) == 3,
     "model.arch": lambda job: len(job.model.layer1) == 2,
-    "model.trainable": lambda job: summary(job.run)["trainable_parameters"] == 1024,
+    "model.trainable": lambda job: summary(job.run)["trainable_parameters"] == 1026,
     "model.bn_epsilon": lambda job: norms(job, "eps") == {1e-3},
     "model.bn_momentum": lambda job: norms(job, "momentum") == {0.2},
     "model.bn_affine": lambda job: norms(job, "affine") == {False},
