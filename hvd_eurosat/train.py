@@ -18,7 +18,7 @@ from hvd_eurosat.config.schema import Config, mixes, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.inputs import SAMPLED
 from hvd_eurosat.data.layout import SPLITS
-from hvd_eurosat.data.packed import resolve_size
+from hvd_eurosat.data.packed import resolve_normalisation, resolve_size
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
@@ -48,7 +48,7 @@ def train(world: World, config: Config) -> int:
     world.watch(config.run.watchdog_seconds)
     stop = StopRequest()
     world.tick("opening the data")
-    tree = world.together(lambda: open_tree(config.data.root))
+    tree = world.together(lambda: open_tree(config.data.root).choosing(config.data.bands))
     config = world.on_main(lambda: settled(config, tree))
     images = open_images(world, tree, SPLITS, config.data, config.data)
     tree = by_content(tree, images)
@@ -71,7 +71,8 @@ def train(world: World, config: Config) -> int:
 
     world.tick("building the network")
     details = Details.of(config.model)
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed, details)
+    settings, bands = config.model, tree.inputs.bands
+    model = build(settings.arch, len(tree.classes), settings.trainable, config.train.seed, details, bands)
     model.to(world.device)
     inputs = tree.inputs.measured(images["train"].sample(SAMPLED))
     state = TrainingState(world, config, tree, model, choose(world, config, start), inputs)
@@ -122,8 +123,8 @@ def train(world: World, config: Config) -> int:
 
 def settled(config: Config, tree: Tree) -> Config:
     """With values in place of what it leaves to the data and to files of the network. Raises UserError."""
-    data = resolve_size(tree, config.data)
-    model = settle(config.model, len(tree.classes), data.input_side)
+    data = resolve_normalisation(tree, resolve_size(tree, config.data))
+    model = settle(config.model, len(tree.classes), data.input_side, tree.inputs.bands)
     return config.model_copy(update={"data": data, "model": model})
 
 

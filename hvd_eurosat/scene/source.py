@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from rasterio.enums import MaskFlags, Resampling
 from rasterio.windows import Window
 
+from hvd_eurosat.data.bands import canonical
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.scene.bands import canonical, of_file
+from hvd_eurosat.scene.bands import of_file
 from hvd_eurosat.scene.files import Dataset, Rasters, indexes, reading, shown
 from hvd_eurosat.scene.finding import Found, Place, find
 from hvd_eurosat.scene.grid import Grid, grid_of, ground_distances, resampled

@@ -16,6 +16,7 @@ from torch import Tensor
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.weights.first_layer import NAME, bands_of, channels_of, fit_bands, stated_bands
 from hvd_eurosat.weights.stored import named, read_content
 from hvd_eurosat.weights.weight_file import Weights
 
@@ -28,7 +29,8 @@ DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop 
 def load_weights(model: LandCoverResNet, settings: Model) -> str:
     """Put the weights of model.weights (imagenet, none, or a file) into the model, so that its features are the same.
 
-    A head of another width or with a bias is left out; returns why, "" where none is. Raises UserError where the file
+    A head of another width or with a bias is left out; returns why, and for which bands there are no kernels, "" where
+    nothing lacks. Raises UserError where the file
     is missing, unreadable or of another network.
     """
     source, arch = settings.weights, settings.arch
@@ -40,7 +42,9 @@ def load_weights(model: LandCoverResNet, settings: Model) -> str:
     if path.suffix in KERAS_SUFFIXES:  # to which a layers.json belongs
         assumed = model.details.epsilon if settings.layers else KERAS_EPSILON
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.state.items()}
-    own = model.state_dict()
+    own, strange = model.state_dict(), ""
+    if channels_of(state):
+        state[NAME], strange = fit_bands(state[NAME], bands_of(weights, model.bands, source), model, source)
     lacking = _unlike(state.get("fc.weight"), state.pop("fc.bias", torch.zeros(1)), model.fc.weight)
     if lacking:
         state.pop("fc.weight", None)
@@ -61,7 +65,7 @@ def load_weights(model: LandCoverResNet, settings: Model) -> str:
     if problems:
         raise UserError(f"model.weights {source}: not weights of {arch}: {min(problems)} ({len(problems)} differences)")
     model.load_state_dict(state, strict=False)
-    return lacking
+    return "; ".join(filter(None, (strange, lacking)))
 
 
 def digest_of(weights: str) -> str | None:
@@ -99,7 +103,8 @@ def read_weights(path: Path) -> Weights:
         return keras_weights.read_weights(path)
     if path.suffix == ".json" or (path.suffix == ".pt" and path.with_suffix(".json").exists()):
         content = read_content(path)
-        return _stated(content["model"], content["config"]["model"])
+        bands = {"bands": (content.get("inputs") or {}).get("bands")}
+        return _stated(content["model"], content["config"]["model"] | bands)
     try:
         return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     except OSError as error:
@@ -126,9 +131,10 @@ def _torch(path: Path) -> Weights:
 
 
 def _stated(state: dict[str, Tensor], facts: Mapping[str, Any]) -> Weights:
-    """With the variant and epsilon that our checkpoints and exports state and others do not."""
+    """With the variant, epsilon and bands that our checkpoints and exports state and others do not."""
     variant, epsilon = facts.get("variant"), facts.get("bn_epsilon")
-    return Weights(state, None if variant is None else str(variant), None if epsilon is None else float(epsilon))
+    bands = stated_bands(facts.get("bands"))
+    return Weights(state, None if variant is None else str(variant), None if epsilon is None else float(epsilon), bands)
 
 
 def _imagenet(arch: str) -> dict[str, Tensor]:
