@@ -84,7 +84,8 @@ class Loop:
         full_size = settings.train.model_copy(update={"start_size": 0})
         config = settings.model_copy(update={"model": trainable, "train": full_size})
         details = Details.of(config.model)
-        model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
+        bands = tree.inputs.bands
+        model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details, bands).to(world.device)
         choose_algorithms(world.device, config.train.deterministic)
         precision = choose_precision(world, config.train.precision)
         self.state = TrainingState(world, config, tree, model, precision)

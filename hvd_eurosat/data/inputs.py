@@ -118,15 +118,20 @@ class Inputs(BaseModel):
         return self.model_copy(update={"quantiles": tuple(map(tuple, quantiles))})
 
     def picture(self, images: NDArray[Any]) -> NDArray[np.uint8]:
-        """For people to look at: images [..., bands] as uint8 [..., 3], in true colours where there are such bands."""
-        if self.is_rgb:
-            return images
+        """For people to look at: images [..., bands] as uint8 [..., 3], in true colours where there are such bands.
+
+        Numbers of 16 bits are stretched as the training images spread.
+        """
         at = {canonical(name): n for n, name in enumerate(self.bands)}
         shown = [at[name] for name in RGB] if all(name in at for name in RGB) else [0, len(at) // 2, len(at) - 1]
-        chosen = images[..., shown].astype(np.float32)
-        dark, bright = np.percentile(chosen.reshape(-1, 3)[::101], (1, 99), axis=0)
-        scaled = 255 * (chosen - dark) / np.maximum(bright - dark, 1)
-        return scaled.clip(0, 255).round().astype(np.uint8)
+        chosen = images if shown == list(range(images.shape[-1])) else images[..., shown]
+        if self.dtype == "uint8":
+            return chosen
+        spread = np.array(self.quantiles or [(0.0, 10_000.0)] * len(at))[shown]
+        dark, bright = spread[:, 0].min(), spread[:, -1].max()
+        scaled = 255 * (chosen.astype(np.float32) - dark) / max(bright - dark, 1)
+        grey: NDArray[np.uint8] = scaled.clip(0, 255).round().astype(np.uint8)
+        return grey
 
 
 REFLECTANCE = "reflectance x 10,000"

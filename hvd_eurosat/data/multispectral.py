@@ -176,7 +176,8 @@ def shaped(pixels: Pixels, size: int, crop: Crop) -> Pixels:
         return np.ascontiguousarray(pixels)
     bands = np.moveaxis(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32), -1, 0)
     resized = [np.asarray(resize(crop(Image.fromarray(np.ascontiguousarray(band))), size)) for band in bands]
-    return np.rint(np.stack(resized, -1)).astype(pixels.dtype)
+    whole: Pixels = np.rint(np.stack(resized, -1)).astype(pixels.dtype)
+    return whole
 
 
 @contextmanager

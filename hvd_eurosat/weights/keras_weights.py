@@ -20,12 +20,14 @@ from torch import Tensor
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet
 from hvd_eurosat.weights import hdf5
+from hvd_eurosat.weights.first_layer import stated_bands
 from hvd_eurosat.weights.keras_graph import HEAD, module_name, resnet50, weight_layers
 from hvd_eurosat.weights.keras_json import parse_backbone
 from hvd_eurosat.weights.weight_file import Weights
 
 Layer = dict[str, Tensor]
 FEATURES = 2048
+FIRST, FIRST_SIZE = "conv1_conv", (7, 7)
 OPTIONAL = {"bias", "gamma", "beta"}
 TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
@@ -74,7 +76,7 @@ def read_weights(path: Path) -> Weights:
     try:
         layers, facts = _unpack(reader.stdout)
         _check(layers)
-        return Weights(_to_torch(layers), *_stated(facts))
+        return Weights(_to_torch(layers), *_stated(facts), stated_bands(facts.get("bands")))
     except RecursionError:
         raise UserError(f"model.weights {path}: its model_config is nested too deeply") from None
     except ValueError as error:
@@ -125,6 +127,8 @@ def _check_layer(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]
             raise ValueError(f"not weights of resnet50: {name} has an unknown {key[:60]!r}")
         if key not in layer:
             raise ValueError(f"not weights of resnet50: {name} has no {key}")
+        if name == FIRST and layer[key].ndim == 4:  # for any number of bands: first_layer.py
+            expected = {**expected, "kernel": (*FIRST_SIZE, layer[key].shape[2], expected["kernel"][3])}
         if tuple(layer[key].shape) != expected[key]:
             shapes = f"{list(layer[key].shape)}, expected {list(expected[key])}"
             raise ValueError(f"not weights of resnet50: {key} of {name} is {shapes}")

@@ -30,8 +30,7 @@ def load_weights(model: LandCoverResNet, settings: Model) -> str:
     """Put the weights of model.weights (imagenet, none, or a file) into the model, so that its features are the same.
 
     A head of another width or with a bias is left out; returns why, and for which bands there are no kernels, "" where
-    nothing lacks. Raises UserError where the file
-    is missing, unreadable or of another network.
+    nothing lacks. Raises UserError where the file is missing, unreadable or of another network.
     """
     source, arch = settings.weights, settings.arch
     if source == "none":

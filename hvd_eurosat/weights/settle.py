@@ -19,7 +19,7 @@ DEFAULTS = Model()
 
 def settle(model: Model, classes: int, image_size: int, bands: Sequence[str] = RGB) -> Model:
     """The section with model.layers and `auto` turned into values. Raises UserError where it contradicts its files."""
-    found = _from_layers(model.layers, classes, image_size) if model.layers else {}
+    found = _from_layers(model.layers, classes, image_size, len(bands)) if model.layers else {}
     if found and model.arch != "resnet50":
         raise UserError(f"model.layers {model.layers} is a resnet50, and model.arch is {model.arch}")
     for key, value in found.items():
@@ -35,13 +35,15 @@ def settle(model: Model, classes: int, image_size: int, bands: Sequence[str] = R
     return settled
 
 
-def _from_layers(path: Path, classes: int, image_size: int) -> dict[str, Any]:
+def _from_layers(path: Path, classes: int, image_size: int, bands: int) -> dict[str, Any]:
     architecture = read_layers(path)
     if architecture.classes != classes:
         raise UserError(
             f"model.layers {path} has a head of {architecture.classes} units; the data has {classes} classes: "
             f"python -m hvd_eurosat.export --format keras --classes {classes} writes one"
         )
+    if architecture.bands != bands:
+        raise UserError(f"model.layers {path} takes images of {architecture.bands} bands; the data has {bands}")
     if architecture.image_size not in (None, image_size):
         side = architecture.image_size
         taken = f"model.layers {path} takes images of {side}x{side} pixels"
