@@ -62,8 +62,8 @@ def check_names(names: Sequence[str], flag: str) -> tuple[str, ...]:
         raise UserError(f"{flag} names {len(known)} bands; 1 to {MOST} are wanted")
     if twice := next((name for name in known if known.count(name) > 1), None):
         raise UserError(f"{flag} names {twice} twice")
-    if odd := next((name for name in known if not name or not name.isprintable() or "," in name), None):
-        raise UserError(f"{flag}: {odd!r} is no name of a band")
+    if odd := [name for name in known if not name or not name.isprintable() or "," in name]:
+        raise UserError(f"{flag}: {odd[0]!r} is no name of a band")
     return known
 
 
