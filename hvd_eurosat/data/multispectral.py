@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hvd_eurosat.errors import UserError
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_BYTES = 256 << 20  # of an image or a tile in memory
+warnings.filterwarnings("ignore", message="Dataset has no geotransform")  # a patch may lie anywhere
 OPTIONS = {"GDAL_CACHEMAX": 64 << 20, "CPL_LOG": os.devnull}  # libtiff's chatter
 CHUNK = 64  # images that are counted at a time
 TRIED = 16  # files of a set, to find a good one
@@ -221,7 +223,7 @@ def _kind(dataset: Any) -> Kind:
 
 
 def _with_nan(dataset: Any, found: Kind) -> str:
-    return ", some of them NaN," if found.dtype.startswith("float") and np.isnan(dataset.read()).any() else ""
+    return ", some of them NaN" if found.dtype.startswith("float") and np.isnan(dataset.read()).any() else ""
 
 
 def _bands(count: int) -> str:

@@ -168,7 +168,7 @@ def float_patch() -> np.ndarray:
     [
         (noise(1, 5), "5 bands; 4 are wanted: B04, B03, B02, B08"),
         (noise(1, 4, side=24), "24x24 pixels; 16x16 is wanted"),
-        (float_patch(), "float32 numbers, some of them NaN,; uint16 is wanted"),
+        (float_patch(), "float32 numbers, some of them NaN; uint16 is wanted"),
         (noise(1, 4, "uint8"), "uint8 numbers; uint16 is wanted"),
     ],
     ids=["another count", "another size", "NaN", "8 bits"],
@@ -179,7 +179,7 @@ def test_a_patch_unlike_the_others_is_named(pixels: np.ndarray, message: str, tm
     options = ("--image-size", SIDE, "--bands", ",".join(FOUR))
     status, _, said = run(source, *options)
     assert status == 2
-    assert f"Wood/odd.tif, {message}" in said
+    assert f"Wood/odd.tif: {message}" in said
     assert run(source, *options, "--skip-bad")[0] == 0
     assert [bad.file for bad in read_manifest(tmp_path / "out").skipped] == ["Wood/odd.tif"]
 

@@ -182,12 +182,22 @@ def test_exports_state_bands_and_are_read_back(
             settle(Model(layers=layers, weights="none"), 10, 64)
 
 
+def test_keras_normalises_the_files_numbers(thirteen: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
+    words = {"checkpoint": thirteen[0], "format": "keras", "out": tmp_path, "with-normalisation": True}
+    export(ExportSettings.model_validate(words))
+    first, second, *_ = json.loads((tmp_path / "layers.json").read_text())["config"]["layers"]
+    assert first["config"]["dtype"] == "uint16"
+    scale, offset = (second["config"][key][2] for key in ("scale", "offset"))
+    assert (scale, offset) == (1 / 102, -1000 / 102)
+
+
 def test_deepness_is_for_rgb(thirteen: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format deepness is for red, green and blue; this network takes B01"):
         export(ExportSettings(checkpoint=thirteen[0], format="deepness", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_a_normalising_export_takes_the_files_numbers(tmp_path: Path) -> None:
     model = network(EUROSAT13, trainable="all")
     inputs = MEASURED.model_dump(mode="json")
