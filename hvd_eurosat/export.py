@@ -18,8 +18,10 @@ import torch
 
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
+from hvd_eurosat.data.bands import RGB, canonical
+from hvd_eurosat.data.inputs import PICTURES, Inputs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
 from hvd_eurosat.run.card import Export, write_card
@@ -63,6 +65,8 @@ def export(settings: ExportSettings) -> list[str]:
         model, facts, taken = prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
+    if settings.format == "deepness" and facts["bands"] != list(RGB):
+        raise UserError(f"--format deepness is for red, green and blue; this network takes {', '.join(facts['bands'])}")
     make_folder(settings.out, "--out")
     writers = WRITERS[settings.format]
     for name, write in writers.items():
@@ -83,7 +87,7 @@ def trained(saved: Checkpoint, settings: ExportSettings) -> tuple[LandCoverResNe
         parameter.data /= temperature
     facts = {"classes": saved.classes, "epoch": saved.epoch, "temperature": temperature, "config": saved.config}
     side = saved.image_side or saved.data.image_size
-    return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side) | facts
+    return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side, saved.wants) | facts
 
 
 def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], Taken]:
@@ -91,33 +95,39 @@ def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any],
     size = settings.data.image_size
     if not size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
+    if settings.data.bands:
+        raise UserError("data.bands is for train: without a checkpoint the network takes red, green and blue")
     chosen = settle(settings.model, settings.classes, settings.data.input_side)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
     data = normalised(settings.data, chosen.weights, inputs=None)
     taken = load_weights(model, chosen)
-    return model, describe(model, chosen.arch, data, settings, size), taken
+    return model, describe(model, chosen.arch, data, settings, size, PICTURES), taken
 
 
-def describe(model: LandCoverResNet, arch: str, data: Data, settings: ExportSettings, side: int) -> dict[str, Any]:
+def describe(
+    model: LandCoverResNet, arch: str, data: Data, settings: ExportSettings, side: int, wants: Inputs
+) -> dict[str, Any]:
     """What an export says of itself: arch, variant, bn_epsilon, and how images become its input.
 
-    side: of the images' files in pixels; resolution: metres that a pixel of the network's input covers.
+    side: of the images' files in pixels; resolution: metres that a pixel of the network's input covers; bands, unit and
+    dtype: of its pixels before mean and std.
     """
     first = data.resize or side
     resolution = settings.resolution * side / first * (data.center_crop or first) / data.image_size
     network = {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon}
     inputs = {"normalises": settings.with_normalisation, "resolution": resolution, "outputs": model.fc.out_features}
-    return {**network, **images(data), **inputs}
+    pixels = {"bands": [canonical(name) for name in wants.bands], "unit": wants.unit, "dtype": wants.dtype}
+    return {**network, **images(data), **pixels, **inputs}
 
 
 def images(data: Data) -> dict[str, Any]:
     """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`,
 
-    then at `input_size`; of their pixels of 0..1 mean and std.
+    then at `input_size`; mean and std of their pixels, which are 0..1 where they are 8-bit.
     """
     sides = {"resize": data.resize, "center_crop": data.center_crop, "image_size": data.image_size}
     sides |= {"input_size": data.input_side}
-    return {**sides, "mean": list(data.mean), "std": list(data.std)}
+    return {**sides, "mean": list(data.mean or IMAGENET_MEAN), "std": list(data.std or IMAGENET_STD)}
 
 
 if __name__ == "__main__":

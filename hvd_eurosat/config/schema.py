@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "HVD_EUROSAT_"
-TRAINABLE = r"^(bn\+head|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
+TRAINABLE = r"^(bn\+head(,conv1)?|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -92,10 +92,14 @@ class Data(Place):
     image"""
     resize: Side = 0
     """resize each image to this side before center_crop; 0: crop the image as it is"""
-    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
-    """subtracted from each pixel's red, green and blue, which are 0 to 1; named Sentinel-2 weights bring their own"""
-    std: tuple[Spread, Spread, Spread] = IMAGENET_STD
-    """by which each pixel's red, green and blue are then divided"""
+    bands: tuple[str, ...] = ()
+    """which bands of the images, in which order: B04,B03,B02; default: all that they have, in their own"""
+    mean: tuple[Number, ...] = ()
+    """subtracted from each band of the pixels, which are 0 to 1 where they are 8-bit, and else the files' own numbers;
+    default: ImageNet's of RGB, and of other bands that of the training images; named Sentinel-2 weights bring
+    their own"""
+    std: tuple[Spread, ...] = ()
+    """by which each band of the pixels is then divided; default: likewise"""
     augment: bool = True
     """flip and quarter-turn each training image: eight ways, a different one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
@@ -116,7 +120,7 @@ class Data(Place):
     random_contrast: Fraction = 0.0
     """also move its pixels away from their mean, or towards it, by up to this share"""
     random_gain: Fraction = 0.0
-    """also make red, green and blue brighter or darker by up to this share, each by another: haze, light, sensors"""
+    """also make the bands brighter or darker by up to this share, each by another: haze, light, sensors"""
     random_erase: Probability = 0.0
     """with this probability also paint a rectangle of a training image, of 2 to 33 % of its area, in data.mean"""
 
@@ -134,10 +138,11 @@ class Model(Section):
     weights: str = "imagenet"
     """what to start from: imagenet (torchvision's), none (random), sentinel2-rgb-moco, sentinel2-all-moco or
     sentinel2-all-dino (SSL4EO-S12, as torchgeo publishes them), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
-    checkpoint of ours or of another trainer"""
+    checkpoint of ours or of another trainer. The first convolution's kernels are taken by the names of their bands"""
     trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
     """what trains: bn+head (all BatchNorm layers and the head, which is the last layer), head, all, or whole modules by
-    name: layer4,fc"""
+    name: layer4,fc. bn+head becomes bn+head,conv1 where the weights know only some of the bands: then the first
+    convolution trains, too"""
     layers: UserPath | None = None
     """a Keras layers.json of a ResNet-50; it says what trains and sets the five keys below"""
     variant: Literal["auto", "v1", "v1.5"] = "auto"

@@ -6,6 +6,7 @@ ways. The layers are written out here, for importing torchvision's would cost ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -117,20 +118,24 @@ class Details:
 
 
 DEFAULT = Details()
+RGB = ("red", "green", "blue")
 
 
 class LandCoverResNet(nn.Module):
     """ResNet (He et al. 2015) whose head is a dense layer, without bias unless details say so, and a log-softmax.
 
     `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
-    al. 2021, "Training BatchNorm and only BatchNorm"), or names of modules between commas, which train with all that is
-    in them. A BatchNorm layer that does not train stays in evaluation mode. Its state dict has torchvision's keys.
+    al. 2021, "Training BatchNorm and only BatchNorm"), "bn+head,conv1": and the first convolution, or names of modules
+    between commas, which train with all that is in them. A BatchNorm layer that does not train stays in evaluation
+    mode. `bands` are the names of its input's channels. Its state dict has torchvision's keys.
     """
 
-    def __init__(self, arch: str, classes: int, trainable: str, details: Details = DEFAULT) -> None:
+    def __init__(
+        self, arch: str, classes: int, trainable: str, details: Details = DEFAULT, bands: Sequence[str] = RGB
+    ) -> None:
         super().__init__()
         block, depths = BLOCKS[arch]
-        self.conv1 = _convolution(3, 64, 7, stride=2)
+        self.conv1 = _convolution(len(bands), 64, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         wider = block.expansion
@@ -146,6 +151,7 @@ class LandCoverResNet(nn.Module):
         self.fc = nn.Linear(512 * wider, classes, bias=details.head_bias)
         self.trainable = trainable
         self.details = details
+        self.bands = tuple(bands)
         self._frozen_norms: list[nn.BatchNorm2d] = []
         for name, module in self.named_modules():
             trains = is_trainable(name, module, trainable)
@@ -186,11 +192,11 @@ class LandCoverResNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
+        """images: float [B, bands, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
         return torch.log_softmax(self.fc(self.features(images)).float(), dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
+        """images: float [B, bands, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
         x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.avgpool(x).flatten(1))
@@ -207,8 +213,10 @@ def _stage(block: type[BasicBlock | Bottleneck], inputs: int, planes: int, depth
 
 def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:
     """Whether the module of this name learns under model.trainable."""
-    if trainable in ("bn+head", "head"):
-        return name == "fc" or (trainable == "bn+head" and isinstance(module, nn.BatchNorm2d))
+    if trainable in ("bn+head", "bn+head,conv1"):
+        return isinstance(module, nn.BatchNorm2d) or name in ("fc", *trainable.split(","))
+    if trainable == "head":
+        return name == "fc"
     return trainable == "all" or any(f"{name}.".startswith(f"{chosen}.") for chosen in trainable.split(","))
 
 
@@ -230,10 +238,12 @@ def batch_norm_buffers(model: nn.Module) -> list[Tensor]:
     return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
-def build(arch: str, classes: int, trainable: str, seed: int, details: Details = DEFAULT) -> LandCoverResNet:
+def build(
+    arch: str, classes: int, trainable: str, seed: int, details: Details = DEFAULT, bands: Sequence[str] = RGB
+) -> LandCoverResNet:
     """A network with random weights from `seed`, on the CPU, channels last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LandCoverResNet(arch, classes, trainable, details)
+        model = LandCoverResNet(arch, classes, trainable, details, bands)
     model.to(memory_format=torch.channels_last)
     return model

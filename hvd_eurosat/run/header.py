@@ -27,7 +27,7 @@ def header(
     """A line for each fact: devices, data, network, batch arithmetic, schedule. taken: what of the file of weights."""
     total, trainable = count_parameters(state.model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
-    train, optim = config.train, config.optim
+    train, optim, bands = config.train, config.optim, tree.inputs.bands
     side = config.data.input_side
     first = image_size(config.data, train, schedule_epochs(optim, train), 0)
     return {
@@ -39,6 +39,7 @@ def header(
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"
+        + (f" in {len(bands)} bands, {', '.join(bands)}: {tree.inputs.unit}" if not tree.inputs.is_rgb else "")
         + (f", shown at {side}x{side}" if side != config.data.image_size else "")
         + (f", in training from {first}x{first} on" if first < side else ""),
         "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_eurosat.weights.first_layer import stated_bands
 from hvd_eurosat.weights.weight_file import Weights
 
 NESTS = ("state_dict", "model", "model_state_dict", "net", "teacher")  # the first of several is taken
@@ -26,7 +27,7 @@ HEAD = ("fc.weight", "fc.bias")
 def find_network(content: Any, facts: Mapping[str, Any] | None = None) -> Weights:
     """The state dict in what was read of a file, without prefixes; what else is there is named, not taken.
 
-    facts: variant and bn_epsilon, as our checkpoints and exports state them; without, those in the state dict's own
+    facts: variant, bn_epsilon and bands, as our checkpoints and exports state them; else those in the state dict's own
     metadata. Raises ValueError where there is no network, or more than one.
     """
     found = _nested(content, (), ())
@@ -54,6 +55,7 @@ def find_network(content: Any, facts: Mapping[str, Any] | None = None) -> Weight
         None if epsilon is None else float(epsilon),
         found=" ".join(words),
         left_out=(*more, *left_out),
+        bands=stated_bands(facts.get("bands")),
     )
 
 

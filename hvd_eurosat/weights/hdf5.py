@@ -23,7 +23,7 @@ SECONDS, BYTES = 20, 8 << 30  # of processor time and memory that the process ma
 MAX_WEIGHTS = 1 << 30  # bytes of the weights together; a ResNet-50's are 94 MB
 MAX_NAMES = 1000
 NORM = ("gamma", "beta", "moving_mean", "moving_variance")
-FACTS = ("variant", "bn_epsilon", "model_config")
+FACTS = ("variant", "bn_epsilon", "bands", "model_config")
 Datasets = dict[str, h5py.Dataset]
 Weight = tuple[str, str, h5py.Dataset]  # its layer, its name there
 

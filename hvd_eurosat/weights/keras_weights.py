@@ -21,6 +21,7 @@ from torch import Tensor
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet
 from hvd_eurosat.weights import hdf5
+from hvd_eurosat.weights.first_layer import stated_bands
 from hvd_eurosat.weights.fitting import nearest
 from hvd_eurosat.weights.keras_graph import HEAD, module_name, resnet50, weight_layers
 from hvd_eurosat.weights.keras_json import parse_backbone
@@ -29,6 +30,7 @@ from hvd_eurosat.weights.weight_file import Weights
 Layer = dict[str, Tensor]
 FEATURES = 2048
 BODY = re.compile(r"conv\d|post_|stem|stage|block")  # which the name of no head begins with
+FIRST, FIRST_SIZE = "conv1_conv", (7, 7)
 OPTIONAL = {"bias", "gamma", "beta"}
 TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
@@ -80,7 +82,7 @@ def read_weights(path: Path) -> Weights:
         layers, facts = _unpack(reader.stdout)
         left_out = _settle_head(layers)
         _check(layers, left_out)
-        return Weights(_to_torch(layers), *_stated(facts), left_out=left_out)
+        return Weights(_to_torch(layers), *_stated(facts), left_out=left_out, bands=stated_bands(facts.get("bands")))
     except RecursionError:
         raise UserError(f"model.weights {path}: its model_config is nested too deeply") from None
     except ValueError as error:
@@ -138,6 +140,8 @@ def _differences(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]
     if expected is None:
         yield f"layer {name[:60]!r} is unknown"
         return
+    if name == FIRST and "kernel" in layer and layer["kernel"].ndim == 4:  # for any number of bands: first_layer.py
+        expected = {**expected, "kernel": (*FIRST_SIZE, layer["kernel"].shape[2], expected["kernel"][3])}
     yield from (f"{name} has an unknown {key[:60]!r}" for key in layer if key not in expected)
     yield from (f"{name} has no {key}" for key in expected if key not in layer and key not in OPTIONAL)
     for key in layer:

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_eurosat.config.schema import Data
-from hvd_eurosat.data.inputs import Inputs
+from hvd_eurosat.data.bands import RGB, SENTINEL2
+from hvd_eurosat.data.inputs import REFLECTANCE, Inputs
 from hvd_eurosat.errors import UserError
 
 FAMILY = "sentinel2-"  # with which the names begin
 HUB = "https://hf.co/torchgeo"
-SENTINEL2 = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12")  # its own order
-RGB = ("B04", "B03", "B02")
 SSL4EO = "CC-BY-4.0, SSL4EO-S12 (Wang et al. 2023, https://arxiv.org/abs/2211.07044)"
 DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
-DEFAULTS = Data()
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,28 @@ def check_name(weights: str, arch: str) -> None:
         raise UserError(f"model.weights {weights} is neither a file nor one of {', '.join(KNOWN)}")
 
 
-def normalised(data: Data, weights: str, inputs: Inputs | None) -> Data:
-    """With the mean and std that named weights want, of pixels of 0..1, unless other ones are given.
+def bands_by_name(weights: str) -> tuple[str, ...]:
+    """Of weights that have a name, in order."""
+    return KNOWN[weights].bands if weights in KNOWN else RGB
 
-    inputs: what the images' numbers are, None where there are no images yet. Raises UserError where the images have
-    not the bands, or where the digital numbers behind their grey are not known.
+
+def normalised(data: Data, weights: str, inputs: Inputs | None) -> Data:
+    """With the mean and std that named weights want, unless others are given.
+
+    inputs: what the images' numbers are, None where there are no images yet. Raises UserError where the digital numbers
+    behind their grey are not known.
     """
-    if weights not in KNOWN:
+    if weights not in KNOWN or data.mean or data.std:
         return data
-    known = KNOWN[weights]
-    if inputs and (lacking := [band for band in known.bands if band not in inputs.bands]):
-        raise UserError(
-            f"model.weights {weights} wants the bands {', '.join(known.bands)}; {data.root} lacks {', '.join(lacking)} "
-            f"({inputs.name}): take other weights, or give the file of these, data.mean and data.std"
-        )
-    if (data.mean, data.std) != (DEFAULTS.mean, DEFAULTS.std):
-        return data
-    if inputs is None or inputs.stretch is None:
-        what = "which one the grey of the images means is not known: give data.mean and data.std"
+    bands, scale = len(inputs.bands if inputs else RGB), KNOWN[weights].scale
+    if inputs and inputs.unit == REFLECTANCE:
+        mean, std = 0.0, scale / inputs.scale
+    elif inputs and inputs.unit == "grey" and inputs.stretch:
+        mean, std = grey_scaling(inputs.stretch, scale)
+    else:
+        what = "which one the numbers of the images mean is not known: give data.mean and data.std"
         raise UserError(f"model.weights {weights} wants reflectance, and {what}")
-    mean, std = grey_scaling(inputs.stretch, known.scale)
-    return data.model_copy(update={"mean": (mean,) * len(known.bands), "std": (std,) * len(known.bands)})
+    return data.model_copy(update={"mean": (mean,) * bands, "std": (std,) * bands})
 
 
 def grey_scaling(stretch: tuple[float, float], scale: float) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.weights.bands import bring_bands
+from hvd_eurosat.weights.first_layer import fit_first
 from hvd_eurosat.weights.fitting import check_fit, plain_norms
 from hvd_eurosat.weights.foreign import find_network
 from hvd_eurosat.weights.known import DOWNLOAD_SECONDS, KNOWN, NAMES, cannot_fetch, fetched
@@ -40,18 +40,19 @@ class Taken:
     lacking: str = ""
 
 
-def load_weights(model: LandCoverResNet, settings: Model, bands: tuple[str, ...] = ()) -> Taken:
+def load_weights(model: LandCoverResNet, settings: Model) -> Taken:
     """Put the weights of model.weights (a name, none, or a file) into the model, so that its features are the same.
 
-    bands: of the images, empty where nobody says. A head of another width, or with a bias that the model has not, is
-    left out. Raises UserError where the file is missing, unreadable or of another network.
+    A head of another width, or with a bias that the model has not, is left out. Raises UserError where the file is
+    missing, unreadable or of another network.
     """
     source, arch = settings.weights, settings.arch
     if source == "none":
         return Taken()
     weights = _read(source, arch)
     own = model.state_dict()
-    state = bring_bands(source, dict(weights.state), weights.bands, bands)
+    state = dict(weights.state)
+    strange = fit_first(state, weights, model, source)
     lacking = _settle_head(state, own)
     if "bn1.running_var" in state and not {"bn1.weight", "bn1.bias"} & state.keys():  # its BatchNorm has none
         state |= plain_norms(own)
@@ -62,7 +63,7 @@ def load_weights(model: LandCoverResNet, settings: Model, bands: tuple[str, ...]
         if name.endswith("running_var"):
             state[name] = state[name] + ((weights.epsilon or _assumed_epsilon(model, settings)) - model.details.epsilon)
     model.load_state_dict(state, strict=False)
-    return Taken(_line(weights, len(state), lacking), lacking)
+    return Taken(_line(weights, len(state), strange, lacking), lacking)
 
 
 def _read(source: str, arch: str) -> Weights:
@@ -99,13 +100,13 @@ def _settle_head(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     return lacking
 
 
-def _line(weights: Weights, count: int, lacking: str) -> str:
+def _line(weights: Weights, count: int, *notes: str) -> str:
     """`318 tensors under module. of state_dict; it has no head; left out: optimizer, epoch`."""
     names = list(weights.left_out)
     more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
     found = f" {weights.found}" if weights.found else ""
     left = [f"left out: {', '.join([*names[:SHOWN], *more])}"] if names else []
-    return "; ".join([f"{count} tensors{found}", *([lacking] if lacking else []), *left])
+    return "; ".join([f"{count} tensors{found}", *filter(None, notes), *left])
 
 
 def digest_of(weights: str) -> str | None:
@@ -127,7 +128,8 @@ def read_weights(path: Path) -> Weights:
     try:
         if path.suffix == ".json" or (path.suffix == ".pt" and has_record(path)):
             content = read_content(path)
-            return find_network(content["model"], content["config"]["model"])
+            bands = {"bands": (content.get("inputs") or {}).get("bands")}
+            return find_network(content["model"], content["config"]["model"] | bands)
         return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     except UserError:
         raise

@@ -420,6 +420,7 @@ def test_checkpoints_that_are_kept(tmp_path: Path, keep: int, names: list[int]) 
 
 
 ELSEWHERE = {
+    "data.bands": "tests/unit/test_bands.py::test_bands_are_chosen_by_name_and_order",
     "model.weights": "tests/unit/test_model.py::test_weights_with_another_head",
     "model.variant": "tests/unit/test_keys.py::test_where_a_network_strides",
     "model.layers": "tests/unit/test_keys.py::test_a_layers_json_is_read",
