@@ -180,7 +180,7 @@ class Optim(Section):
     trust: PositiveFloat = 1e-3
     """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
-    """weight decay; BatchNorm is spared"""
+    """weight decay; BatchNorm and the head's biases are spared"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """factor of the learning rate for each stage that a layer lies before the head: 0.5 gives layer4 half of it, layer3
     a quarter, the first layers 1/32. It is for `all` from pretrained weights"""

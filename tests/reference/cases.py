@@ -86,6 +86,7 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         bn_momentum=draw(either(0.1, 0.01, 0.5)),
         bn_epsilon=draw(either(1e-5, 1e-2)),
         bn_affine=draw(either(True, True, False)),
+        head_bias=draw(either(False, False, True)),
     )
     train = Train(
         epochs=epochs,
@@ -164,6 +165,8 @@ def weights(affine: bool, head_bias: bool = False) -> dict[str, Tensor]:
     for tensor in state.values():
         if tensor.ndim > 1:
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif tensor.shape == (CLASSES,):
+            tensor.normal_(0, 0.1, generator=generator)
         elif tensor.ndim == 1:
             tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
     return state
