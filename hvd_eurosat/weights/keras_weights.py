@@ -127,7 +127,7 @@ def _check_layer(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]
             raise ValueError(f"not weights of resnet50: {name} has an unknown {key[:60]!r}")
         if key not in layer:
             raise ValueError(f"not weights of resnet50: {name} has no {key}")
-        if name == FIRST and layer[key].ndim == 4:  # for any number of bands: first_layer.py
+        if name == FIRST and layer[key].shape[3:] == expected["kernel"][3:]:  # for any number of bands: first_layer.py
             expected = {**expected, "kernel": (*FIRST_SIZE, layer[key].shape[2], expected["kernel"][3])}
         if tuple(layer[key].shape) != expected[key]:
             shapes = f"{list(layer[key].shape)}, expected {list(expected[key])}"
