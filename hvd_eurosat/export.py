@@ -53,7 +53,8 @@ def main(world: World, settings: ExportSettings) -> None:
 
 def export(settings: ExportSettings) -> list[str]:
     """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
-    if settings.checkpoint and (settings.model, images(settings.data)) != (Model(), images(Data())):
+    told = settings.model, settings.data.bands, images(settings.data)
+    if settings.checkpoint and told != (Model(), (), images(Data())):
         raise UserError("--checkpoint says all about its network and images: leave out model.* and data.*")
     if settings.with_normalisation and settings.format not in NORMALISING:
         why = "it does so by itself" if settings.format == "deepness" else "the others hold weights alone"

@@ -33,6 +33,7 @@ METAVARS = {
     "bool": "true|false",
     "tuple[Path,...]": "PATH …",
     "tuple[int,...]": "N,N,…",
+    "tuple[str,...]": "NAME,NAME,…",
     "tuple[float,...]": "X,X,…",
     "tuple[float,float,float]": "X,X,X",
 }

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, Valid
+from hvd_eurosat.config.schema import IMAGENET_STD, Config, Data, Model, Optim, Run, Train, Valid
 from hvd_eurosat.training.checkpoint import Checkpoint
 from tests.reference import product
 from tests.reference.trainer import DivergedError, Log, Split, Trainer, network
@@ -181,7 +181,7 @@ class Shown:
         resampled = data.random_rotate or data.jitter_crop or data.random_zoom
         recoloured = data.random_brightness or data.random_contrast or data.random_gain
         self._rounded = bool(resampled or recoloured or config.train.mixup)
-        self._level = 1 / (255 * torch.tensor(data.std, dtype=torch.float64)).view(3, 1, 1)
+        self._level = 1 / (255 * torch.tensor(data.std or IMAGENET_STD, dtype=torch.float64)).view(3, 1, 1)
 
     def __call__(self, step: int, rank: int, own: Tensor) -> Tensor:
         theirs = self._shown[rank][step - self._first]

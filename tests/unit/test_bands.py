@@ -351,7 +351,7 @@ def test_sixteen_bits_are_normalised_in_their_own_numbers() -> None:
 def test_pictures_for_people_are_in_true_colours(four: Tree) -> None:
     images = pixels_of(four, "test")
     seen = four.inputs.picture(images)
-    assert (seen.dtype, seen.shape) == (np.uint8, (*images.shape[:3], 3))
+    assert (seen.dtype.name, seen.shape) == ("uint8", (*images.shape[:3], 3))
     order = [np.corrcoef(seen[..., n].ravel(), images[..., n].ravel())[0, 1] for n in range(3)]
     assert min(order) > 0.95
     assert PICTURES.picture(seen) is seen

@@ -61,7 +61,7 @@ def test_b8a_is_where_its_name_says(tmp_path: Path) -> None:
     """Weights in Sentinel-2's order on data in EuroSAT's; by position the same kernels give another answer."""
     original = network(SENTINEL2)
     ours = network(EUROSAT13, seed=1)
-    assert load_weights(ours, saved(tmp_path / "w.safetensors", original, **named(SENTINEL2))) == ""
+    assert load_weights(ours, saved(tmp_path / "w.safetensors", original, **named(SENTINEL2))).line == "121 tensors"
     in_eurosats_order = images(13)
     reordered = in_eurosats_order[:, [EUROSAT13.index(name) for name in SENTINEL2]]
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_b8a_is_where_its_name_says(tmp_path: Path) -> None:
 def test_fewer_bands_take_the_kernels_of_theirs(tmp_path: Path) -> None:
     original, ours = network(SENTINEL2), network(("B8A", "B02"), seed=1)
     settings = saved(tmp_path / "w.safetensors", original, bands="B01,B02,B03,B04,B05,B06,B07,B08,B8A,B09,B10,B11,B12")
-    assert load_weights(ours, settings) == ""
+    assert load_weights(ours, settings).line == "121 tensors"
     assert torch.equal(ours.conv1.weight, original.conv1.weight[:, [8, 1]])
     assert settle(settings, 10, 64, ours.bands).trainable == "bn+head"
 
@@ -84,8 +84,10 @@ def test_rgb_weights_lie_where_red_green_and_blue_are(tmp_path: Path) -> None:
     settings = saved(tmp_path / "w.safetensors", original)
     ours = network(EUROSAT13, seed=1)
     drawn = ours.conv1.weight.detach().clone()
-    said = load_weights(ours, settings)
-    assert said == "they know no B01, B05, B06, B07, B08, B09, B10, B11, B12, B8A, whose kernels begin small"
+    said = load_weights(ours, settings).line
+    assert (
+        said == "121 tensors; they know no B01, B05, B06, B07, B08, B09, B10, B11, B12, B8A, whose kernels begin small"
+    )
     kernels = ours.conv1.weight.detach()
     at = [EUROSAT13.index(name) for name in RGB]
     assert torch.equal(kernels[:, at], original.conv1.weight)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.images import decode, to_array
@@ -135,7 +135,7 @@ def test_keras_normalises_pixels_itself(exported: tuple[Path, LandCoverResNet], 
     import keras
 
     folder, model = exported
-    scaling = (Data().mean, Data().std)
+    scaling = (IMAGENET_MEAN, IMAGENET_STD)
     content = json.dumps(write_layers(model.details, 10, 64, (), scaling))
     network = keras.models.model_from_json(content)
     network.load_weights(folder / "model.h5")
@@ -373,7 +373,7 @@ def lambda_layer(content: Object) -> Object:
         (lambda c: edit(c, "dense", units=-1), "the head has -1 units"),
         (lambda c: edit(c, "conv4_block6_2_bn", epsilon=1), "conv4_block6_2_bn has epsilon 1, expected 1e-05"),
         (lambda c: edit(c, "conv1_bn", epsilon="big"), "conv1_bn has epsilon 'big'"),
-        (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 64, 13]), "input shape (None, 64, 64, 13)"),
+        (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 64, 65]), "input shape (None, 64, 64, 65)"),
         (lambda c: edit(c, "conv1_conv", name="conv1_conv_x"), "it has no layer conv1_conv"),
         (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 32, 3]), "input shape (None, 64, 32, 3), expected"),
         (lambda c: c["config"]["layers"].pop(50) and c, "not a ResNet-50: it has no layer conv3_block"),

@@ -13,7 +13,8 @@ import torch
 
 from hvd_eurosat.config.schema import Config, Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
-from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_CLASSES, PICTURES
+from hvd_eurosat.data.bands import EUROSAT13
+from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_CLASSES, PICTURES, REFLECTANCE
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
@@ -24,6 +25,7 @@ from hvd_eurosat.weights.loading import digest_of, load_weights
 from tests.unit.conftest import Grow
 
 RGB = "sentinel2-rgb-moco"
+RAW = {"bands": EUROSAT13, "unit": REFLECTANCE, "dtype": "uint16", "stretch": None}
 
 
 def test_files_are_named_by_arch_and_digest() -> None:
@@ -44,12 +46,14 @@ def test_grey_becomes_reflectance() -> None:
     grey = 1 + 254 * numbers / 2750
     for mean, std in zip(data.mean, data.std, strict=True):
         np.testing.assert_allclose((grey / 255 - mean) / std, numbers / 10_000, atol=1e-12)
+    raw = normalised(Data(), "sentinel2-all-moco", EUROSAT.model_copy(update=RAW))
+    assert (raw.mean, raw.std) == ((0,) * 13, (10_000,) * 13)
     shifted = normalised(Data(), RGB, EUROSAT.model_copy(update={"stretch": (500, 1770)}))
     np.testing.assert_allclose((np.array([1, 255]) / 255 - shifted.mean[0]) / shifted.std[0], [0.05, 0.177], atol=1e-12)
 
 
 def test_a_normalisation_that_is_given_is_kept() -> None:
-    data = Data(mean=(0.1, 0.2, 0.3))
+    data = Data(mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
     assert normalised(data, RGB, EUROSAT) == data
     assert normalised(Data(), "imagenet", PICTURES) == Data()
 
@@ -67,9 +71,13 @@ def test_a_run_takes_the_normalisation_of_its_weights(grow: Grow) -> None:
 @pytest.mark.parametrize(
     ("name", "inputs", "message"),
     [
-        ("sentinel2-all-moco", EUROSAT, "data lacks B01, B05, B06, B07, B08, B8A, B09, B10, B11, B12 (EuroSAT RGB, "),
-        (RGB, PICTURES, "wants the bands B04, B03, B02; data lacks B04, B03, B02 (8-bit RGB pictures as they are)"),
+        (RGB, PICTURES, "wants reflectance, and which one the numbers of the images mean is not known: "),
         (RGB, EUROSAT.model_copy(update={"stretch": None}), "give data.mean and data.std"),
+        (
+            "sentinel2-all-moco",
+            EUROSAT.model_copy(update={"unit": "digital numbers", "dtype": "uint16"}),
+            "give data.mean",
+        ),
     ],
 )
 def test_images_that_weights_are_not_for(name: str, inputs: object, message: str) -> None:
@@ -107,11 +115,12 @@ def test_they_come_from_torchs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said = f"cannot fetch the weights {RGB} (no network): put {url} at {place}, or give --model.weights FILE (or none)"
     assert str(error.value) == said
     place.write_bytes(content)
-    assert load_weights(model, settings, EUROSAT.bands).line == "120 tensors; it has no head"
+    assert load_weights(model, settings).line == "120 tensors; it has no head"
     assert torch.equal(model.conv1.weight, source.conv1.weight)
     assert digest_of(RGB) is None
-    with pytest.raises(UserError, match=r"takes the bands B04, B03, B02, and the images have B02, B03, B04"):
-        load_weights(model, settings, ("B02", "B03", "B04"))
+    reordered = build("resnet18", 10, "bn+head", seed=0, bands=("B02", "B03", "B04"))
+    load_weights(reordered, settings)
+    assert torch.equal(reordered.conv1.weight, source.conv1.weight.flip(1))
     place.write_bytes(content[:-1])
     with pytest.raises(UserError, match=rf"{place.name} is damaged \(its sha256 does not begin with "):
         load_weights(model, settings)
