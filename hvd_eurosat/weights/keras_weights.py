@@ -140,8 +140,9 @@ def _differences(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]
     if expected is None:
         yield f"layer {name[:60]!r} is unknown"
         return
-    if name == FIRST and "kernel" in layer and layer["kernel"].ndim == 4:  # for any number of bands: first_layer.py
-        expected = {**expected, "kernel": (*FIRST_SIZE, layer["kernel"].shape[2], expected["kernel"][3])}
+    kernel = layer.get("kernel")
+    if name == FIRST and kernel is not None and kernel.shape[3:] == expected["kernel"][3:]:  # any number of bands
+        expected = {**expected, "kernel": (*FIRST_SIZE, kernel.shape[2], expected["kernel"][3])}
     yield from (f"{name} has an unknown {key[:60]!r}" for key in layer if key not in expected)
     yield from (f"{name} has no {key}" for key in expected if key not in layer and key not in OPTIONAL)
     for key in layer:
