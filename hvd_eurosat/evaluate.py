@@ -144,7 +144,7 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
     """The images of data.root. Collective."""
     if settings.skip_bad:
         raise SharedError("--skip-bad goes with --input; of a split tree, prepare --skip-bad makes a good one")
-    tree = world.together(lambda: open_tree(settings.data.root))
+    tree = world.together(lambda: open_tree(settings.data.root).brought_to(saved.wants))
     if list(tree.classes) != list(map(normal, saved.classes)):
         raise SharedError(
             f"checkpoint {settings.checkpoint} knows the classes {', '.join(saved.classes)}; "
@@ -184,7 +184,7 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
     numbers = world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)) if labels else None)
     size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen()
     place = world.device, world.rank, world.size
-    batches = file_batches(paths, saved.data, size, *place, seen, settings.skip_bad, resizes)
+    batches = file_batches(paths, saved.data, saved.wants, size, *place, seen, settings.skip_bad, resizes)
     return Work(images, numbers, batches, seen)
 
 

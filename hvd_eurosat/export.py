@@ -18,8 +18,10 @@ import torch
 
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
+from hvd_eurosat.data.bands import RGB, canonical
+from hvd_eurosat.data.inputs import PICTURES, Inputs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
 from hvd_eurosat.run.card import Export, write_card
@@ -28,7 +30,8 @@ from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder, replacing
 from hvd_eurosat.weights import exporters
-from hvd_eurosat.weights.loading import load_weights
+from hvd_eurosat.weights.known import normalised
+from hvd_eurosat.weights.loading import Taken, load_weights
 from hvd_eurosat.weights.settle import settle
 
 WRITERS = {
@@ -50,18 +53,21 @@ def main(world: World, settings: ExportSettings) -> None:
 
 def export(settings: ExportSettings) -> list[str]:
     """Write the files; a line for each. Raises UserError, having written nothing, where that cannot be."""
-    if settings.checkpoint and (settings.model, images(settings.data)) != (Model(), images(Data())):
+    told = settings.model, settings.data.bands, images(settings.data)
+    if settings.checkpoint and told != (Model(), (), images(Data())):
         raise UserError("--checkpoint says all about its network and images: leave out model.* and data.*")
     if settings.with_normalisation and settings.format not in NORMALISING:
         why = "it does so by itself" if settings.format == "deepness" else "the others hold weights alone"
         raise UserError(f"--with-normalisation is for {', '.join(NORMALISING)}, not for {settings.format}: {why}")
-    saved, lacking = checkpoint.load(settings.checkpoint) if settings.checkpoint else None, ""
+    saved, taken = checkpoint.load(settings.checkpoint) if settings.checkpoint else None, Taken()
     if saved:
         model, facts = trained(saved, settings)
     else:
-        model, facts, lacking = prepared(settings)
+        model, facts, taken = prepared(settings)
     if settings.format == "keras" and facts["arch"] != "resnet50":
         raise UserError(f"--format keras is for resnet50, and this network is a {facts['arch']}")
+    if settings.format == "deepness" and facts["bands"] != list(RGB):
+        raise UserError(f"--format deepness is for red, green and blue; this network takes {', '.join(facts['bands'])}")
     make_folder(settings.out, "--out")
     writers = WRITERS[settings.format]
     for name, write in writers.items():
@@ -69,7 +75,8 @@ def export(settings: ExportSettings) -> list[str]:
             write(model, facts, file)
     parameters, _ = count_parameters(model)
     done = Export(settings.out, settings.format, facts, parameters, list(writers), saved, settings.checkpoint)
-    notes = [f"model.weights {settings.model.weights}: {lacking}; the one written is random"] if lacking else []
+    notes = [f"model.weights {settings.model.weights}: {taken.line}"] if taken.line else []
+    notes += ["the head that is written is random"] if taken.lacking else []
     return [*notes, *(f"wrote {path}" for path in [*(settings.out / name for name in writers), *write_card(done)])]
 
 
@@ -77,43 +84,51 @@ def trained(saved: Checkpoint, settings: ExportSettings) -> tuple[LandCoverResNe
     """The network of a checkpoint, its temperature in the head unless `raw`, and what its user must know."""
     model = saved.build_model(torch.device("cpu"))
     temperature = 1.0 if settings.raw else saved.temperature(views=1)
-    model.fc.weight.data /= temperature
+    for parameter in model.fc.parameters():
+        parameter.data /= temperature
     facts = {"classes": saved.classes, "epoch": saved.epoch, "temperature": temperature, "config": saved.config}
     side = saved.image_side or saved.data.image_size
-    return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side) | facts
+    return model, describe(model, saved.config["model"]["arch"], saved.data, settings, side, saved.wants) | facts
 
 
-def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], str]:
-    """The network as training would begin with it, what its user must know, and why it has a head of its own."""
+def prepared(settings: ExportSettings) -> tuple[LandCoverResNet, dict[str, Any], Taken]:
+    """The network as training would begin with it, what its user must know, and what of the weights was taken."""
     size = settings.data.image_size
     if not size:
         raise UserError("data.image_size 0, the images' own, is for train: give the size")
+    if settings.data.bands:
+        raise UserError("data.bands is for train: without a checkpoint the network takes red, green and blue")
     chosen = settle(settings.model, settings.classes, settings.data.input_side)
     model = build(chosen.arch, settings.classes, chosen.trainable, seed=0, details=Details.of(chosen))
-    lacking = load_weights(model, chosen)
-    return model, describe(model, chosen.arch, settings.data, settings, size), lacking
+    data = normalised(settings.data, chosen.weights, inputs=None)
+    taken = load_weights(model, chosen)
+    return model, describe(model, chosen.arch, data, settings, size, PICTURES), taken
 
 
-def describe(model: LandCoverResNet, arch: str, data: Data, settings: ExportSettings, side: int) -> dict[str, Any]:
+def describe(
+    model: LandCoverResNet, arch: str, data: Data, settings: ExportSettings, side: int, wants: Inputs
+) -> dict[str, Any]:
     """What an export says of itself: arch, variant, bn_epsilon, and how images become its input.
 
-    side: of the images' files in pixels; resolution: metres that a pixel of the network's input covers.
+    side: of the images' files in pixels; resolution: metres that a pixel of the network's input covers; bands, unit and
+    dtype: of its pixels before mean and std.
     """
     first = data.resize or side
     resolution = settings.resolution * side / first * (data.center_crop or first) / data.image_size
     network = {"arch": arch, "variant": model.details.variant, "bn_epsilon": model.details.epsilon}
     inputs = {"normalises": settings.with_normalisation, "resolution": resolution, "outputs": model.fc.out_features}
-    return {**network, **images(data), **inputs}
+    pixels = {"bands": [canonical(name) for name in wants.bands], "unit": wants.unit, "dtype": wants.dtype}
+    return {**network, **images(data), **pixels, **inputs}
 
 
 def images(data: Data) -> dict[str, Any]:
     """What the network was shown: images at `resize`, the middle `center_crop` of them (0: not that), at `image_size`,
 
-    then at `input_size`; of their pixels of 0..1 mean and std.
+    then at `input_size`; mean and std of their pixels, which are 0..1 where they are 8-bit.
     """
     sides = {"resize": data.resize, "center_crop": data.center_crop, "image_size": data.image_size}
     sides |= {"input_size": data.input_side}
-    return {**sides, "mean": list(data.mean), "std": list(data.std)}
+    return {**sides, "mean": list(data.mean or IMAGENET_MEAN), "std": list(data.std or IMAGENET_STD)}
 
 
 if __name__ == "__main__":

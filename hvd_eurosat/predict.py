@@ -40,7 +40,7 @@ def main(world: World, settings: PredictSettings) -> int:
     with output_folder(world, settings.out, "--out"):
         began, seen = time.perf_counter(), Seen()
         precision, size = precision_of(settings.precision, saved.precision), saved.config["valid"]["batch_size"]
-        batches = file_batches(paths, saved.data, size, world.device, world.rank, world.size, seen, skip)
+        batches = file_batches(paths, saved.data, saved.wants, size, world.device, world.rank, world.size, seen, skip)
         model = saved.build_model(world.device)
         views = saved.views(settings.views)
         mine = infer(world, model, batches, saved.data, precision, views)

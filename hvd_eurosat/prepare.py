@@ -19,8 +19,9 @@ from io import BytesIO
 from pathlib import Path
 
 from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode_any, in_threads, list_flaws, resize
-from hvd_eurosat.data.inputs import inputs_of
+from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.layout import SHOWN, SPLITS, Item, is_litter, normal
+from hvd_eurosat.data.multispectral import measured, read_bands, read_pixels, recognise
 from hvd_eurosat.data.packed import DISK_FULL, verify_packed
 from hvd_eurosat.data.sources import Source, open_source
 from hvd_eurosat.data.split import Ratios, split_class
@@ -50,6 +51,7 @@ examples:
   your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data/photos --resize
   torchgeo's spatial split:         python -m hvd_eurosat.prepare --source download --out data/spatial --split spatial
   one folder of a large archive:    python -m hvd_eurosat.prepare --source all.tgz --inside ucm/Images --out data/ucm
+  TIFFs of four bands:              python -m hvd_eurosat.prepare --source naip --out data/naip --bands B04,B03,B02,B08
   is it all still there, intact?    python -m hvd_eurosat.prepare --verify data/EuroSAT_RGB
 
 
@@ -62,6 +64,8 @@ classes is refused.
 
 --split and --split-lists take the place of the source's own split or one at random. Lists name every image once, with
 or without folders and suffix. Copies go where the lists say. --split-by-place makes blocks by longitude and latitude.
+
+TIFFs of 1 to 64 bands, uint16 or uint8, stay as they are. The manifest has the names and statistics of their bands.
 
 --convert makes RGB of grey, palette, CMYK, alpha (laid on white) and 16 bits a channel (value // 256 is kept).
 
@@ -76,7 +80,8 @@ class Options(Wish):
 
     image_size: pixels a side; images of other sizes are refused or, with resize, resized. convert: images of other
     modes are made 8-bit RGB. skip_bad: unusable files, and images that are in two classes, are left out, with a
-    warning, instead of refused. inside: the source's folder.
+    warning, instead of refused. inside: the source's folder. bands: of TIFFs, in their order, where nothing else
+    says it.
     """
 
     image_size: int = 64
@@ -84,6 +89,7 @@ class Options(Wish):
     convert: bool = False
     skip_bad: bool = False
     inside: str = ""
+    bands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
         for note in given.layout.notes:
             print(f"note: {note}", file=sys.stderr)
         source, rule, placeless = arrange(given, spec, options, lists)
-        written, unusable = _copy(source, folder, options)
+        inputs = _recognised(source, spec, options)
+        written, unusable = _copy(source, folder, options, inputs)
         written, contradictory = _without_contradictions(written, folder)
         skipped = [*placeless, *unusable, *contradictory]
         if skipped:
@@ -159,7 +166,7 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
             digest=hashlib.sha256(listing).hexdigest(),
             skipped=tuple(skipped),
             converted=_converted(written, spec),
-            inputs=inputs_of(source.layout.classes),
+            inputs=_measured(inputs, folder, files, options.image_size),
             extras=_write_extras(source, folder),
         )
         if given.layout.split:
@@ -211,34 +218,67 @@ def _flaw_of_packed(path: Path) -> str:
     return ""
 
 
-def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written], list[Skipped]]:
+def _recognised(source: Source, spec: str, options: Options) -> Inputs:
+    """What the source's images are. Raises UserError."""
+    paths = [item.path for item in source.layout.items]
+    if options.convert and not options.bands:
+        paths = []
+    inputs = recognise(source.read, paths, source.layout.classes, options.bands, spec)
+    if inputs.file and (options.resize or options.convert):
+        raise UserError(f"--resize and --convert are for 8-bit RGB, and {spec} has {len(inputs.file)} bands")
+    if inputs.file:
+        print(f"note: {spec} has {inputs.dtype} bands {', '.join(inputs.file)}: {inputs.unit}", file=sys.stderr)
+    return inputs
+
+
+def _measured(inputs: Inputs, folder: Path, files: dict[str, str], size: int) -> Inputs:
+    """With the statistics of the training images, where these have bands of their own."""
+    if not inputs.file:
+        return inputs
+    paths = [path for path in files if path.startswith(f"{SPLITS[0]}/")]
+    images = in_threads(lambda path: read_pixels((folder / path).read_bytes(), inputs, size, size), paths, "measuring")
+    return measured(inputs, images)
+
+
+def _copy(source: Source, folder: Path, options: Options, inputs: Inputs) -> tuple[list[Written], list[Skipped]]:
     """Checks each image and writes it below folder, into its split's or the unsplit class folder."""
     for split in SPLITS if source.layout.split else (UNSPLIT,):
         for label in source.layout.classes:
             (folder / split / label).mkdir(parents=True)
-    size = options.image_size
 
     def copy(item: Item) -> Written | Skipped:
         try:
-            data = source.read(item.path)
-            image, was = decode_any(data, None if options.resize else size, options.convert)
+            data, was, size = _checked(source.read(item.path), options, inputs)
         except BadImageError as error:
             return Skipped(file=item.path, reason=str(error))
-        name = item.name
-        if was or image.size != (size, size):
-            png = BytesIO()
-            resize(image, size).save(png, "PNG")
-            data, name = png.getvalue(), f"{Path(name).stem}.png"
+        name = item.name if was is None else f"{Path(item.name).stem}.png"
         try:
             with (folder / (item.split or UNSPLIT) / item.label / name).open("xb") as file:
                 file.write(data)
         except FileExistsError:
             raise UserError(f"{item.path}: another image of its class would be called {name} too: rename one") from None
-        return Written(item, name, hashlib.sha256(data).hexdigest(), was, image.size)
+        return Written(item, name, hashlib.sha256(data).hexdigest(), was or "", size)
 
     results = list(in_threads(copy, source.layout.items, "checking images"))
     skipped = sorted((r for r in results if isinstance(r, Skipped)), key=lambda bad: bad.file)
     return [r for r in results if isinstance(r, Written)], skipped
+
+
+def _checked(data: bytes, options: Options, inputs: Inputs) -> tuple[bytes, str | None, tuple[int, int]]:
+    """The bytes to write, what a picture was that had to become a PNG (None of a file that stays as it is), its size.
+
+    Raises BadImageError.
+    """
+    size = options.image_size
+    if inputs.file:
+        read_bands(data, inputs.file, inputs.dtype, size)
+        return data, None, (size, size)
+    image, was = decode_any(data, None if options.resize else size, options.convert)
+    if not was and image.size == (size, size):
+        return data, None, image.size
+    png = BytesIO()
+    resize(image, size).save(png, "PNG")
+    return png.getvalue(), was, image.size
 
 
 def _write_extras(source: Source, folder: Path) -> dict[str, str]:
@@ -477,6 +517,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PATH",
         default="",
         help="the folder in the source that holds the data, where there are several",
+    )
+    add(
+        "--bands",
+        metavar="NAME,NAME,…",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="what the bands of TIFFs are, in their order; EuroSAT's 13 are known, and so are those that files name",
     )
     add("--resize", action="store_true", help="resize images of other sizes (to PNG), do not refuse them")
     add("--convert", action="store_true", help="make images of other modes 8-bit RGB (to PNG), do not refuse them")

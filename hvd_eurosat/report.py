@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, schedule_epochs
-from hvd_eurosat.data.images import BadImageError, decode, read_file, to_array
+from hvd_eurosat.data.images import BadImageError, read_file
+from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.multispectral import read_pixels
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run import plots, status
@@ -85,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def samples(root: Path, split: str, out: Path) -> None:
     """Draw examples of each class of a split, the same ones every time. Raises UserError."""
     tree = open_tree(root)
+    inputs = tree.inputs
     files, labels = tree.files(split), tree.labels(split)
     rng = np.random.default_rng(0)
     chosen = np.concatenate([_some(rng, np.flatnonzero(labels == c)) for c in range(len(tree.classes))])
     size = tree.image_size or 64
-    images = np.stack([_read(tree.path(files[i]), size) for i in chosen])
+    images = inputs.picture(np.stack([_read(tree.path(files[i]), inputs, size) for i in chosen]))
     title = f"{_name(tree)}: examples of the {len(files):,} {split} images"
     plots.sample_grid(images, labels[chosen], tree.classes, out, title)
 
@@ -200,9 +203,9 @@ def _some(rng: np.random.Generator, indices: NDArray[np.intp]) -> NDArray[np.int
     return np.sort(rng.permutation(indices)[:EXAMPLES_PER_CLASS])
 
 
-def _read(path: Path, size: int) -> NDArray[np.uint8]:
+def _read(path: Path, inputs: Inputs, size: int) -> NDArray[Any]:
     try:
-        return to_array(decode(read_file(path)), size)
+        return read_pixels(read_file(path), inputs, None, size)
     except BadImageError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -18,7 +18,7 @@ from hvd_eurosat.config.schema import Config, mixes, schedule_epochs
 from hvd_eurosat.data.batches import Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.inputs import SAMPLED
 from hvd_eurosat.data.layout import SPLITS
-from hvd_eurosat.data.packed import resolve_size
+from hvd_eurosat.data.packed import resolve_normalisation, resolve_size
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.errors import STOPPED, Stopped
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
@@ -36,6 +36,7 @@ from hvd_eurosat.training.schedule import jump, learning_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
 from hvd_eurosat.training.stragglers import work_of_ranks
+from hvd_eurosat.weights.known import normalised
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.settle import settle
 
@@ -48,7 +49,7 @@ def train(world: World, config: Config) -> int:
     world.watch(config.run.watchdog_seconds)
     stop = StopRequest()
     world.tick("opening the data")
-    tree = world.together(lambda: open_tree(config.data.root))
+    tree = world.together(lambda: open_tree(config.data.root).choosing(config.data.bands))
     config = world.on_main(lambda: settled(config, tree))
     images = open_images(world, tree, SPLITS, config.data, config.data)
     tree = by_content(tree, images)
@@ -71,14 +72,15 @@ def train(world: World, config: Config) -> int:
 
     world.tick("building the network")
     details = Details.of(config.model)
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, config.train.seed, details)
+    settings, bands = config.model, tree.inputs.bands
+    model = build(settings.arch, len(tree.classes), settings.trainable, config.train.seed, details, bands)
     model.to(world.device)
     inputs = tree.inputs.measured(images["train"].sample(SAMPLED))
     state = TrainingState(world, config, tree, model, choose(world, config, start), inputs)
-    lacking = begin(world, config, state, start)
+    taken = begin(world, config, state, start)
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
     step = Step(state, world, config, weights)
-    facts = header(world, config, tree, state, step, batches, lacking)
+    facts = header(world, config, tree, state, step, batches, taken)
     journal.begin(start, facts, state.snapshot())
     for note in tree.notes:
         journal.display.note(note)
@@ -122,8 +124,9 @@ def train(world: World, config: Config) -> int:
 
 def settled(config: Config, tree: Tree) -> Config:
     """With values in place of what it leaves to the data and to files of the network. Raises UserError."""
-    data = resolve_size(tree, config.data)
-    model = settle(config.model, len(tree.classes), data.input_side)
+    data = normalised(resolve_size(tree, config.data), config.model.weights, tree.inputs)
+    data = resolve_normalisation(tree, data)
+    model = settle(config.model, len(tree.classes), data.input_side, tree.inputs.bands)
     return config.model_copy(update={"data": data, "model": model})
 
 
@@ -134,16 +137,16 @@ def choose(world: World, config: Config, start: Checkpoint | None) -> Precision:
 
 
 def begin(world: World, config: Config, state: TrainingState, start: Checkpoint | None) -> str:
-    """A checkpoint's state, or rank 0's weights, on every rank. Returns what of them is left out. Collective."""
-    lacking = ""
+    """A checkpoint's state, or rank 0's weights, on every rank. Returns what of a file was taken. Collective."""
+    taken = ""
     if start:
         state.restore(start)
     else:
-        lacking = world.on_main(lambda: load_weights(state.model, config.model))
+        taken = world.on_main(lambda: load_weights(state.model, config.model).line)
         state.weights = world.on_main(lambda: digest_of(config.model.weights))
         world.broadcast(state.model.state_dict().values())
     state.seal()
-    return lacking
+    return taken
 
 
 def train_epoch(

@@ -25,6 +25,7 @@ from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.config.schema import mixes
 from hvd_eurosat.data.batches import Batch, Draw, Images, TrainBatches, open_images
+from hvd_eurosat.data.packed import resolve_normalisation
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
 from hvd_eurosat.training import capture
@@ -85,7 +86,8 @@ class Loop:
         full_size = settings.train.model_copy(update={"start_size": 0})
         config = settings.model_copy(update={"model": trainable, "train": full_size})
         details = Details.of(config.model)
-        model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details).to(world.device)
+        bands = tree.inputs.bands
+        model = build(config.model.arch, len(tree.classes), mode, config.train.seed, details, bands).to(world.device)
         choose_algorithms(world.device, config.train.deterministic)
         precision = choose_precision(world, config.train.precision)
         self.state = TrainingState(world, config, tree, model, precision)
@@ -191,7 +193,9 @@ def load(argv: Sequence[str]) -> JobSettings:
 def main(world: World, settings: JobSettings, number: int) -> None:
     """Measure each mode. number: this rank's, or that of the job among those beside it. Collective."""
     world.watch(settings.run.watchdog_seconds)
-    tree = world.together(lambda: open_tree(settings.data.root))
+    tree = world.together(lambda: open_tree(settings.data.root).choosing(settings.data.bands))
+    data = world.together(lambda: resolve_normalisation(tree, settings.data))
+    settings = settings.model_copy(update={"data": data})
     splits = ["train", *(["valid"] if settings.validation else [])]
     images = open_images(world, tree, splits, settings.data, settings.data)
     found: dict[str, Any] = {

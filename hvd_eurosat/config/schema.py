@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX = "HVD_EUROSAT_"
-TRAINABLE = r"^(bn\+head|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
+TRAINABLE = r"^(bn\+head(,conv1)?|[a-z][a-z0-9.]*(,[a-z][a-z0-9.]*)*)$"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -92,10 +92,14 @@ class Data(Place):
     image"""
     resize: Side = 0
     """resize each image to this side in pixels before center_crop; 0: crop the image as it is"""
-    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
-    """subtracted from each pixel's red, green and blue, which are 0 to 1"""
-    std: tuple[Spread, Spread, Spread] = IMAGENET_STD
-    """each pixel's red, green and blue are then divided by these"""
+    bands: tuple[str, ...] = ()
+    """which bands of the images, in which order: B04,B03,B02; default: all that they have, in their own"""
+    mean: tuple[Number, ...] = ()
+    """subtracted from each band of the pixels, which are 0 to 1 where they are 8-bit, and else the files' own numbers;
+    default: ImageNet's of RGB, and of other bands that of the training images; named Sentinel-2 weights bring their
+    own"""
+    std: tuple[Spread, ...] = ()
+    """each band of the pixels is then divided by these; the default is as for data.mean"""
     augment: bool = True
     """flip and quarter-turn each training image: eight ways, a different one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
@@ -116,7 +120,7 @@ class Data(Place):
     random_contrast: Fraction = 0.0
     """also move its pixels away from their mean, or towards it, by up to this share"""
     random_gain: Fraction = 0.0
-    """also make red, green and blue brighter or darker, each by its own share up to this: as haze, light, sensors do"""
+    """also make the bands brighter or darker, each by its own share up to this: as haze, light, sensors do"""
     random_erase: Probability = 0.0
     """with this probability also paint a rectangle of a training image, of 2 to 33 % of its area, in data.mean"""
 
@@ -132,13 +136,15 @@ class Model(Section):
     arch: Literal["resnet50", "resnet18"] = "resnet50"
     """resnet18 is the small one, for tests and quick trials"""
     weights: str = "imagenet"
-    """what to start from: imagenet (torchvision's), none (random), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
-    checkpoint of ours"""
+    """what to start from: imagenet (torchvision's), none (random), sentinel2-rgb-moco, sentinel2-all-moco or
+    sentinel2-all-dino (SSL4EO-S12, as torchgeo publishes them), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
+    checkpoint of ours or of another trainer. The first convolution's kernels are taken by the names of their bands"""
     trainable: Annotated[str, Field(pattern=TRAINABLE)] = "bn+head"
     """what trains: bn+head (all BatchNorm layers and the head, which is the last layer), head, all, or whole modules by
-    name: layer4,fc"""
+    name: layer4,fc. bn+head becomes bn+head,conv1 where the weights know only some of the bands: then the first
+    convolution trains, too"""
     layers: UserPath | None = None
-    """a Keras layers.json of a ResNet-50; it says what trains and sets the four keys below"""
+    """a Keras layers.json of a ResNet-50; it says what trains and sets the five keys below"""
     variant: Literal["auto", "v1", "v1.5"] = "auto"
     """where a stage halves the image: v1.5 (torchvision) in its 3x3 convolution, v1 (Keras) in its first 1x1; auto: as
     the file of weights says"""
@@ -148,6 +154,8 @@ class Model(Section):
     """share of the new batch in BatchNorm's running statistics; Keras uses 0.01"""
     bn_affine: bool = True
     """whether BatchNorm layers have weights and biases"""
+    head_bias: bool = False
+    """whether the head has biases, one for each class; a head with biases is taken from the weights only then"""
 
 
 class Optim(Section):
@@ -172,7 +180,7 @@ class Optim(Section):
     trust: PositiveFloat = 1e-3
     """trust ratio of lars"""
     weight_decay: NonNegativeFloat = 0.0
-    """weight decay; BatchNorm is spared"""
+    """weight decay; BatchNorm and the head's biases are spared"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """factor of the learning rate for each stage that a layer lies before the head: 0.5 gives layer4 half of it, layer3
     a quarter, the first layers 1/32. Use it with model.trainable all and pretrained weights"""

@@ -1,4 +1,7 @@
-"""Augmentation and normalisation of whole batches, on their device."""
+"""Augmentation and normalisation of whole batches, on their device.
+
+Images are uint8 or, where their files have 16 bits, float32 with the same whole numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_eurosat.config.schema import Data
+from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data
 
 VIEWS = 8
 FLIP, TURN, CROP, ZOOM, COLOUR, ERASE = 10, 20, 30, 40, 50, 60  # keys of `mix`, so that each draws numbers of its own
+COLOUR_OF_MORE = 100  # bands than red, green and blue, so that these keep their own
 ERASED_AREA, ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)  # as in the paper
 
 
@@ -56,7 +60,7 @@ def shift(images: Tensor, dy: Tensor, dx: Tensor) -> Tensor:
 
 
 def network_input(images: Tensor, indices: Tensor, seed: int, epoch: Tensor, size: int, data: Data) -> Tensor:
-    """Training images uint8 [B, 3, S, S] augmented, brought to `size` and normalised: float32 [B, 3, size, size].
+    """Training images [B, C, S, S] augmented, brought to `size` and normalised: float32 [B, C, size, size].
 
     indices int64 [B]; epoch int64 []: as a tensor, so that where this is compiled every epoch has the same code.
     """
@@ -64,14 +68,14 @@ def network_input(images: Tensor, indices: Tensor, seed: int, epoch: Tensor, siz
 
 
 def plain_input(images: Tensor, data: Data) -> Tensor:
-    """Images to be judged, uint8 [B, 3, S, S], as the network takes them: float32 [B, 3, I, I] of data.input_side I."""
+    """Images to be judged, [B, C, S, S], as the network takes them: float32 [B, C, I, I] of data.input_side I."""
     return normalise(resized(images, data.input_side), data)
 
 
 def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
     """Another view of each image every epoch, all eight in eight epochs, and what else the configuration asks for.
 
-    images uint8 [B, 3, S, S], indices int64 [B] (of the samples in their split). Random in (seed, epoch, index) only.
+    images [B, C, S, S], indices int64 [B] (of the samples in their split). Random in (seed, epoch, index) only.
     Going through the views in turn shows more variety than drawing them (Jordan 2024, "alternating flip").
     """
     if data.augment:
@@ -87,20 +91,20 @@ def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, dat
     if data.random_rotate or data.jitter_crop or data.random_zoom:
         images = resample(images, _places(indices, seed, epoch, data))
     if data.random_brightness or data.random_contrast or data.random_gain:
-        images = recolour(images, *_colours(indices, seed, epoch, data))
+        images = recolour(images, *_colours(images.shape[1], indices, seed, epoch, data))
     if data.random_erase:
         images = erase(images, _erased(images, indices, seed, epoch, data), data)
     return images
 
 
 def resample(images: Tensor, places: Tensor) -> Tensor:
-    """Each image uint8 [B, C, S, S] seen through its own affine map, float32 [B, 2, 3] of the output's coordinates.
+    """Each image [B, C, S, S] seen through its own affine map, float32 [B, 2, 3] of the output's coordinates.
 
     Bilinear, mirrored at the border; coordinates run from -1 to 1 between the image's edges.
     """
     grid = F.affine_grid(places, list(images.shape), align_corners=False)
     sampled = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    return sampled.round().to(torch.uint8)
+    return sampled.round().to(images.dtype)
 
 
 def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
@@ -116,28 +120,31 @@ def _places(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tens
 
 
 def recolour(images: Tensor, gains: Tensor, contrast: Tensor) -> Tensor:
-    """uint8 [B, 3, S, S] with each band times its gain (float32 [B, 3]), then the distances from the mean of all pixels
+    """[B, C, S, S] with each band times its gain (float32 [B, C]), then the distances from the mean of all pixels
 
-    times the contrast (float32 [B]).
+    times the contrast (float32 [B]); of 16-bit images from the mean of the band's own, for bands differ much there.
     """
-    pixels = images.float()
-    mean = (pixels.mean((2, 3)) * gains).mean(1)
-    scale, offset = gains * contrast[:, None], mean * (1 - contrast)
-    recoloured = pixels.mul_(scale[:, :, None, None]).add_(offset.view(-1, 1, 1, 1))
-    return recoloured.round_().clamp_(0, 255).to(torch.uint8)
+    pixels = images.to(torch.float32, copy=True)
+    mean = pixels.mean((2, 3)) * gains
+    mean = mean.mean(1, keepdim=True) if images.dtype == torch.uint8 else mean
+    scale, offset = gains * contrast[:, None], mean * (1 - contrast[:, None])
+    recoloured = pixels.mul_(scale[:, :, None, None]).add_(offset[:, :, None, None])
+    return recoloured.round_().clamp_(0, 255 if images.dtype == torch.uint8 else 65535).to(images.dtype)
 
 
-def _colours(indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> tuple[Tensor, Tensor]:
-    """Gains of the bands, float32 [B, 3], with the brightness in them, and contrast, float32 [B]."""
-    spreads = (data.random_brightness, data.random_contrast, *[data.random_gain] * 3)
-    draws = [uniform(seed, indices, epoch, COLOUR + n) for n in range(len(spreads))]
+def _colours(count: int, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    """Gains of so many bands, float32 [B, count], with the brightness in them, and contrast, float32 [B]."""
+    spreads = (data.random_brightness, data.random_contrast, *[data.random_gain] * count)
+    keys = [COLOUR + n if n < 5 else COLOUR_OF_MORE + n for n in range(len(spreads))]
+    draws = [uniform(seed, indices, epoch, key) for key in keys]
     brightness, contrast, *bands = (1 + s * (2 * u - 1) for s, u in zip(spreads, draws, strict=True))
     return brightness[:, None] * torch.stack(bands, 1), contrast
 
 
 def erase(images: Tensor, inside: Tensor, data: Data) -> Tensor:
     """Random erasing (Zhong et al. 2020): data.mean where `inside`, bool [B, 1, S, S]."""
-    colour = _per_channel(tuple(round(255 * mean) for mean in data.mean), images.device).to(images.dtype)
+    scale = _scale(images)
+    colour = _per_channel(tuple(round(scale * mean) for mean in _mean(data)), images.device).to(images.dtype)
     return torch.where(inside, colour, images)
 
 
@@ -169,21 +176,34 @@ def uniform(seed: int, indices: Tensor, *keys: int | Tensor) -> Tensor:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images uint8 [B, C, S, S] as [B, C, size, size]: bilinear, antialiased."""
+    """Images [B, C, S, S] as [B, C, size, size]: bilinear, antialiased."""
     if size == images.shape[-1]:
         return images
     pixels = images if images.is_cpu else images.float()  # torch resizes uint8 on CPUs only
     others = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return others if images.is_cpu else others.round().to(torch.uint8)
+    return others if others.dtype == images.dtype else others.round().to(images.dtype)
 
 
 def normalise(images: Tensor, data: Data) -> Tensor:
-    """uint8 [B, 3, S, S] to float32 as the network takes it: (x / 255 - mean) / std, channels last."""
-    mean, std = (_per_channel(values, images.device) for values in (data.mean, data.std))
-    scaled = images.to(torch.float32, memory_format=torch.channels_last) / (255 * std)
+    """[B, C, S, S] to float32 as the network takes it, channels last: (x / 255 - mean) / std of uint8, else
+
+    (x - mean) / std.
+    """
+    mean, std = (_per_channel(values, images.device) for values in (_mean(data), data.std or IMAGENET_STD))
+    scaled = images.to(torch.float32, memory_format=torch.channels_last) / (_scale(images) * std)
     return scaled - mean / std
 
 
+def _scale(images: Tensor) -> int:
+    """What a pixel is divided by before mean and std."""
+    return 255 if images.dtype == torch.uint8 else 1
+
+
+def _mean(data: Data) -> tuple[float, ...]:
+    """data.mean; ImageNet's where that is left to the data, which is then RGB: others are settled before."""
+    return data.mean or IMAGENET_MEAN
+
+
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [1, 3, 1, 1]. Filled on the device, for a copy would make the host wait for it."""
+    """float32 [1, C, 1, 1]. Filled on the device, for a copy would make the host wait for it."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])[None]

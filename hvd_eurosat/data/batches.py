@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,9 @@ class Partners:
 class Batch:
     """What one rank works on in one step; always of the full batch size B.
 
-    indices: int64 [B], positions in the split; images: uint8 [B, 3, S, S], channels last; labels: int64 [B];
-    weights: float32 [B], 1 for a sample that counts, 0 for padding; total: samples that count on all ranks;
-    partners: with train.mixup or train.cutmix.
+    indices: int64 [B], positions in the split; images: uint8 [B, C, S, S], channels last, or float32 with the numbers
+    of uint16 files; labels: int64 [B]; weights: float32 [B], 1 for a sample that counts, 0 for padding; total: samples
+    that count on all ranks; partners: with train.mixup or train.cutmix.
     """
 
     indices: Tensor
@@ -79,6 +80,7 @@ class Images:
         self.storage = device if resident else torch.device("cpu")
         self.checksum = packed.checksum
         self.images = torch.from_numpy(packed.images).to(self.storage)
+        self._is_wide = self.images.dtype == torch.uint16
         self.labels = torch.from_numpy(packed.labels).to(self.storage)
 
     def __len__(self) -> int:
@@ -89,8 +91,8 @@ class Images:
         """Whether taking some of them is the device's work, which a graph can do."""
         return self.storage.type == "cuda"
 
-    def sample(self, count: int) -> NDArray[np.uint8]:
-        """So many images, or fewer, spread evenly: uint8 [n, S, S, 3]."""
+    def sample(self, count: int) -> NDArray[Any]:
+        """So many images, or fewer, spread evenly: uint8 or uint16 [n, S, S, bands]."""
         return np.asarray(self.images[:: -(-len(self) // count)].cpu())
 
     def weights(self, size: int, real: int) -> Tensor:
@@ -107,7 +109,10 @@ class Images:
 
     def _take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Indices, images and labels."""
-        images, labels = (self._send(all_of.index_select(0, indices)) for all_of in (self.images, self.labels))
+        stored = self.images.view(torch.int16) if self._is_wide else self.images  # CUDA does not index uint16
+        images, labels = (self._send(all_of.index_select(0, indices)) for all_of in (stored, self.labels))
+        if self._is_wide:
+            images = images.view(torch.uint16).float()
         return self._send(indices), images.permute(0, 3, 1, 2), labels
 
     def _send(self, chosen: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
+from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.layout import Listing, check_name, find_files, is_litter, lay_out, list_folder, normal
+from hvd_eurosat.data.multispectral import load_bands, shaped
 from hvd_eurosat.errors import UserError
 
 FAR_LARGER = 4  # times the side that the network was shown: it hardly knows what it sees
@@ -132,6 +134,7 @@ def class_numbers(labels: Sequence[str], names: Sequence[str], classes: Sequence
 def file_batches(
     files: Sequence[Path],
     data: Data,
+    inputs: Inputs,
     batch_size: int,
     device: torch.device,
     shard: int,
@@ -140,24 +143,33 @@ def file_batches(
     skip: bool = False,
     resizes: bool = True,
 ) -> Generator[Batch, None, None]:
-    """The images in batches of one fixed size, without labels; shard i of n gets every n-th batch, from the i-th on.
+    """The images in batches of one fixed size, read as `inputs`, without labels.
 
-    Threads decode the next batches meanwhile. A bad image, and one of another size than data.image_size unless it
-    `resizes` them, is noted in `seen`; it is black where such are skipped, else no batches come after it. So are the
-    sizes of scenes, which are far larger than the images that the network was trained on.
+    Shard i of n gets every n-th batch, from the i-th on. Threads decode the next batches meanwhile. A bad image, and
+    one of another size than data.image_size unless it `resizes` them, is noted in `seen`; it is black where such are
+    skipped, else no batches come after it. So are the sizes of scenes, which are far larger than the images that the
+    network was trained on.
     """
     crop, wanted = Crop.of(data), None if resizes else data.image_size
-    black = np.zeros((data.image_size, data.image_size, 3), np.uint8)
+    black = np.zeros((data.image_size, data.image_size, len(inputs.bands)), inputs.dtype)
 
-    def pixels(number: int) -> NDArray[np.uint8]:
+    def pixels(number: int) -> NDArray[Any]:
         try:
-            image = decode(read_file(files[number]), wanted)
-            if is_scene(image, data):
-                seen.scenes[number] = image.size
-            return to_array(image, data.image_size, crop)
+            content = read_file(files[number])
+            if inputs.file:
+                bands = load_bands(content, inputs, wanted)
+                note(number, (bands.shape[1], bands.shape[0]))
+                return shaped(bands, data.image_size, crop)
+            image = decode(content, wanted)
+            note(number, image.size)
+            return np.ascontiguousarray(to_array(image, data.image_size, crop)[..., inputs.places])
         except BadImageError as error:
             seen.bad[number] = str(error)
             return black
+
+    def note(number: int, size: tuple[int, int]) -> None:
+        if is_scene(size, data):
+            seen.scenes[number] = size
 
     starts = range(shard * batch_size, len(files), shards * batch_size)
     mine = [number for first in starts for number in range(len(files))[first : first + batch_size]]
@@ -167,15 +179,16 @@ def file_batches(
         if seen.bad and not skip:
             continue  # for the names of all the others
         images = torch.from_numpy(np.stack(arrays)).to(device)
+        images = images.float() if images.dtype == torch.uint16 else images
         real = len(images)
         places = torch.arange(batch_size, device=device).clamp(max=real - 1)
         weights, labels = (torch.arange(batch_size, device=device) < real).float(), torch.zeros_like(places)
         yield Batch(first + places, images.index_select(0, places).permute(0, 3, 1, 2), labels, weights, real)
 
 
-def is_scene(image: Image.Image, data: Data) -> bool:
+def is_scene(size: tuple[int, int], data: Data) -> bool:
     """Whether an image is far larger than those that the network was trained on."""
-    return min(image.size) >= FAR_LARGER * (data.resize or data.center_crop or data.image_size)
+    return min(size) >= FAR_LARGER * (data.resize or data.center_crop or data.image_size)
 
 
 def agree_on_bad(world: World, seen: Seen, files: Sequence[Path], skip: bool) -> Seen:

@@ -246,8 +246,7 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _bands(bands: int) -> str:
-    picking = "pick them with gdal_translate -b 3 -b 2 -b 1 IN.tif OUT.tif (red, green, blue)"
-    return f"a TIFF of {bands} bands, of which nobody can tell the red, green and blue: {picking}"
+    return f"a TIFF of {bands} bands, of which nobody can tell the red, green and blue: prepare --bands names them"
 
 
 def _other_than_rgb(image: Image.Image) -> list[str]:
@@ -290,8 +289,6 @@ def _to_rgb(image: Image.Image, flaws: list[str]) -> Image.Image:
 def _why_unreadable(data: bytes) -> str:
     if data[:4] in (b"II*\0", b"MM\0*"):
         bands = _tiff_bands(data)
-        if bands > 4:
-            return f"{bands}-band multispectral TIFF is not supported yet; use the RGB set"
         if bands > 1:
             return _bands(bands)
     other = next((other for start, other in OTHERS.items() if data[: len(start)].lower() == start.lower()), "")

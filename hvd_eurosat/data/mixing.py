@@ -69,7 +69,7 @@ def mix_pairs(
     mixup: Tensor | None,
     cutmix: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """uint8 [B, C, S, S] from two such, and the share of the first, float64 [B]. With both, each has one by chance."""
+    """[B, C, S, S] from two such, and the share of the first, float64 [B]. With both, each has one by chance."""
     level = (uniform(seed, indices, epoch, SHARE) * LEVELS).long()
     found = [_blend(images, others, mixup[level])] if mixup is not None else []
     if cutmix is not None:
@@ -85,7 +85,7 @@ def mix_pairs(
 def _blend(images: Tensor, others: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """All pixels by their shares (float64 [B])."""
     blended = others.float().lerp(images.float(), share.float().view(-1, 1, 1, 1))
-    return blended.round().to(torch.uint8), share
+    return blended.round().to(images.dtype), share
 
 
 def _paste(images: Tensor, others: Tensor, share: Tensor, down: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_eurosat.config.schema import Data
-from hvd_eurosat.data.images import WHOLE, BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
+from hvd_eurosat.data.images import WHOLE, BadFilesError, BadImageError, Crop, decode, in_threads, read_file
 from hvd_eurosat.data.layout import PACKED, SPLITS
+from hvd_eurosat.data.multispectral import read_pixels
 from hvd_eurosat.data.tree import Tree, preparing, sha256_of
 from hvd_eurosat.errors import RunError, UserError
 
@@ -26,12 +27,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class Packed:
-    """A split's images: uint8 [N, size, size, 3], mapped copy-on-write; labels: int64 [N]; files: N paths.
+    """A split's images: uint8 or uint16 [N, size, size, bands], mapped copy-on-write; labels: int64 [N].
 
-    checksum: the sha256 of the packed file, as it was written.
+    files: N paths. checksum: the sha256 of the packed file, as it was written.
     """
 
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     labels: NDArray[np.int64]
     files: tuple[str, ...]
     checksum: str = ""
@@ -47,19 +48,19 @@ def pack(
 ) -> Path:
     """The path of the split's packed .npy file, which is built first when it is missing.
 
-    It holds uint8 [N, image_size, image_size, 3] in the order of tree.files(split); a .json beside it holds
-    shape and sha256. Several hosts may build on one file system: each writes a file of its own and renames it.
-    `tick` is called after each image.
+    It holds uint8 or uint16 [N, image_size, image_size, bands], as tree.inputs says, in the order of tree.files(split);
+    a .json beside it holds shape and sha256. Several hosts may build on one file system: each writes a file of its own
+    and renames it. `tick` is called after each image.
     Raises BadFilesError, which names all bad images, UserError for a changed one and for a folder that cannot be
     written, RunError for a full disk.
     """
     folder = cache_dir or tree.root / PACKED
     crop = Crop(side=crop.side) if crop.resize == tree.image_size else crop  # the same pixels have one name
     cropped = "" if crop == WHOLE else f"-{crop.resize}-{crop.side}"
-    path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}.npy"
+    path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}{_chosen(tree)}.npy"
     if path.exists() and path.with_suffix(".json").exists():
         return path
-    shape = (len(tree.files(split)), image_size, image_size, 3)
+    shape = (len(tree.files(split)), image_size, image_size, len(tree.inputs.bands))
     partial = folder / f".{path.stem}.{secrets.token_hex(8)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def pack(
         partial.replace(path.with_suffix(".json"))
     except OSError as error:
         if error.errno in DISK_FULL:
-            size = f"{np.prod(shape) / 1e6:,.1f} MB"
+            size = f"{np.prod(shape) * np.dtype(tree.inputs.dtype).itemsize / 1e6:,.1f} MB"
             raise RunError(f"no room for {path} ({size}): {error.strerror}; try --data.cache_dir DIR") from None
         raise UserError(
             f"cannot write packed images in {folder} ({error.strerror}): give --data.cache_dir DIR"
@@ -98,7 +99,8 @@ def open_packed(
     path = pack(tree, split, image_size, cache_dir, crop, tick)
     files = tuple(tree.files(split))
     images = _map(path)
-    if images.shape != (len(files), image_size, image_size, 3):
+    inputs = tree.inputs
+    if images.shape != (len(files), image_size, image_size, len(inputs.bands)) or images.dtype != inputs.dtype:
         raise _damaged(path)
     return Packed(images, tree.labels(split), files, str(_recorded(path).get("sha256")))
 
@@ -132,8 +134,8 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
         except BadImageError as error:
             return error
 
-    header = BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header, kind = BytesIO(), np.dtype(tree.inputs.dtype).str
+    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
     digest, flaws = hashlib.sha256(header.getvalue()), dict[str, str]()
     # Not through a memory map: there a full disk is a bus error.
     with path.open("xb") as file:
@@ -157,7 +159,16 @@ def _pixels(tree: Tree, name: str, native: int, size: int, crop: Crop) -> bytes:
     data, checksum = read_file(tree.path(name)), tree.checksums[name]
     if checksum and hashlib.sha256(data).hexdigest() != checksum:
         raise UserError(f"{tree.path(name)} has changed since it was prepared: prepare the data again")
-    return to_array(decode(data, native), size, crop).tobytes()
+    return read_pixels(data, tree.inputs, native, size, crop).tobytes()
+
+
+def _chosen(tree: Tree) -> str:
+    """What a packed file's name says of bands that are not simply those of the files."""
+    inputs = tree.inputs
+    if inputs.is_whole and not inputs.is_stretched:
+        return ""
+    reading = json.dumps([inputs.bands, inputs.dtype, inputs.stretch])
+    return f"-{hashlib.sha256(reading.encode()).hexdigest()[:8]}"
 
 
 def _cure(tree: Tree, side: int) -> str:
@@ -174,6 +185,19 @@ def resolve_size(tree: Tree, data: Data) -> Data:
     if not 32 <= size <= 1024:
         raise UserError(f"the images of {tree.root} have {size}x{size} pixels: give a data.image_size of 32 to 1024")
     return data.model_copy(update={"image_size": size})
+
+
+def resolve_normalisation(tree: Tree, data: Data) -> Data:
+    """The section with the default mean and std of the tree's bands where it gives none. Raises UserError."""
+    mean, std = data.mean, data.std
+    if not (mean and std):
+        default = tree.inputs.normalisation(str(tree.root))
+        mean, std = mean or default[0], std or default[1]
+    bands = tree.inputs.bands
+    for key, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) != len(bands):
+            raise UserError(f"data.{key} has {len(numbers)} numbers for {len(bands)} bands: {', '.join(bands)}")
+    return data.model_copy(update={"mean": mean, "std": std})
 
 
 def native_size(tree: Tree) -> int:
@@ -194,12 +218,12 @@ def native_size(tree: Tree) -> int:
     raise BadFilesError(flaws, len(flaws), str(tree.root), _cure(tree, 64))
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+def _map(path: Path) -> NDArray[Any]:
     try:
         images = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         raise _damaged(path) from None
-    if images.dtype != np.uint8 or path.stat().st_size != images.offset + images.nbytes:
+    if images.dtype not in (np.uint8, np.uint16) or path.stat().st_size != images.offset + images.nbytes:
         raise _damaged(path)
     return images  # type: ignore[no-any-return]
 

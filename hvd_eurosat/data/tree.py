@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hvd_eurosat.data.bands import check_names
 from hvd_eurosat.data.images import BadImageError, decode, read_file
 from hvd_eurosat.data.inputs import PICTURES, Inputs, inputs_of
 from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS, lay_out, list_folder, normal
@@ -95,6 +97,17 @@ class Tree:
     inputs: Inputs = PICTURES
     places: dict[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+
+    def choosing(self, names: Sequence[str]) -> "Tree":
+        """With some of its bands, in an order of their own; of no names it is as it was. Raises UserError."""
+        if not names:
+            return self
+        chosen = self.inputs.choosing(check_names(names, "data.bands"), str(self.root), "data.bands asks for")
+        return replace(self, inputs=chosen)
+
+    def brought_to(self, wants: Inputs) -> "Tree":
+        """As its images are read for a network that wants such inputs. Raises UserError where they cannot be."""
+        return replace(self, inputs=self.inputs.brought_to(wants, str(self.root)))
 
     def path(self, name: str) -> Path:
         """Where the file of this name is."""

@@ -6,6 +6,7 @@ ways. The layers are written out here, for importing torchvision's would cost ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -100,35 +101,41 @@ class Details:
     """In what ResNet-50s differ. variant: v1 strides in the first 1x1 convolution of a stage, v1.5 in its 3x3.
 
     epsilon and momentum (the share of the new batch) are BatchNorm's; without affine it has no weights and biases.
+    head_bias: whether the head has biases.
     """
 
     variant: str = "v1.5"
     epsilon: float = 1e-5
     momentum: float = 0.1
     affine: bool = True
+    head_bias: bool = False
 
     @staticmethod
     def of(model: Model) -> Details:
         """Those of a configuration; auto is v1.5."""
         variant = "v1" if model.variant == "v1" else "v1.5"
-        return Details(variant, model.bn_epsilon, model.bn_momentum, model.bn_affine)
+        return Details(variant, model.bn_epsilon, model.bn_momentum, model.bn_affine, model.head_bias)
 
 
 DEFAULT = Details()
+RGB = ("red", "green", "blue")
 
 
 class LandCoverResNet(nn.Module):
-    """ResNet (He et al. 2015) whose head is a dense layer without bias and a log-softmax.
+    """ResNet (He et al. 2015) whose head is a dense layer, without bias unless details say so, and a log-softmax.
 
     `trainable` is "all", "head", "bn+head": all BatchNorm layers and the head train and no convolution does (Frankle et
-    al. 2021, "Training BatchNorm and only BatchNorm"), or names of modules between commas, which train with all that is
-    in them. A BatchNorm layer that does not train stays in evaluation mode. Its state dict has torchvision's keys.
+    al. 2021, "Training BatchNorm and only BatchNorm"), "bn+head,conv1": and the first convolution, or names of modules
+    between commas, which train with all that is in them. A BatchNorm layer that does not train stays in evaluation
+    mode. `bands` are the names of its input's channels. Its state dict has torchvision's keys.
     """
 
-    def __init__(self, arch: str, classes: int, trainable: str, details: Details = DEFAULT) -> None:
+    def __init__(
+        self, arch: str, classes: int, trainable: str, details: Details = DEFAULT, bands: Sequence[str] = RGB
+    ) -> None:
         super().__init__()
         block, depths, width = BLOCKS[arch]
-        self.conv1 = _convolution(3, width, 7, stride=2)
+        self.conv1 = _convolution(len(bands), width, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         wider = block.expansion
@@ -141,9 +148,10 @@ class LandCoverResNet(nn.Module):
         # Blocks that begin as the identity suit training from scratch (Goyal et al. 2017); weights override it.
         self._draw_weights(identity_blocks=trainable == "all")
         use_matrix_products(self)
-        self.fc = nn.Linear(8 * width * wider, classes, bias=False)
+        self.fc = nn.Linear(8 * width * wider, classes, bias=details.head_bias)
         self.trainable = trainable
         self.details = details
+        self.bands = tuple(bands)
         self._frozen_norms: list[nn.BatchNorm2d] = []
         self._norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         for name, module in self.named_modules():
@@ -185,11 +193,11 @@ class LandCoverResNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
+        """images: float [B, bands, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
         return torch.log_softmax(self.fc(self.features(images)).float(), dim=1)
 
     def features(self, images: Tensor) -> Tensor:
-        """images: float [B, 3, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
+        """images: float [B, bands, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
         if not images.is_cpu and self.training:
             count(self._norms)
         x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
@@ -208,8 +216,10 @@ def _stage(block: type[BasicBlock | Bottleneck], inputs: int, planes: int, depth
 
 def is_trainable(name: str, module: nn.Module, trainable: str) -> bool:
     """Whether the module of this name learns under model.trainable."""
-    if trainable in ("bn+head", "head"):
-        return name == "fc" or (trainable == "bn+head" and isinstance(module, nn.BatchNorm2d))
+    if trainable in ("bn+head", "bn+head,conv1"):
+        return isinstance(module, nn.BatchNorm2d) or name in ("fc", *trainable.split(","))
+    if trainable == "head":
+        return name == "fc"
     return trainable == "all" or any(f"{name}.".startswith(f"{chosen}.") for chosen in trainable.split(","))
 
 
@@ -231,10 +241,12 @@ def batch_norm_buffers(model: nn.Module) -> list[Tensor]:
     return [b for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
 
 
-def build(arch: str, classes: int, trainable: str, seed: int, details: Details = DEFAULT) -> LandCoverResNet:
+def build(
+    arch: str, classes: int, trainable: str, seed: int, details: Details = DEFAULT, bands: Sequence[str] = RGB
+) -> LandCoverResNet:
     """A network with random weights from `seed`, on the CPU, channels last."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LandCoverResNet(arch, classes, trainable, details)
+        model = LandCoverResNet(arch, classes, trainable, details, bands)
     model.to(memory_format=torch.channels_last)
     return model

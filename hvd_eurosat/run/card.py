@@ -27,6 +27,7 @@ from hvd_eurosat.run.rendering import between, counted, environment, percent, sh
 from hvd_eurosat.run.story import Confusion, Story, beginning, read_story
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.scores import calibration_error
+from hvd_eurosat.weights.known import KNOWN
 from hvd_eurosat.weights.stored import named
 
 CARD, ITEM = "model_card.md", "stac_item.json"
@@ -35,8 +36,11 @@ EO = "https://stac-extensions.github.io/eo/v1.1.0/schema.json"
 FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 EUROPE = (-25.0, 34.0, 45.0, 72.0)  # west, south, east, north, in degrees: the countries that EuroSAT was taken from
 BANDS = (("B04", "red"), ("B03", "green"), ("B02", "blue"))
+COMMON_NAMES = {**dict(BANDS), "B01": "coastal", "B08": "nir", "B8A": "nir08", "B09": "nir09", "B10": "cirrus"}
+COMMON_NAMES |= {"B05": "rededge", "B06": "rededge", "B07": "rededge", "B11": "swir16", "B12": "swir22"}
 TRAINING = ("data", "model", "optim", "train")  # sections of the configuration
 WEIGHTS_LICENCES = {
+    **{name: f"it began with the weights {name} ({known.licence})" for name, known in KNOWN.items()},
     "none": "it began with random weights, which nobody has a right in",
     "imagenet": "it began with torchvision's ImageNet weights (BSD-3-Clause), of images with terms of their own",
 }
@@ -80,10 +84,10 @@ class Export:
     @property
     def layout(self) -> tuple[list[int], list[str]]:
         """Shape and dimensions of the input."""
-        size = self.facts["image_size"]
+        size, bands = self.facts["image_size"], len(self.facts["bands"])
         if self.format == "keras":
-            return [-1, size, size, 3], ["batch", "height", "width", "channel"]
-        return [-1, 3, size, size], ["batch", "channel", "height", "width"]
+            return [-1, size, size, bands], ["batch", "height", "width", "channel"]
+        return [-1, bands, size, size], ["batch", "channel", "height", "width"]
 
     @property
     def classes(self) -> list[str]:
@@ -147,7 +151,10 @@ def card(export: Export, story: Story | None, judged: Confusion | None, off: flo
         "name": _name(export, story),
         "format": export.format,
         "facts": facts,
-        "scale": [f"{value:g}" for value in (*facts["mean"], *facts["std"])],
+        "mean": ", ".join(f"{value:g}" for value in facts["mean"]),
+        "std": ", ".join(f"{value:g}" for value in facts["std"]),
+        "pixels": "pixel" if facts["dtype"] == "uint16" else "pixel / 255",
+        "colours": ", ".join(_colours(facts)),
         "parameters": export.parameters,
         "classes": names,
         "files": [_file(export.folder / name) for name in export.files],
@@ -298,6 +305,18 @@ def _properties(export: Export, judged: Confusion | None, facts: Mapping[str, An
     }
 
 
+def _colours(facts: Mapping[str, Any]) -> list[str]:
+    """Its bands in words, red, green and blue for those three alone."""
+    names = dict(BANDS)
+    return [names[band] for band in facts["bands"]] if set(facts["bands"]) == set(names) else list(facts["bands"])
+
+
+def _eo_band(name: str) -> dict[str, str]:
+    """With the common name of a band that has one in the extension EO 1.1."""
+    common = COMMON_NAMES.get(name)
+    return {"name": name, "common_name": common} if common else {"name": name}
+
+
 def _metres(export: Export) -> str:
     return f"{export.facts['resolution']:g} m"
 
@@ -306,13 +325,17 @@ def _input(export: Export) -> dict[str, Any]:
     facts = export.facts
     shape, dimensions = export.layout
     pairs = zip(facts["mean"], facts["std"], strict=True)
-    scaling = [{"type": "z-score", "mean": 255 * mean, "stddev": 255 * std} for mean, std in pairs]
-    structure = {"shape": shape, "dim_order": dimensions, "data_type": "uint8" if facts["normalises"] else "float32"}
+    most = 255 if facts["dtype"] == "uint8" else 1
+    scaling = [{"type": "z-score", "mean": most * mean, "stddev": most * std} for mean, std in pairs]
+    kind = facts["dtype"] if facts["normalises"] else "float32"
+    structure = {"shape": shape, "dim_order": dimensions, "data_type": kind}
+    is_rgb = most == 255 and _colours(facts) != facts["bands"]
+    before = "pixels of 0 to 255" if most == 255 else facts["unit"]
     described = f"patches of {facts['image_size']} x {facts['image_size']} pixels of {_metres(export)}"
     return {
         "name": "images",
-        "description": f"RGB {described}; pixels of 0 to 255 before value_scaling",
-        "bands": [band for band, _ in BANDS],
+        "description": f"{'RGB ' if is_rgb else ''}{described}; {before} before value_scaling",
+        "bands": facts["bands"],
         "input": structure,
         "value_scaling": None if facts["normalises"] else scaling,
         "resize_type": None,
@@ -345,7 +368,7 @@ def _assets(export: Export, files: Sequence[Mapping[str, Any]]) -> dict[str, Any
         asset = {"href": f"./{file['name']}", "file:size": file["size"]}
         if is_model:
             asset |= {"type": kind.media, "roles": ["mlm:model", "mlm:weights"], "mlm:artifact_type": kind.artifact}
-            asset["eo:bands"] = [{"name": name, "common_name": colour} for name, colour in BANDS]
+            asset["eo:bands"] = [_eo_band(name) for name in export.facts["bands"]]
         else:
             asset |= {"type": "application/json", "roles": ["metadata"], "title": "the layers, for model_from_json"}
         assets["model" if is_model else "layers"] = asset

@@ -22,12 +22,12 @@ NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at set-
 
 
 def header(
-    world: World, config: Config, tree: Tree, state: TrainingState, step: Step, batches: TrainBatches, lacking: str
+    world: World, config: Config, tree: Tree, state: TrainingState, step: Step, batches: TrainBatches, taken: str
 ) -> dict[str, str]:
-    """A line for each fact: devices, data, network, batch arithmetic, schedule. lacking: what weights are left out."""
+    """A line for each fact: devices, data, network, batch arithmetic, schedule. taken: what of the file of weights."""
     total, trainable = count_parameters(state.model)
     counts = {split: len(tree.files(split)) for split in SPLITS}
-    train, optim = config.train, config.optim
+    train, optim, bands = config.train, config.optim, tree.inputs.bands
     side = config.data.input_side
     first = image_size(config.data, train, schedule_epochs(optim, train), 0)
     return {
@@ -41,11 +41,12 @@ def header(
         "data": f"{config.data.root}{' (synthetic sample)' if tree.synthetic else ''}: {len(tree.classes)} classes, "
         + ", ".join(f"{n:,} {split}" for split, n in counts.items())
         + f" images of {config.data.image_size}x{config.data.image_size}"
+        + (f" in {len(bands)} bands, {', '.join(bands)}: {tree.inputs.unit}" if not tree.inputs.is_rgb else "")
         + (f", shown at {side}x{side}" if side != config.data.image_size else "")
         + (f", in training from {first}x{first} on" if first < side else ""),
-        "network": f"{config.model.arch}, weights {config.model.weights}{f' ({lacking})' if lacking else ''}, "
-        f"{total:,} parameters, "
+        "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
+        **({"weights": taken} if taken else {}),
         "batches": f"{train.batch_size} x {world.size} ranks = {batches.global_batch} images a step; "
         f"{batches.shard:,} images a rank, {batches.steps()} steps an epoch, {batches.steps() * train.epochs:,} in all",
         "optimiser": f"{optim.name}, learning rate {peak_rate(optim, batches.global_batch):g} "

@@ -354,6 +354,7 @@ class Journal:
         names = [name.removeprefix("test/") for name in self._tree.files("test")]
         pixels, labels = images.images.cpu().numpy(), images.labels.cpu().numpy()
         try:
+            pixels = self._tree.inputs.picture(pixels)
             write_examples(self._files.path / EXAMPLES, names, values, labels, pixels, best.epoch)
         except Exception as error:
             self.display.warn(f"the page is without images: {error}")

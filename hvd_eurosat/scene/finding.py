@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 from rasterio.enums import ColorInterp
 
+from hvd_eurosat.data.bands import canonical, described
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.scene.bands import UNNAMED, canonical, described, metres_of_file, of_file, without_band
+from hvd_eurosat.scene.bands import UNNAMED, metres_of_file, of_file, without_band
 from hvd_eurosat.scene.files import SUFFIXES, Dataset, Rasters, indexes, open_raster, reading, shown
 from hvd_eurosat.scene.product import (
     METADATA,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,12 +49,12 @@ class Network:
 class Read:
     """A block as it was read.
 
-    pixels: uint8 [bands, h, w]; classified: bool [rows, columns], the windows that have enough pixels; preview: uint8
-    [H, W, 4], red, green, blue and whether there is anything.
+    pixels: uint8 or uint16 [bands, h, w]; classified: bool [rows, columns], the windows that have enough pixels;
+    preview: uint8 [H, W, 4], red, green, blue and whether there is anything.
     """
 
     block: Block
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[Any]
     classified: NDArray[np.bool_]
     preview: NDArray[np.uint8]
 
@@ -114,7 +114,7 @@ def _result(coming: Future[R], tick: Callable[[], None]) -> R:
 def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
     """A block, read along the blocks of the file, so that each of those is decoded once."""
     width, step = scene.grid.width, slice_rows(scene.rows_per_block)
-    pixels = np.empty((len(scene.bands), block.bottom - block.top, width), np.uint8)
+    pixels = np.empty((len(scene.bands), block.bottom - block.top, width), scene.grey.dtype)
     masked = np.empty(pixels.shape[1:], np.bool_)
     cuts = [block.top, *range((block.top // step + 1) * step, block.bottom, step), block.bottom]
     for first, end in itertools.pairwise(cuts):
@@ -123,7 +123,8 @@ def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
     tops = plan.windows.tops[block.first : block.end] - block.top
     counts = masked_counts(masked, tops, plan.windows.lefts, plan.windows.side)
     classified = counts <= plan.max_masked * plan.windows.side**2
-    return Read(block, pixels, classified, preview(pixels, masked, block, plan.preview_step))
+    seen = np.moveaxis(scene.wants.picture(np.moveaxis(pixels, 0, -1)), -1, 0)
+    return Read(block, pixels, classified, preview(seen, masked, block, plan.preview_step))
 
 
 def masked_counts(
@@ -183,14 +184,14 @@ def classify(
     return values
 
 
-def send(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """A block to the device; to a GPU from pinned memory, so that the host does not wait."""
-    tensor = torch.from_numpy(pixels)
+def send(pixels: NDArray[Any], device: torch.device) -> Tensor:
+    """A block to the device; to a GPU from pinned memory, so that the host does not wait. uint16 goes as int16."""
+    tensor = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.view(np.int16))  # CUDA indexes no uint16
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
-    """The windows uint8 [N, bands, side, side] of a block [bands, h, w], wherever they begin (int64 [N])."""
+    """The windows [N, bands, side, side] of a block [bands, h, w], wherever they begin (int64 [N])."""
     bands, height, width = pixels.shape
     every = pixels.as_strided(
         (height - side + 1, width - side + 1, bands, side, side), (width, 1, height * width, width, 1)
@@ -199,8 +200,13 @@ def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
 
 
 def judge(network: Network, images: Tensor) -> Tensor:
-    """The class and the percents of each image uint8 [N, 3, S, S], as uint8 [N, 1 + classes] on its device."""
+    """The class and the percents of each image [N, bands, S, S], as uint8 [N, 1 + classes] on its device.
+
+    Images are uint8, or uint16 as int16.
+    """
     data = network.saved.data
+    if images.dtype == torch.int16:
+        images = images.view(torch.uint16).float()
     with network.precision.autocast(network.device):
         each = show(network.model, resized(images, data.image_size), data, network.views)
     log_probabilities = temper(answer(each.float()), network.temperature)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.config.verbs import MapSettings
@@ -50,7 +52,8 @@ def make_plan(scene: Scene, saved: Checkpoint, precision: str, settings: MapSett
         raise UserError(f"the checkpoint has {len(saved.classes)} classes, and a map has room for {NONE - 1}")
     side = window_side(saved.data, saved.image_side)
     windows = check(scene.grid, side, settings.stride or side, scene.path)
-    rows = block_rows(windows, len(scene.bands), len(saved.classes), scene.rows_per_block, settings.memory, scene.path)
+    width = len(scene.bands) * np.dtype(scene.grey.dtype).itemsize
+    rows = block_rows(windows, width, len(saved.classes), scene.rows_per_block, settings.memory, scene.path)
     batch_size = settings.batch_size or int(saved.config["valid"]["batch_size"])
     digest = read_record(named(settings.checkpoint)).content.sha256
     size, changed = fingerprint(paths)

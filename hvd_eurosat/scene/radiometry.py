@@ -1,16 +1,17 @@
-"""How a scene's numbers become the grey values that a network knows. What cannot be known is refused."""
+"""How a scene's numbers become those that a network knows. What cannot be known is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_eurosat.data.inputs import LEVELS, Inputs
+from hvd_eurosat.data.inputs import LEVELS, REFLECTANCE, Inputs
+from hvd_eurosat.data.multispectral import grey
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.product import Metadata
 
@@ -39,30 +40,29 @@ class Band:
 
 @dataclass(frozen=True)
 class Rule:
-    """For each band the file's numbers that become grey 1 and 255, None where they are grey values already.
+    """For each band the file's numbers that become grey 1 and 255, None where they are what the network takes already.
 
-    source: where that is known from. offsets: the digital numbers of reflectance 0, where they are those.
+    source: where that is known from. offsets: the digital numbers of reflectance 0, where they are those. dtype: of
+    what a network takes; of uint16 the limits become 0 and 10,000, which is reflectance 0 and 1.
     """
 
     limits: tuple[tuple[float, float], ...] | None
     source: str
     offsets: tuple[float, ...] | None = None
+    dtype: Literal["uint8", "uint16"] = "uint8"
 
-    def __call__(self, values: Pixels, band: int) -> NDArray[np.uint8]:
-        """Grey values of a band's numbers: clip(round(1 + 254 x (v - black) / (white - black)), 1, 255), uint8.
-
-        Any shape. What is not finite becomes 1.
-        """
+    def __call__(self, values: Pixels, band: int) -> Pixels:
+        """What a network takes for a band's numbers: `grey`, uint8, or reflectance x 10,000, uint16. Any shape."""
         if self.limits is None:
-            return values.astype(np.uint8, copy=False)
+            return values.astype(self.dtype, copy=False)
         black, white = self.limits[band]
         if values.dtype in (np.uint8, np.int8, np.uint16, np.int16):  # a table is quicker
-            table = _table(values.dtype, black, white)
+            table = _table(values.dtype, black, white, self.dtype)
             return np.take(table, values.view(f"u{values.itemsize}"), mode="wrap")  # a mode that checks nothing
-        flat, grey = values.reshape(-1), np.empty(values.size, np.uint8)
+        flat, taken = values.reshape(-1), np.empty(values.size, self.dtype)
         for start in range(0, flat.size, PIECE):
-            grey[start : start + PIECE] = _grey(flat[start : start + PIECE], black, white)
-        return grey.reshape(values.shape)
+            taken[start : start + PIECE] = CONVERTED[self.dtype](flat[start : start + PIECE], black, white)
+        return taken.reshape(values.shape)
 
     def facts(self, bands: Sequence[Band]) -> dict[str, object]:
         """For map.json: source, offset and stretch, the latter two by band or None."""
@@ -75,15 +75,19 @@ class Rule:
 
 
 @lru_cache(maxsize=64)
-def _table(dtype: np.dtype[Any], black: float, white: float) -> NDArray[np.uint8]:
-    """The grey of each number, at its bits' place."""
+def _table(dtype: np.dtype[Any], black: float, white: float, taken: str) -> Pixels:
+    """What each number becomes, at its bits' place."""
     limits = np.iinfo(dtype)
-    return np.roll(_grey(np.arange(limits.min, limits.max + 1), black, white), int(limits.min))
+    return np.roll(CONVERTED[taken](np.arange(limits.min, limits.max + 1), black, white), int(limits.min))
 
 
-def _grey(values: Pixels, black: float, white: float) -> NDArray[np.uint8]:
-    scaled = 1 + 254 * (values.astype(np.float64) - black) / (white - black)
-    return np.rint(np.clip(np.nan_to_num(scaled, nan=1, posinf=1, neginf=1), 1, 255)).astype(np.uint8)
+def _reflectance(values: Pixels, zero: float, one: float) -> Pixels:
+    """Reflectance x 10,000, uint16, of numbers of which two are reflectance 0 and 1. What is not finite becomes 0."""
+    scaled = QUANTIFICATION * (values.astype(np.float64) - zero) / (one - zero)
+    return np.rint(np.clip(np.nan_to_num(scaled, nan=0, posinf=0, neginf=0), 0, 65535)).astype(np.uint16)
+
+
+CONVERTED = {"uint8": grey, "uint16": _reflectance}
 
 
 def decide(
@@ -100,6 +104,34 @@ def decide(
     offset, stretch: what the user says. sample: numbers of the scene, [bands, N]. Raises UserError, which names the
     flag that would tell, where it cannot be known.
     """
+    if wants.dtype == "uint8":
+        return _to_grey(bands, wants, product, offset, stretch, sample, path)
+    if stretch is not None:
+        raise UserError(f"--stretch is for networks that take grey values; this one takes {wants.unit}")
+    kinds = {str(band.dtype) for band in bands}
+    if wants.unit != REFLECTANCE:
+        if offset is not None or kinds != {"uint16"}:
+            raise UserError(
+                f"the network takes {wants.unit} (uint16) as they were in its files: leave --offset out, and give "
+                f"such a scene; {path} holds {', '.join(sorted(kinds))}"
+            )
+        return Rule(None, f"{wants.unit} as they are", dtype="uint16")
+    if any(band.is_grey for band in bands):
+        raise UserError(f"{path} has 8-bit bands, and the network takes {wants.unit}: give the digital numbers")
+    whole = wants.model_copy(update={"stretch": (0.0, float(QUANTIFICATION))})
+    return replace(_to_grey(bands, whole, product, offset, None, sample, path), dtype="uint16")
+
+
+def _to_grey(
+    bands: Sequence[Band],
+    wants: Inputs,
+    product: Metadata | None,
+    offset: float | None,
+    stretch: tuple[float, float] | None,
+    sample: NDArray[Any],
+    path: str,
+) -> Rule:
+    """As `decide`, by wants.stretch."""
     if stretch is not None:
         return _by_stretch(len(bands), offset, stretch)
     kinds = {str(band.dtype) for band in bands}
@@ -176,13 +208,13 @@ def _by_values(wants: Inputs, sample: NDArray[Any], path: str) -> Rule:
     return Rule((limits,) * len(sample), "reflectance, as floating-point numbers of 0 to 1")
 
 
-def unlike(grey: NDArray[np.uint8], wants: Inputs) -> str | None:
-    """How far the scene's grey values, uint8 [bands, N], lie from the training images'; None where they do not."""
-    if wants.quantiles is None or not grey.size:
+def unlike(taken: Pixels, wants: Inputs) -> str | None:
+    """How far a scene's numbers as a network takes them, [bands, N], lie from the training images'; None where not."""
+    if wants.quantiles is None or not taken.size:
         return None
-    found = []
-    for name, values, quantiles in zip(wants.bands, grey, wants.quantiles, strict=True):
-        medians = f"(median {np.median(values):.0f} of 255, theirs {quantiles[LEVELS.index(0.5)]:.0f})"
+    found, most = [], " of 255" if wants.dtype == "uint8" else ""
+    for name, values, quantiles in zip(wants.bands, taken, wants.quantiles, strict=True):
+        medians = f"(median {np.median(values):.0f}{most}, theirs {quantiles[LEVELS.index(0.5)]:.0f})"
         found.append(((values < quantiles[LOW]).mean(), "darker", name, medians))
         found.append(((values > quantiles[HIGH]).mean(), "brighter", name, medians))
     share, word, name, medians = max(found)

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from rasterio.enums import MaskFlags, Resampling
 from rasterio.windows import Window
 
+from hvd_eurosat.data.bands import canonical
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.scene.bands import canonical, of_file
+from hvd_eurosat.scene.bands import of_file
 from hvd_eurosat.scene.files import Dataset, Rasters, indexes, reading, shown
 from hvd_eurosat.scene.finding import Found, Place, find
 from hvd_eurosat.scene.grid import Grid, grid_of, ground_distances, resampled
@@ -93,7 +94,7 @@ class Scene:
     """An open scene; close it, or use it in a `with`. One thread at a time may read.
 
     path: as it was given; name: for its folder; grid: that windows count in; bands: read, in the network's order;
-    rule: how values became grey; warnings: for people.
+    rule: how values became the network's; warnings: for people; wants: what the network takes.
     """
 
     path: str
@@ -106,6 +107,7 @@ class Scene:
     layers: Sequence[Layer]
     mask: Mask | None
     rasters: Rasters
+    wants: Inputs
 
     @property
     def rows_per_block(self) -> int:
@@ -122,15 +124,16 @@ class Scene:
         """Close its files."""
         self.rasters.close()
 
-    def read(self, rows: slice, columns: slice = WHOLE) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """The pixels of some rows and columns of the grid, uint8 [bands, h, w], and where they are masked, bool [h, w].
+    def read(self, rows: slice, columns: slice = WHOLE) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """The pixels of some rows and columns of the grid, [bands, h, w], and where they are masked, bool [h, w].
 
-        Masked pixels, those without data too, are 0 in all bands. Raises UserError where a file is damaged.
+        uint8, or uint16 for a network of such. Masked pixels, those without data too, are 0 in all bands. Raises
+        UserError where a file is damaged.
         """
         top, bottom, _ = rows.indices(self.grid.height)
         left, right, _ = columns.indices(self.grid.width)
         window = Window(left, top, right - left, bottom - top)
-        grey = np.empty((len(self.layers), bottom - top, right - left), np.uint8)
+        grey = np.empty((len(self.layers), bottom - top, right - left), self.grey.dtype)
         masked = np.zeros(grey.shape[1:], np.bool_)
         empty = np.ones(grey.shape[1:], np.bool_)
         for band, layer in enumerate(self.layers):
@@ -175,7 +178,7 @@ def _opened(path: str, found: Found, wants: Inputs, options: SceneOptions, raste
         *_of_place(path, grid, layers, wants, options.resolution),
         *_of_sample(path, sample, grey, wants, given=bool(options.bands)),
     ]
-    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, rasters)
+    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, rasters, wants)
 
 
 def _wanted(found: Found, name: str, path: str) -> Place:

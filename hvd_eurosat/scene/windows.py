@@ -121,8 +121,8 @@ def slice_rows(file_rows: int) -> int:
 def block_rows(windows: Windows, bands: int, classes: int, file_rows: int, memory: float, path: str) -> int:
     """Rows of windows in a block: enough for the network, few enough for all ranks and for `memory` (in GB).
 
-    It does not depend on the number of ranks. file_rows: pixel rows in a block of the file. Raises UserError, which
-    names the scene's path, where `memory` does not suffice.
+    It does not depend on the number of ranks. bands: bytes of a pixel; file_rows: pixel rows in a block of the file.
+    Raises UserError, which names the scene's path, where `memory` does not suffice.
     """
     rows, columns = windows.shape
     again = windows.side - windows.stride

@@ -110,7 +110,7 @@ class Checkpoint:
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
         settings = Model(**self.config["model"])
-        model = _network(settings, len(self.classes), seed=0).to(device)
+        model = _network(settings, len(self.classes), 0, self.wants.bands).to(device)
         model.load_state_dict(self.model)
         return model
 
@@ -199,7 +199,7 @@ class FrozenLostError(UserError):
 def _made_again(trained: Checkpoint, weights: str) -> bytes:
     """The file of the frozen weights, from model.weights and train.seed. Raises FrozenLostError."""
     settings = Model(**{**trained.config["model"], "weights": weights})
-    model = _network(settings, len(trained.classes), trained.config["train"]["seed"])
+    model = _network(settings, len(trained.classes), trained.config["train"]["seed"], trained.wants.bands)
     try:
         load_weights(model, settings)
     except UserError as error:
@@ -211,8 +211,8 @@ def _frozen_file(model: dict[str, Tensor], names: list[str]) -> bytes:
     return safetensors.torch.save({name: model[name].contiguous() for name in names})
 
 
-def _network(settings: Model, classes: int, seed: int) -> LandCoverResNet:
-    return build(settings.arch, classes, settings.trainable, seed, Details.of(settings))
+def _network(settings: Model, classes: int, seed: int, bands: Sequence[str]) -> LandCoverResNet:
+    return build(settings.arch, classes, settings.trainable, seed, Details.of(settings), bands)
 
 
 def holds(path: Path, checkpoint: Checkpoint) -> bool:

@@ -83,7 +83,7 @@ def tempered(values: Values, temperature: float) -> Values:
 
 
 def show(model: LandCoverResNet, images: Tensor, data: Data, views: int) -> Tensor:
-    """Log-probabilities of the first `views` views of uint8 images [B, 3, S, S]: float32 [B, views, classes]."""
+    """Log-probabilities of the first `views` views of images [B, C, S, S]: float32 [B, views, classes]."""
     return torch.stack([model(plain_input(view_of(images, view), data)) for view in range(views)], 1)
 
 

@@ -189,7 +189,8 @@ class Step:
         self.gradients.zero()
         try:
             side = self._config.data.image_size
-            images = torch.zeros(batch_size, 3, side, side, device=self._device)
+            bands = len(self._state.model.bands)
+            images = torch.zeros(batch_size, bands, side, side, device=self._device)
             with self._state.precision.autocast(self._device), self.gradients.no_sync():
                 self._state.model(images.contiguous(memory_format=torch.channels_last)).sum().backward()
         except torch.OutOfMemoryError:

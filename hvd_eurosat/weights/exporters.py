@@ -38,7 +38,8 @@ def keras_layers(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
         if is_trainable(module_name(name), model.get_submodule(module_name(name)), model.trainable)
     }
     scaling = (facts["mean"], facts["std"]) if facts["normalises"] else None
-    content = write_layers(model.details, model.fc.out_features, facts["input_size"], trains, scaling)
+    size, bands = facts["input_size"], len(facts["bands"])
+    content = write_layers(model.details, model.fc.out_features, size, trains, scaling, bands, facts["dtype"])
     file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -54,19 +55,19 @@ def safetensors_file(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> No
 
 
 def torch_file(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
-    """A state dict with torchvision's keys. What torch calls its metadata says the variant and epsilon too."""
+    """A state dict with torchvision's keys. What torch calls its metadata says the variant, epsilon and bands too."""
     state = model.state_dict()
     state["fc.weight"] = state["fc.weight"].contiguous()
     state._metadata[""] |= {  # type: ignore[attr-defined]
-        key: facts[key] for key in ("variant", "bn_epsilon")
+        key: facts[key] for key in ("variant", "bn_epsilon", "bands", "unit", "mean", "std")
     }
     torch.save(state, file)
 
 
 def onnx_file(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> None:
-    """images [batch, 3, size, size] to log_probabilities [batch, classes]; facts as metadata.
+    """images [batch, bands, size, size] to log_probabilities [batch, classes]; facts as metadata.
 
-    images: float32, normalised, or with `normalises` uint8. Raises UserError where the packages for it are not
+    images: float32, normalised, or with `normalises` as in files. Raises UserError where the packages for it are not
     installed.
     """
     _write_onnx(_graph(model, facts), facts, "log_probabilities", _deepness(facts), file)
@@ -94,16 +95,16 @@ def exported_program(model: LandCoverResNet, facts: Facts, file: BinaryIO) -> No
 
 
 class _Normalising(nn.Module):
-    """The network for pixels as they are, uint8 [B, 3, S, S]."""
+    """The network for pixels as they are, uint8 or uint16 [B, bands, S, S]."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], most: int) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("mean", most * torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", most * torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.network((images.float() - self.mean) / self.std))
@@ -123,7 +124,8 @@ class _OnEveryPixel(nn.Module):
 
 def _graph(model: LandCoverResNet, facts: Facts) -> nn.Module:
     plain = _plain(model)
-    return _Normalising(plain, facts["mean"], facts["std"]).eval() if facts["normalises"] else plain
+    most = 255 if facts["dtype"] == "uint8" else 1
+    return _Normalising(plain, facts["mean"], facts["std"], most).eval() if facts["normalises"] else plain
 
 
 def _plain(model: LandCoverResNet) -> nn.Module:
@@ -137,8 +139,8 @@ def _plain(model: LandCoverResNet) -> nn.Module:
 
 
 def _sample(facts: Facts) -> Tensor:
-    size, dtype = facts["image_size"], torch.uint8 if facts["normalises"] else torch.float32
-    return torch.zeros(2, 3, size, size, dtype=dtype)
+    size, dtype = facts["image_size"], getattr(torch, facts["dtype"]) if facts["normalises"] else torch.float32
+    return torch.zeros(2, len(facts["bands"]), size, size, dtype=dtype)
 
 
 def _any_batch() -> Any:

@@ -23,8 +23,9 @@ SECONDS, BYTES = 20, 8 << 30  # of processor time and memory that the process ma
 MAX_WEIGHTS = 1 << 30  # bytes of the weights together; a ResNet-50's are 94 MB
 MAX_NAMES = 1000
 NORM = ("gamma", "beta", "moving_mean", "moving_variance")
-FACTS = ("variant", "bn_epsilon", "model_config")
+FACTS = ("variant", "bn_epsilon", "bands", "model_config")
 Datasets = dict[str, h5py.Dataset]
+Weight = tuple[str, str, h5py.Dataset]  # its layer, its name there
 
 
 def main() -> None:
@@ -62,31 +63,51 @@ def read(path: str) -> tuple[dict[str, NDArray[np.float32]], dict[str, str]]:
 def _find(archive: h5py.File) -> Datasets:
     root = _child(archive, "model_weights") if "model_weights" in archive else archive
     if "layer_names" in root.attrs:
-        layers = {name: _named(_child(root, name)) for name in _texts(root.attrs["layer_names"])}
+        layers = [found for name in _texts(root.attrs["layer_names"]) for found in _named(name, _child(root, name))]
     elif "layers" in root:
-        layers = dict(map(_numbered, _children(_child(root, "layers"))))
+        layers = list(_numbered(root))
     else:
         raise ValueError("neither the attribute layer_names nor a group layers: not Keras' weights")
-    return {f"{layer}/{key}": dataset for layer, datasets in layers.items() for key, dataset in datasets.items()}
+    found: Datasets = {}
+    for layer, key, dataset in layers:
+        if f"{layer}/{key}" in found:
+            raise ValueError(f"two layers are called {layer[:60]}")
+        found[f"{layer}/{key}"] = dataset
+    return found
 
 
-def _named(group: h5py.Group) -> Datasets:
-    """Those that the attribute weight_names lists, conv1_conv/kernel:0 as kernel."""
+def _named(layer: str, group: h5py.Group) -> Iterator[Weight]:
+    """Those that the attribute weight_names lists, conv1_conv/kernel:0 as kernel of the layer.
+
+    Where they are those of several layers, the group is a model in the model, and each is of the layer before it.
+    """
     names = _texts(group.attrs.get("weight_names", ()))
-    return {name.split("/")[-1].split(":")[0]: _dataset(group, name) for name in names}
+    owners = {name: ([layer, *name.split("/")])[-2] for name in names}
+    for name, owner in owners.items():
+        key = name.split("/")[-1].split(":")[0]
+        yield owner if len(set(owners.values())) > 1 else layer, key, _dataset(group, name)
 
 
-def _numbered(group: h5py.Group) -> tuple[str, Datasets]:
-    """Keras 3's: a group vars with 0, 1, ... in the order of creation, and the layer's name as an attribute."""
-    values = _child(group, "vars")
+def _numbered(group: h5py.Group) -> Iterator[Weight]:
+    """Those of the layers in a group of Keras 3's, and of the layers of these, where they are models."""
+    for child in _children(_child(group, "layers")):
+        if "layers" in child:
+            yield from _numbered(child)
+        elif "vars" in child and len(_child(child, "vars")):
+            layer, datasets = _variables(_child(child, "vars"))
+            yield from ((layer, key, dataset) for key, dataset in datasets.items())
+
+
+def _variables(values: h5py.Group) -> tuple[str, Datasets]:
+    """0, 1, ... of a group vars, in the order of creation, and the layer's name, which is an attribute."""
     if "name" not in values.attrs:
         raise ValueError("it does not name its layers (an early Keras 3): save the whole model, model.save(FILE.h5)")
     name = str(values.attrs["name"])
     keys: tuple[str, ...] = ("kernel", "bias")
     if name.endswith("_bn"):
         keys = NORM[2:] if len(values) == 2 else NORM
-    if len(values) > len(keys):
-        raise ValueError(f"layer {name[:60]} has {len(values)} weights")
+    if len(values) > len(keys):  # no layer of ours, and who reads them will say so
+        keys = tuple(map(str, range(len(values))))
     return name, {key: _dataset(values, str(number)) for number, key in enumerate(keys[: len(values)])}
 
 

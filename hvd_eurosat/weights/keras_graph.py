@@ -71,7 +71,7 @@ def resnet50(details: Details, classes: int) -> list[Layer]:
             add(f"{name}_add", "Add", out, last)
             out = add(f"{name}_out", "Activation", activation="relu")
     add("avg_pool", "GlobalAveragePooling2D", keepdims=False)
-    add(HEAD, "Dense", units=classes, activation="log_softmax", use_bias=False)
+    add(HEAD, "Dense", units=classes, activation="log_softmax", use_bias=details.head_bias)
     return layers
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_eurosat.config.jsonfile import read_json
+from hvd_eurosat.data.bands import MOST
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details
 from hvd_eurosat.weights.keras_graph import HEAD, INPUT, Layer, module_name, resnet50, weight_layers
@@ -29,29 +30,37 @@ OPTIONAL = {"groups": 1, "keepdims": False, "data_format": "channels_last"}  # k
 class Architecture:
     """What a layers.json says. trainable: as in model.trainable; classes: the units of its head.
 
-    image_size: the side of its input in pixels, None where it takes any.
+    image_size: the side of its input in pixels, None where it takes any; bands: of its input.
     """
 
     details: Details
     trainable: str
     classes: int
     image_size: int | None
+    bands: int = 3
 
 
 def write_layers(
-    details: Details, classes: int, image_size: int, trainable: Collection[str], scaling: Scaling | None = None
+    details: Details,
+    classes: int,
+    image_size: int,
+    trainable: Collection[str],
+    scaling: Scaling | None = None,
+    bands: int = 3,
+    dtype: str = "uint8",
 ) -> Object:
     """The functional model for model_from_json. trainable: names of Keras' layers.
 
-    scaling: mean and std of pixels of 0..1, for a model that takes them as they are, uint8, and scales them itself.
+    scaling: mean and std of pixels, of uint8 of 0..1, for a model that takes them as they are, of `dtype`, and scales
+    them itself.
     """
     layers: list[Object] = []
     first = NORMALISATION if scaling else INPUT
     for layer in resnet50(details, classes):
         config: Object = {"name": layer.name, "trainable": layer.name in trainable, "dtype": "float32"}
         if layer.kind == "InputLayer":
-            shape = [None, image_size, image_size, 3]
-            kind = "uint8" if scaling else "float32"
+            shape = [None, image_size, image_size, bands]
+            kind = dtype if scaling else "float32"
             config = {"name": layer.name, "batch_input_shape": shape, "dtype": kind, "sparse": False}
         elif layer.kind == "Conv2D":
             config["use_bias"] = False
@@ -59,7 +68,7 @@ def write_layers(
         config |= layer.settings | COMMON.get(layer.kind, {})
         layers.append(_written(layer.name, layer.kind, config, inputs))
         if layer.kind == "InputLayer" and scaling:
-            layers.append(_rescaling(*scaling))
+            layers.append(_rescaling(*scaling, 255 if dtype == "uint8" else 1))
     ends = {"input_layers": [[INPUT, 0, 0]], "output_layers": [[HEAD, 0, 0]]}
     config = {"name": "resnet50", "trainable": True, "layers": layers, **ends}
     # Keras 3 asks for the module, and 2.13 to 2.15 know it by the same name; others and rmldnn pass it over.
@@ -72,9 +81,9 @@ def _written(name: str, kind: str, config: Object, inputs: Sequence[str]) -> Obj
     return {"class_name": kind, "config": config, "name": name, "inbound_nodes": inbound}
 
 
-def _rescaling(mean: Sequence[float], std: Sequence[float]) -> Object:
-    """Of pixels of 0..255: x * scale + offset."""
-    scale, offset = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+def _rescaling(mean: Sequence[float], std: Sequence[float], most: int) -> Object:
+    """Of pixels of 0..most, or of 1 as they are: x * scale + offset."""
+    scale, offset = [1 / (most * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     config = {"name": NORMALISATION, "trainable": False, "dtype": "float32", "scale": scale, "offset": offset}
     return _written(NORMALISATION, "Rescaling", config, [INPUT])
 
@@ -94,7 +103,7 @@ def parse_layers(content: Any) -> Architecture:
     layers, outputs = _layers(content)
     if any(layer.kind == "Rescaling" for layer in layers.values()):
         raise ValueError("it normalises images itself, as training does before it: export it without")
-    details = _backbone(layers)
+    details = replace(_backbone(layers), head_bias=_find(layers, HEAD).settings.get("use_bias") is True)
     classes = _find(layers, HEAD).settings.get("units")
     if type(classes) is not int or not 0 < classes < 2**20:
         raise ValueError(f"the head has {_shown(classes)} units")
@@ -106,12 +115,29 @@ def parse_layers(content: Any) -> Architecture:
     if outputs != [HEAD]:
         raise ValueError(f"its output is that of {_shown(outputs)}, not of the head alone")
     trains = {name for name, layer in layers.items() if layer.settings["trainable"]}
-    return Architecture(details, _trainable(trains), classes, _image_size(layers[INPUT]))
+    size, bands = _image_size(layers[INPUT]), _input_shape(layers[INPUT])[3]
+    return Architecture(details, _trainable(trains), classes, size, bands)
 
 
 def parse_backbone(content: Any) -> Details:
-    """The same for a ResNet-50 with any head or none."""
-    return _backbone(_layers(content)[0])
+    """The same for a ResNet-50 with any head or none, which may be a layer of another model."""
+    return _backbone(_layers(_inner(content) or content)[0])
+
+
+def _inner(content: Any) -> Any:
+    """The model, among those that are layers of another, that begins as a ResNet-50; None where there is none."""
+    config = content.get("config") if isinstance(content, dict) else None
+    layers = config.get("layers") if isinstance(config, dict) else None
+    if not isinstance(layers, list):
+        return None
+    if any(_name(layer) == "conv1_conv" for layer in layers):
+        return content
+    return next((found for layer in layers if (found := _inner(layer))), None)
+
+
+def _name(layer: Any) -> Any:
+    config = layer.get("config") if isinstance(layer, dict) else None
+    return config.get("name") if isinstance(config, dict) else None
 
 
 def _backbone(layers: dict[str, Layer]) -> Details:
@@ -228,9 +254,9 @@ def _compare(layers: dict[str, Layer], expected: Layer) -> None:
 
 def _input_shape(layer: Layer) -> tuple[Any, ...]:
     shape = layer.settings.get("batch_input_shape", layer.settings.get("batch_shape"))
-    if isinstance(shape, tuple) and len(shape) == 4 and shape[3] == 3:
+    if isinstance(shape, tuple) and len(shape) == 4 and type(shape[3]) is int and 1 <= shape[3] <= MOST:
         return shape
-    raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, 3]")
+    raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, bands]")
 
 
 def _image_size(layer: Layer) -> int | None:
@@ -239,7 +265,7 @@ def _image_size(layer: Layer) -> int | None:
     side = shape[1]
     if side == shape[2] and (side is None or (type(side) is int and side > 0)):
         return side
-    raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, 3]")
+    raise ValueError(f"input shape {_shown(shape)}, expected [null, size, size, bands]")
 
 
 def _trainable(names: set[str]) -> str:

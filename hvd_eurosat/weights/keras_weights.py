@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,12 +21,16 @@ from torch import Tensor
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet
 from hvd_eurosat.weights import hdf5
+from hvd_eurosat.weights.first_layer import stated_bands
+from hvd_eurosat.weights.fitting import nearest
 from hvd_eurosat.weights.keras_graph import HEAD, module_name, resnet50, weight_layers
 from hvd_eurosat.weights.keras_json import parse_backbone
 from hvd_eurosat.weights.weight_file import Weights
 
 Layer = dict[str, Tensor]
 FEATURES = 2048
+BODY = re.compile(r"conv\d|post_|stem|stage|block")  # which the name of no head begins with
+FIRST, FIRST_SIZE = "conv1_conv", (7, 7)
 OPTIONAL = {"bias", "gamma", "beta"}
 TORCH = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
@@ -51,7 +56,9 @@ def write_weights(file: BinaryIO, state: Mapping[str, Tensor], facts: Mapping[st
 def _to_keras(name: str, state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
     module = module_name(name)
     if not name.endswith("_bn"):
-        return {"kernel": _kernel(state[f"{module}.weight"])}
+        arrays = {"kernel": _kernel(state[f"{module}.weight"])}
+        bias = state.get(f"{module}.bias")
+        return arrays if bias is None else arrays | {"bias": bias.numpy(force=True)}
     keys = {key: f"{module}.{TORCH[key]}" for key in TORCH}
     return {key: state[own].numpy(force=True) for key, own in keys.items() if own in state}
 
@@ -73,8 +80,9 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"model.weights {path}: {reason}")
     try:
         layers, facts = _unpack(reader.stdout)
-        _check(layers)
-        return Weights(_to_torch(layers), *_stated(facts))
+        left_out = _settle_head(layers)
+        _check(layers, left_out)
+        return Weights(_to_torch(layers), *_stated(facts), left_out=left_out, bands=stated_bands(facts.get("bands")))
     except RecursionError:
         raise UserError(f"model.weights {path}: its model_config is nested too deeply") from None
     except ValueError as error:
@@ -88,10 +96,18 @@ def _unpack(data: bytes) -> tuple[dict[str, Layer], dict[str, str]]:
     for name, tensor in safetensors.torch.load(data).items():
         layer, key = name.rsplit("/", 1)
         layers.setdefault(layer, {})[key] = tensor
-    heads = [name for name, layer in layers.items() if name not in _shapes() and _is_head(layer)]
-    if len(heads) == 1:
-        layers[HEAD] = layers.pop(heads[0])
     return layers, facts
+
+
+def _settle_head(layers: dict[str, Layer]) -> tuple[str, ...]:
+    """Give a head of one layer its name here; take any other out, and return the names of its layers."""
+    others = [name for name in layers if name not in _shapes() and not BODY.match(name)]
+    if len(others) == 1 and _is_head(layers[others[0]]):
+        layers[HEAD] = layers.pop(others[0])
+        return ()
+    for name in others:
+        del layers[name]
+    return tuple(sorted(others))
 
 
 def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:
@@ -107,27 +123,31 @@ def _stated(facts: Mapping[str, str]) -> tuple[str | None, float | None]:
     return None, None
 
 
-def _check(layers: Mapping[str, Layer]) -> None:
-    """Raise ValueError unless names and shapes are the network's; the head may be missing."""
+def _check(layers: Mapping[str, Layer], left_out: Sequence[str]) -> None:
+    """Raise ValueError unless names and shapes are the network's; the head may be missing.
+
+    left_out: layers that may be why others are missing.
+    """
     expected = _shapes()
-    for name in [*layers, *expected]:
-        if name not in layers:
-            raise ValueError(f"not weights of resnet50: layer {name} is missing")
-        if name != HEAD:
-            _check_layer(name, layers[name], expected.get(name))
+    found = [text for name in layers if name != HEAD for text in _differences(name, layers[name], expected.get(name))]
+    missing = [f"layer {name} is missing" for name in expected if name not in layers]
+    unknown = [f"layer {name[:60]!r} is unknown" for name in left_out if name != HEAD] if missing else []
+    if problems := [*found, *missing, *unknown]:
+        raise ValueError(f"not weights of resnet50: {nearest(problems)}")
 
 
-def _check_layer(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]] | None) -> None:
+def _differences(name: str, layer: Layer, expected: Mapping[str, tuple[int, ...]] | None) -> Iterator[str]:
     if expected is None:
-        raise ValueError(f"not weights of resnet50: layer {name[:60]!r} is unknown")
-    for key in [*layer, *(key for key in expected if key not in OPTIONAL)]:
-        if key not in expected:
-            raise ValueError(f"not weights of resnet50: {name} has an unknown {key[:60]!r}")
-        if key not in layer:
-            raise ValueError(f"not weights of resnet50: {name} has no {key}")
-        if tuple(layer[key].shape) != expected[key]:
-            shapes = f"{list(layer[key].shape)}, expected {list(expected[key])}"
-            raise ValueError(f"not weights of resnet50: {key} of {name} is {shapes}")
+        yield f"layer {name[:60]!r} is unknown"
+        return
+    kernel = layer.get("kernel")
+    if name == FIRST and kernel is not None and kernel.shape[3:] == expected["kernel"][3:]:  # any number of bands
+        expected = {**expected, "kernel": (*FIRST_SIZE, kernel.shape[2], expected["kernel"][3])}
+    yield from (f"{name} has an unknown {key[:60]!r}" for key in layer if key not in expected)
+    yield from (f"{name} has no {key}" for key in expected if key not in layer and key not in OPTIONAL)
+    for key in layer:
+        if key in expected and tuple(layer[key].shape) != expected[key]:
+            yield f"{key} of {name} is {list(layer[key].shape)}, expected {list(expected[key])}"
 
 
 def _is_head(layer: Layer) -> bool:

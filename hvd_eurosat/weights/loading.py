@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import socket
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -16,79 +14,109 @@ from torch import Tensor
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.weights.stored import named, read_content
+from hvd_eurosat.weights.first_layer import fit_first
+from hvd_eurosat.weights.fitting import check_fit, plain_norms
+from hvd_eurosat.weights.foreign import find_network
+from hvd_eurosat.weights.known import DOWNLOAD_SECONDS, KNOWN, NAMES, cannot_fetch, fetched
+from hvd_eurosat.weights.plain import read_plain
+from hvd_eurosat.weights.stored import has_record, named, read_content, read_record
 from hvd_eurosat.weights.weight_file import Weights
 
 KERAS_SUFFIXES = (".h5", ".hdf5")
 TORCH_EPSILON = 1e-5  # of torchvision, and of any state dict that states none
 KERAS_EPSILON = 1.001e-5  # of keras.applications, which writes no epsilon beside its weights
-DOWNLOAD_SECONDS = 20.0  # without an answer; a compute node's network may drop every packet
+OURS = {"rank_buffers", "digest", "config", "model"}  # keys of our checkpoints
+SHOWN = 6  # of what is left out, by name
 
 
-def load_weights(model: LandCoverResNet, settings: Model) -> str:
-    """Put the weights of model.weights (imagenet, none, or a file) into the model, so that its features are the same.
+@dataclass(frozen=True)
+class Taken:
+    """What load_weights did. line: what was taken and left out, for people, "" of random weights.
 
-    A head of another width or with a bias is left out; returns why, "" where none is. Raises UserError where the file
-    is missing, unreadable or of another network.
+    lacking: why the head is a new one, "" where it was taken.
+    """
+
+    line: str = ""
+    lacking: str = ""
+
+
+def load_weights(model: LandCoverResNet, settings: Model) -> Taken:
+    """Put the weights of model.weights (a name, none, or a file) into the model, so that its features are the same.
+
+    A head of another width, or with a bias that the model has not, is left out. Raises UserError where the file is
+    missing, unreadable or of another network.
     """
     source, arch = settings.weights, settings.arch
     if source == "none":
-        return ""
-    path = Path(source).expanduser()
-    weights = Weights(_imagenet(arch)) if source == "imagenet" else read_weights(path)
-    assumed = TORCH_EPSILON
-    if path.suffix in KERAS_SUFFIXES:  # to which a layers.json belongs
-        assumed = model.details.epsilon if settings.layers else KERAS_EPSILON
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.state.items()}
+        return Taken()
+    weights = _read(source, arch)
     own = model.state_dict()
-    lacking = _unlike(state.get("fc.weight"), state.pop("fc.bias", torch.zeros(1)), model.fc.weight)
+    state = dict(weights.state)
+    strange = fit_first(state, weights, model, source)
+    lacking = _settle_head(state, own)
+    if "bn1.running_var" in state and not {"bn1.weight", "bn1.bias"} & state.keys():  # its BatchNorm has none
+        state |= plain_norms(own)
+    optional = {"fc.weight", "fc.bias"} | {name for name in own if name.endswith("num_batches_tracked")}
+    check_fit(source, arch, state, own, optional)
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    for name in state:
+        if name.endswith("running_var"):
+            state[name] = state[name] + ((weights.epsilon or _assumed_epsilon(model, settings)) - model.details.epsilon)
+    model.load_state_dict(state, strict=False)
+    return Taken(_line(weights, len(state), strange, lacking), lacking)
+
+
+def _read(source: str, arch: str) -> Weights:
+    if source == "imagenet":
+        return Weights(_imagenet(arch))
+    if source in KNOWN:
+        return replace(read_weights(fetched(source, arch)), bands=KNOWN[source].bands)
+    return read_weights(Path(source).expanduser())
+
+
+def _assumed_epsilon(model: LandCoverResNet, settings: Model) -> float:
+    """Of BatchNorm, where the file states none."""
+    if Path(settings.weights).suffix not in KERAS_SUFFIXES:
+        return TORCH_EPSILON
+    return model.details.epsilon if settings.layers else KERAS_EPSILON  # to which a layers.json belongs
+
+
+def _settle_head(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Take out of the state what of its head the model cannot take; why its head is not taken, "" where it is."""
+    weight, bias = state.get("fc.weight"), state.get("fc.bias")
+    lacking = ""
+    if weight is None:
+        lacking = "it has no head"
+    elif weight.shape != own["fc.weight"].shape:
+        lacking = f"its head of {len(weight)} units is left out, for there are {len(own['fc.weight'])} classes"
+    elif bias is not None and bias.any() and "fc.bias" not in own:
+        lacking = "its head is left out, for it has biases (model.head_bias true keeps them)"
     if lacking:
         state.pop("fc.weight", None)
-    if "bn1.weight" not in state and "bn1.bias" not in state:  # of a network whose BatchNorm has none
-        state |= _plain_norms(own)
-    for name in state.keys() & own.keys():
-        if name.endswith("running_var"):
-            state[name] = state[name] + ((weights.epsilon or assumed) - model.details.epsilon)
-    optional = {"fc.weight"} | {name for name in own if name.endswith("num_batches_tracked")}
-    problems = [f"{name} is missing" for name in own.keys() - state.keys() - optional]
-    problems += [f"{name} is unknown" for name in state.keys() - own.keys()]
-    problems += [
-        f"{name} is {list(state[name].shape)}, expected {list(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if state[name].shape != own[name].shape
-    ]
-    problems += [f"{name} is not finite" for name, tensor in state.items() if not tensor.isfinite().all()]
-    if problems:
-        raise UserError(f"model.weights {source}: not weights of {arch}: {min(problems)} ({len(problems)} differences)")
-    model.load_state_dict(state, strict=False)
+    if lacking or "fc.bias" not in own:
+        state.pop("fc.bias", None)
+    elif bias is None:
+        state["fc.bias"] = torch.zeros_like(own["fc.bias"])
     return lacking
 
 
+def _line(weights: Weights, count: int, *notes: str) -> str:
+    """`318 tensors under module. of state_dict; it has no head; left out: optimizer, epoch`."""
+    names = list(weights.left_out)
+    more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    found = f" {weights.found}" if weights.found else ""
+    left = [f"left out: {', '.join([*names[:SHOWN], *more])}"] if names else []
+    return "; ".join([f"{count} tensors{found}", *filter(None, notes), *left])
+
+
 def digest_of(weights: str) -> str | None:
-    """The sha256 of the file that model.weights names; None of imagenet, none, and what cannot be read."""
-    if weights in ("imagenet", "none"):
+    """The sha256 of the file that model.weights names; None of imagenet, none ..., and of what cannot be read."""
+    if weights in NAMES:
         return None
     try:
         return hashlib.sha256(named(Path(weights).expanduser()).read_bytes()).hexdigest()
     except (OSError, UserError):
         return None
-
-
-def _unlike(head: Tensor | None, bias: Tensor, own: Tensor) -> str:
-    """Why a file's head [units, features] is not taken for our own; "" where it is."""
-    if head is None:
-        return "it has no head"
-    if head.shape != own.shape:
-        return f"its head of {len(head)} units is left out, for there are {len(own)} classes"
-    return "its head is left out, for it has biases" if bias.any() else ""
-
-
-def _plain_norms(own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of 1 and biases of 0 for all of the network's BatchNorm layers."""
-    norms = [name.removesuffix(".running_var") for name in own if name.endswith(".running_var")]
-    ones = {f"{norm}.weight": torch.ones_like(own[f"{norm}.running_var"]) for norm in norms}
-    zeros = {f"{norm}.bias": torch.zeros_like(own[f"{norm}.running_var"]) for norm in norms}
-    return {name: tensor for name, tensor in (ones | zeros).items() if name in own}
 
 
 def read_weights(path: Path) -> Weights:
@@ -97,11 +125,14 @@ def read_weights(path: Path) -> Weights:
         from hvd_eurosat.weights import keras_weights  # and h5py with it
 
         return keras_weights.read_weights(path)
-    if path.suffix == ".json" or (path.suffix == ".pt" and path.with_suffix(".json").exists()):
-        content = read_content(path)
-        return _stated(content["model"], content["config"]["model"])
     try:
+        if path.suffix == ".json" or (path.suffix == ".pt" and has_record(path)):
+            content = read_content(path)
+            bands = {"bands": (content.get("inputs") or {}).get("bands")}
+            return find_network(content["model"], content["config"]["model"] | bands)
         return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"model.weights {path}: {error.strerror or error}") from None
     except Exception as error:  # the readers let through whatever damaged bytes lead them to
@@ -112,23 +143,14 @@ def read_weights(path: Path) -> Weights:
 def _safetensors(path: Path) -> Weights:
     with safetensors.safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        return _stated(state, file.metadata() or {})
+        return find_network(state, file.metadata() or {})
 
 
 def _torch(path: Path) -> Weights:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):  # torch's words advise to execute what is in the file
-        raise ValueError("it is damaged, or holds more than tensors") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError("not a state dict")
-    return _stated(state, getattr(state, "_metadata", {}).get("", {}))
-
-
-def _stated(state: dict[str, Tensor], facts: Mapping[str, Any]) -> Weights:
-    """With the variant and epsilon that our checkpoints and exports state and others do not."""
-    variant, epsilon = facts.get("variant"), facts.get("bn_epsilon")
-    return Weights(state, None if variant is None else str(variant), None if epsilon is None else float(epsilon))
+    content = read_plain(path)
+    if isinstance(content, dict) and content.keys() >= OURS:  # a checkpoint of ours whose .json is not whole
+        read_record(path)
+    return find_network(content)
 
 
 def _imagenet(arch: str) -> dict[str, Tensor]:
@@ -140,9 +162,6 @@ def _imagenet(arch: str) -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # of the network, the file system, or a damaged file
-        raise UserError(
-            f"cannot fetch the ImageNet weights ({str(error).splitlines()[0]}): put {weights.url} at {place}, "
-            f"or give --model.weights FILE (or none)"
-        ) from None
+        raise UserError(cannot_fetch("the ImageNet weights", weights.url, place, error)) from None
     finally:
         socket.setdefaulttimeout(None)

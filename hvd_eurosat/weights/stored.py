@@ -96,6 +96,15 @@ def read_record(path: Path) -> Record:
         raise UserError(f"checkpoint {path.with_suffix('.json')}: damaged, or not of this version") from None
 
 
+def has_record(path: Path) -> bool:
+    """Whether FILE.json is a checkpoint's, and not some other file of the same name."""
+    try:
+        read_record(path)
+    except UserError:
+        return False
+    return True
+
+
 def read_content(path: Path, frozen: bool = True) -> dict[str, Any]:
     """What is in FILE.pt, "model" with its frozen weights if wanted; every byte verified, nothing executed.
 

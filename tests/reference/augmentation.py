@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvd_eurosat.config.schema import Data, Train
+from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Train
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float64]
@@ -69,7 +69,7 @@ def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> P
         height, width = min(1, math.sqrt(area * aspect)), min(1, math.sqrt(area / aspect))
         top, left = uniform(63) * (1 - height), uniform(64) * (1 - width)
         inside = box(len(image), top, top + height, left, left + width)
-        image = np.where(inside, np.rint(255 * np.array(data.mean)), image).astype(np.uint8)
+        image = np.where(inside, np.rint(255 * np.array(data.mean or IMAGENET_MEAN)), image).astype(np.uint8)
     return image
 
 
@@ -157,4 +157,6 @@ def normalised(pixels: Pixels, size: int, data: Data) -> Tensor:
         planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
         other = F.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
         pixels = other[0].numpy().transpose(1, 2, 0)
-    return torch.from_numpy(((pixels / 255.0 - data.mean) / data.std).transpose(2, 0, 1).copy())
+    return torch.from_numpy(
+        ((pixels / 255.0 - (data.mean or IMAGENET_MEAN)) / (data.std or IMAGENET_STD)).transpose(2, 0, 1).copy()
+    )

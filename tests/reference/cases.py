@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, Valid
+from hvd_eurosat.config.schema import IMAGENET_STD, Config, Data, Model, Optim, Run, Train, Valid
 from hvd_eurosat.training.checkpoint import Checkpoint
 from tests.reference import product
 from tests.reference.trainer import DivergedError, Log, Split, Trainer, network
@@ -79,13 +79,16 @@ def configs(draw: st.DrawFn, epochs: int, shard: int) -> Config:
         mean=draw(either((0.485, 0.456, 0.406), (0.1, 0.2, 0.3))),
         std=draw(either((0.229, 0.224, 0.225), (1.0, 0.5, 0.4))),
     )
+    trainable = draw(st.sampled_from(["bn+head"] * 6 + ["head", "layer1,fc", "layer1.0.bn1,layer2.1,fc", "all"]))
+    momentum = draw(either(0.1, 0.01, 0.5))
     model = Model(
         arch="resnet18",
         weights="none",
-        trainable=draw(st.sampled_from(["bn+head"] * 6 + ["head", "layer1,fc", "layer1.0.bn1,layer2.1,fc", "all"])),
-        bn_momentum=draw(either(0.1, 0.01, 0.5)),
+        trainable=trainable,
+        bn_momentum=momentum,
         bn_epsilon=draw(either(1e-5, 1e-2)),
         bn_affine=draw(either(True, True, False)),
+        head_bias=momentum == 0.5,  # no draw of its own, which would change all that follow
     )
     train = Train(
         epochs=epochs,
@@ -156,14 +159,16 @@ def splits(count: int, size: int) -> dict[str, Split]:
 
 
 @cache
-def weights(affine: bool) -> dict[str, Tensor]:
+def weights(affine: bool, head_bias: bool = False) -> dict[str, Tensor]:
     """Random ones, in float64, whose BatchNorm layers are not all the same."""
     generator = torch.Generator().manual_seed(0)
-    plain = network(Model(arch="resnet18", bn_affine=affine), CLASSES).state_dict()
+    plain = network(Model(arch="resnet18", bn_affine=affine, head_bias=head_bias), CLASSES).state_dict()
     state = {name: tensor.clone() for name, tensor in plain.items()}
     for tensor in state.values():
         if tensor.ndim > 1:
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif tensor.shape == (CLASSES,):
+            tensor.normal_(0, 0.1, generator=generator)
         elif tensor.ndim == 1:
             tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
     return state
@@ -178,7 +183,7 @@ class Shown:
         resampled = data.random_rotate or data.jitter_crop or data.random_zoom
         recoloured = data.random_brightness or data.random_contrast or data.random_gain
         self._rounded = bool(resampled or recoloured or config.train.mixup)
-        self._level = 1 / (255 * torch.tensor(data.std, dtype=torch.float64)).view(3, 1, 1)
+        self._level = 1 / (255 * torch.tensor(data.std or IMAGENET_STD, dtype=torch.float64)).view(3, 1, 1)
 
     def __call__(self, step: int, rank: int, own: Tensor) -> Tensor:
         theirs = self._shown[rank][step - self._first]
@@ -193,7 +198,8 @@ class Shown:
 
 def check(case: Case) -> None:
     """Raises AssertionError where product and reference differ."""
-    data, start = splits(case.images, case.config.data.image_size), weights(case.config.model.bn_affine)
+    model = case.config.model
+    data, start = splits(case.images, case.config.data.image_size), weights(model.bn_affine, model.head_bias)
     faults = dict(case.faults)
     reference = Trainer(case.config, data, CLASSES, start)
     saved = None

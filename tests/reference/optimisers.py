@@ -11,8 +11,9 @@ from hvd_eurosat.config.schema import Optim
 
 
 def optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """Weight decay is for all but BatchNorm."""
+    """Weight decay is for all but BatchNorm and the head's biases."""
     norms = {id(p) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    norms |= {id(p) for name, p in model.named_parameters() if name == "fc.bias"}
     groups = [
         {"params": [p], "weight_decay": 0.0 if id(p) in norms else optim.weight_decay, "norm": id(p) in norms}
         for p in model.parameters()

@@ -58,10 +58,10 @@ class DivergedError(Exception):
 
 @cache
 def network(settings: Model, classes: int) -> nn.Module:
-    """The first two stages of torchvision's ResNet-18 in float64, a head without bias; to be copied."""
+    """The first two stages of torchvision's ResNet-18 in float64, and the head; to be copied."""
     model = resnet18()
     model.layer3 = model.layer4 = nn.Sequential()
-    model.fc = nn.Linear(128, classes, bias=False)
+    model.fc = nn.Linear(128, classes, bias=settings.head_bias)
     for name, module in model.named_modules():
         norm = isinstance(module, nn.BatchNorm2d)
         chosen = settings.trainable.split(",")

@@ -21,6 +21,7 @@ from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import augment, resample
 from hvd_eurosat.data.folder import Seen, class_numbers, file_batches, find_images, find_labelled
 from hvd_eurosat.data.images import Crop, decode, to_array
+from hvd_eurosat.data.inputs import PICTURES
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import LandCoverResNet, build
@@ -116,7 +117,7 @@ def test_names_of_images(grow: Grow, tmp_path: Path) -> None:
 def test_file_batches_are_those_of_one_rank_in_turn(grow: Grow) -> None:
     root = grow("images", {"Forest": 5})
     files = list(find_images([root]).paths.values())
-    shares = [list(file_batches(files, Data(), 2, torch.device("cpu"), n, 2, Seen())) for n in range(2)]
+    shares = [list(file_batches(files, Data(), PICTURES, 2, torch.device("cpu"), n, 2, Seen())) for n in range(2)]
     batches = [shares[n % 2][n // 2] for n in range(3)]
     assert [batch.total for batch in batches] == [2, 2, 1]
     assert all(batch.images.shape == (2, 3, 64, 64) for batch in batches)
@@ -135,7 +136,9 @@ def test_decoding_goes_on_during_computation(grow: Grow, monkeypatch: pytest.Mon
         return decode(data, size)
 
     monkeypatch.setattr("hvd_eurosat.data.folder.decode", note)
-    batches = file_batches(list(find_images([root]).paths.values()), Data(), 100, torch.device("cpu"), 0, 1, Seen())
+    batches = file_batches(
+        list(find_images([root]).paths.values()), Data(), PICTURES, 100, torch.device("cpu"), 0, 1, Seen()
+    )
     next(batches)
     assert second.wait(60)
     batches.close()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.images import decode, to_array
@@ -89,7 +89,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     section = Model(weights=str(folder / "source.pt"), variant=request.param, bn_epsilon=2e-5)
     lines = export(ExportSettings(format="keras", out=folder, model=section))
     names = ("model.h5", "layers.json", "model_card.md", "stac_item.json")
-    assert lines == [f"wrote {folder / name}" for name in names]
+    taken = f"model.weights {folder / 'source.pt'}: 319 tensors"
+    assert lines == [taken, *(f"wrote {folder / name}" for name in names)]
     return folder, model
 
 
@@ -134,7 +135,7 @@ def test_keras_normalises_pixels_itself(exported: tuple[Path, LandCoverResNet], 
     import keras
 
     folder, model = exported
-    scaling = (Data().mean, Data().std)
+    scaling = (IMAGENET_MEAN, IMAGENET_STD)
     content = json.dumps(write_layers(model.details, 10, 64, (), scaling))
     network = keras.models.model_from_json(content)
     network.load_weights(folder / "model.h5")
@@ -248,6 +249,27 @@ def test_keras_own_resnet50_computes_the_same_here(applications: Any, kind: str,
     assert features.std() > 0.01
 
 
+@pytest.mark.parametrize("layout", ["keras 3", "whole"])
+def test_a_resnet50_in_another_model_is_found(applications: Any, tmp_path: Path, layout: str) -> None:
+    """As people put it between augmentation and a head of their own."""
+    import keras
+
+    network, files = applications["features"]
+    outer = [keras.layers.RandomFlip(), network, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(5)]
+    whole = keras.Sequential([keras.Input((64, 64, 3)), *outer, keras.layers.Dense(3, name="last")])
+    path = tmp_path / "w.h5" if layout == "whole" else tmp_path / "w.weights.h5"
+    (whole.save if layout == "whole" else whole.save_weights)(path)
+    settled = settle(Model(weights=str(path), variant="auto" if layout == "whole" else "v1"), 10, 64)
+    assert settled.variant == "v1"
+    taken = load_weights(inner := build("resnet50", 10, "all", seed=5, details=Details.of(settled)), settled)
+    assert taken.line == f"265 tensors; it has no head; left out: {outer[-1].name}, last"
+    load_weights(
+        alone := build("resnet50", 10, "all", seed=5, details=Details.of(settled)),
+        settled.model_copy(update={"weights": str(files["whole"])}),
+    )
+    assert all(torch.equal(tensor, inner.state_dict()[name]) for name, tensor in alone.state_dict().items())
+
+
 def test_layers_of_keras_3_are_read_too(applications: Any, exported: Any) -> None:
     """Keras 3's own spelling, and that of the peer's Keras 2.9."""
     import keras
@@ -346,12 +368,12 @@ def lambda_layer(content: Object) -> Object:
             lambda c: edit(c, "conv5_block1_1_conv", strides=[2, 2]),
             "conv5_block1_1_conv has strides (2, 2), expected (1, 1)",
         ),
-        (lambda c: edit(c, "dense", use_bias=True), "dense has use_bias True, expected False"),
+        (lambda c: edit(c, "dense", use_bias=1), "dense has use_bias 1, expected False"),
         (lambda c: edit(c, "dense", activation="softmax"), "dense has activation 'softmax', expected 'log_softmax'"),
         (lambda c: edit(c, "dense", units=-1), "the head has -1 units"),
         (lambda c: edit(c, "conv4_block6_2_bn", epsilon=1), "conv4_block6_2_bn has epsilon 1, expected 1e-05"),
         (lambda c: edit(c, "conv1_bn", epsilon="big"), "conv1_bn has epsilon 'big'"),
-        (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 64, 13]), "input shape (None, 64, 64, 13)"),
+        (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 64, 65]), "input shape (None, 64, 64, 65)"),
         (lambda c: edit(c, "conv1_conv", name="conv1_conv_x"), "it has no layer conv1_conv"),
         (lambda c: edit(c, "input_1", batch_input_shape=[None, 64, 32, 3]), "input shape (None, 64, 32, 3), expected"),
         (lambda c: c["config"]["layers"].pop(50) and c, "not a ResNet-50: it has no layer conv3_block"),
@@ -489,7 +511,7 @@ KERNEL = "conv1_conv/conv1_conv/kernel:0"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename, "not weights of resnet50: layer 'mystery' is unknown"),
+        (rename, r"layer conv1_bn is missing; layer 'mystery' is unknown \(2 differences\)"),
         (drop, "not weights of resnet50: layer conv1_bn is missing"),
         (reshape, r"kernel of conv1_conv is \[7, 7, 64, 3\], expected \[7, 7, 3, 64\]"),
         (lambda a: a.__delitem__(KERNEL), "'kernel:0' is missing"),

@@ -272,6 +272,7 @@ SETTINGS: dict[str, Any] = {
     "model.bn_epsilon": 1e-3,
     "model.bn_momentum": 0.2,
     "model.bn_affine": False,
+    "model.head_bias": True,
     "optim.lr": 1e-9,  # all validations alike: after the first, none is the best
     "train.epochs": 3,
     "train.batch_size": 3,
@@ -375,10 +376,11 @@ JOB: dict[str, Callable[[Job], bool]] = {
     "data.root": lambda job: summary(job.run)["train_images"] == 8,
     "data.cache_dir": lambda job: len(list((job.folder / "cache_dir").glob("*.npy"))) == 3,
     "model.arch": lambda job: len(job.model.layer1) == 2,
-    "model.trainable": lambda job: summary(job.run)["trainable_parameters"] == 1024,
+    "model.trainable": lambda job: summary(job.run)["trainable_parameters"] == 1026,
     "model.bn_epsilon": lambda job: norms(job, "eps") == {1e-3},
     "model.bn_momentum": lambda job: norms(job, "momentum") == {0.2},
     "model.bn_affine": lambda job: norms(job, "affine") == {False},
+    "model.head_bias": lambda job: job.model.fc.bias is not None,
     "train.precision": lambda job: job.precision == "bf16" and job.types == {torch.bfloat16},
     "train.seed": lambda job: torch.equal(job.model.conv1.weight, first_weights(job)),
     "valid.batch_size": lambda job: job.validated == {3},
@@ -418,6 +420,7 @@ def test_checkpoints_that_are_kept(tmp_path: Path, keep: int, names: list[int]) 
 
 
 ELSEWHERE = {
+    "data.bands": "tests/unit/test_bands.py::test_bands_are_chosen_by_name_and_order",
     "model.weights": "tests/unit/test_model.py::test_weights_with_another_head",
     "model.variant": "tests/unit/test_keys.py::test_where_a_network_strides",
     "model.layers": "tests/unit/test_keys.py::test_a_layers_json_is_read",

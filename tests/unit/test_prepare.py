@@ -287,7 +287,7 @@ BAD = {
     "GIF": "not a readable JPEG, PNG, TIFF, WebP or BMP image but a GIF image",
     "63x64": "63x64 pixels; 64x64 is wanted",
     "128x64": "128x64 pixels; 64x64 is wanted",
-    "13 bands": "13-band multispectral TIFF is not supported yet; use the RGB set",
+    "13 bands": "a TIFF of 13 bands, of which nobody can tell the red, green and blue: prepare --bands names them",
     "bomb": "its header claims 10000x10000 pixels; 4096 a side is the most (map takes whole scenes)",
     "great bomb": "its header claims more than",
 }

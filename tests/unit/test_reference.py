@@ -46,6 +46,12 @@ def usual() -> Case:
     return Case(config, images=13, sizes=(2, 2), stop=3, faults=())
 
 
+def test_a_head_with_biases() -> None:
+    case = usual()
+    model = case.config.model.model_copy(update={"head_bias": True})
+    check(dataclasses.replace(case, config=case.config.model_copy(update={"model": model})))
+
+
 def test_a_small_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the reference, as it happens: one rank's gradients count a ten-thousandth more."""
     check(usual())

@@ -14,6 +14,7 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config import schema, verbs
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.data.folder import Seen, file_batches
+from hvd_eurosat.data.inputs import PICTURES
 from hvd_eurosat.data.packed import resolve_size
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import UserError
@@ -280,10 +281,10 @@ def test_evaluation_expects_the_input_of_its_layers(tmp_path: Path) -> None:
 def test_images_that_are_not_resized_are_refused_by_name(grow: Grow) -> None:
     files = sorted(grow("images", {"Forest": 2}, size=(48, 48)).rglob("*.jpg"))
     device, data = torch.device("cpu"), schema.Data()
-    (batch,) = file_batches(files, data, 2, device, 0, 1, seen := Seen())
+    (batch,) = file_batches(files, data, PICTURES, 2, device, 0, 1, seen := Seen())
     assert batch.images.shape == (2, 3, 64, 64)
     assert not seen.bad
-    assert list(file_batches(files, data, 2, device, 0, 1, seen, resizes=False)) == []
+    assert list(file_batches(files, data, PICTURES, 2, device, 0, 1, seen, resizes=False)) == []
     assert seen.bad.keys() == {0, 1}
     assert seen.bad[0].startswith("48x48 pixels; 64x64 is wanted")
 
