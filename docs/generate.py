@@ -47,15 +47,17 @@ A list is `[1, 2, 3]` in a recipe and in the environment, and `1,2,3` on the com
 and so is a value of the wrong kind. Every run writes all its keys to `config.toml` in its folder. `--config` with that
 file repeats the run. The JSON of rmldnn, another trainer, is a recipe, too: see [formats](formats.md#rmldnns-json).
 
-A run that goes on must have the configuration that it began with. Only `train.epochs`, `data.cache_dir` and the
-sections `valid` and `run` may change. `data.root` and the files of `model.weights` and `model.layers` may be elsewhere,
-with the same content. All ranks must have the same configuration; else the job ends and names the key.
+A run that goes on must have the configuration that it began with. Only `train.epochs`, `train.device`,
+`train.deterministic`, `data.cache_dir` and the sections `valid` and `run` may change. `data.root` and the files of
+`model.weights` and `model.layers` may be elsewhere, with the same content. All *ranks* (processes of the job) must have
+the same configuration; else the job ends and names the key.
 """
 
 
 def page() -> str:
     """The whole page, as Markdown."""
-    parts = [HEAD, "## Verbs\n", "`python` is `.venv/bin/python`. With `--help` each tells its keys.\n", *_verbs(), ""]
+    about = "`python` is `.venv/bin/python`. `--help` lists the keys of each; those of three verbs are only there:"
+    parts = [HEAD, "## Verbs\n", f"{about}\n`prepare`, `report` and `doctor`.\n", *_verbs(), ""]
     for name, field in Config.model_fields.items():
         if name != "config":
             parts += [f"## {name}\n", f"{_doc(field.annotation)}\n", *_table(Config, name), ""]

@@ -25,7 +25,7 @@ from hvd_eurosat.config.verbs import EvaluateSettings
 from hvd_eurosat.data.batches import Batch, open_images, ordered_batches
 from hvd_eurosat.data.folder import Images, Seen, agree_on_bad, class_numbers, file_batches, find_labelled
 from hvd_eurosat.data.layout import normal
-from hvd_eurosat.data.tree import open_tree
+from hvd_eurosat.data.tree import Tree, open_tree, split_of
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details
 from hvd_eurosat.run.display import Display
@@ -36,6 +36,7 @@ from hvd_eurosat.training.inference import Values, infer, join, mean_of_views, t
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import precision_of
 from hvd_eurosat.training.scores import mcnemar
+from hvd_eurosat.training.trained_on import count_known
 from hvd_eurosat.weights.keras_json import read_layers
 
 
@@ -150,10 +151,25 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
             f"{settings.data.root} has {', '.join(tree.classes)}"
         )
     split = settings.split
+    if world.is_main:
+        tell_of_split(settings, saved, tree)
     images = open_images(world, tree, [split], saved.data, settings.data)[split]
     batches = ordered_batches(images, batch_size(settings, saved), world.rank, world.size)
     paths = {name.removeprefix(f"{split}/"): tree.path(name) for name in tree.files(split)}
     return Work(Images(paths, tree.notes), tree.labels(split), batches)
+
+
+def tell_of_split(settings: EvaluateSettings, saved: Checkpoint, tree: Tree) -> None:
+    """Say on rank 0 which split the images are of, and warn where the checkpoint was trained on some of them."""
+    display, asked = Display(speaks=True), settings.split
+    if settings.checkpoint != settings.against:  # of whose images it was said before
+        display.say(f"{asked} images of {settings.data.root}, split {split_of(tree)}")
+    known = count_known(tree, asked, saved, settings.checkpoint)
+    if known is None:
+        display.note(f"nobody can tell whether {settings.checkpoint} was trained on them: their digests are not known")
+    elif known:
+        of = f"{known:,} of these {len(tree.files(asked)):,} images"
+        display.warn(f"{settings.checkpoint} was trained on {of}, so its accuracy on them says little of others")
 
 
 def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> Work:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from hvd_eurosat.cluster import job
@@ -63,7 +64,9 @@ def read_list(source: Path | None) -> list[str]:
         text = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
     except OSError as error:
         raise UserError(f"--list {source}: {error.strerror}") from None
-    lines = [line.removesuffix("\r") for line in os.fsdecode(text).split("\n") if line.strip()]
+    if b"\0" in text:
+        raise UserError(f"--list {source} is no text in UTF-8 with a path on each line")
+    lines = [line.removesuffix("\r") for line in os.fsdecode(text.removeprefix(BOM_UTF8)).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"--list {source}: it names no files")
     return lines

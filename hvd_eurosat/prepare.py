@@ -4,6 +4,7 @@ import argparse
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -23,10 +24,12 @@ from hvd_eurosat.data.layout import SHOWN, SPLITS, Item, is_litter, normal
 from hvd_eurosat.data.packed import DISK_FULL, verify_packed
 from hvd_eurosat.data.sources import Source, open_source
 from hvd_eurosat.data.split import Ratios, split_class
+from hvd_eurosat.data.splits import PUBLISHED, Wish, arrange, lists_for
 from hvd_eurosat.data.tree import (
     CHECKSUMS,
     MANIFEST,
     Manifest,
+    Rule,
     Skipped,
     check_classes,
     open_tree,
@@ -45,6 +48,7 @@ examples:
   the same, fetched first:          python -m hvd_eurosat.prepare --source download --out data/EuroSAT_RGB
   a small synthetic set to try:     python -m hvd_eurosat.prepare --source sample --out data/sample --ratios 80,10,10
   your own class folders, resized:  python -m hvd_eurosat.prepare --source photos --out data/photos --resize
+  torchgeo's spatial split:         python -m hvd_eurosat.prepare --source download --out data/spatial --split spatial
   one folder of a large archive:    python -m hvd_eurosat.prepare --source all.tgz --inside ucm/Images --out data/ucm
   is it all still there, intact?    python -m hvd_eurosat.prepare --verify data/EuroSAT_RGB
 
@@ -56,6 +60,9 @@ is left out, and so are other files outside the class folders; both are counted.
 name: 8-bit RGB in JPEG, PNG, TIFF, WebP or BMP. Copies of an image go into one split. An image in folders of two
 classes is refused.
 
+--split and --split-lists take the place of the source's own split or one at random. Lists name every image once, with
+or without folders and suffix. Copies go where the lists say. --split-by-place makes blocks by longitude and latitude.
+
 --convert makes RGB of grey, palette, CMYK, alpha (laid on white) and 16 bits a channel (value // 256 is kept).
 
 The result is train/ valid/ test/<Class>/<image>, with manifest.json (what it is and how it was made) and files.sha256
@@ -64,16 +71,14 @@ The result is train/ valid/ test/<Class>/<image>, with manifest.json (what it is
 
 
 @dataclass(frozen=True)
-class Options:
-    """How to prepare.
+class Options(Wish):
+    """How to prepare, and which split.
 
-    seed and ratios (train, valid, test) make the split. image_size: pixels a side; images of other sizes are
-    refused or, with resize, resized. convert: images of other modes are made 8-bit RGB. skip_bad: unusable files, and
-    images that are in two classes, are left out, with a warning, instead of refused. inside: the source's folder.
+    image_size: pixels a side; images of other sizes are refused or, with resize, resized. convert: images of other
+    modes are made 8-bit RGB. skip_bad: unusable files, and images that are in two classes, are left out, with a
+    warning, instead of refused. inside: the source's folder.
     """
 
-    seed: int = 0
-    ratios: Ratios = (Fraction(94), Fraction(5), Fraction(1))
     image_size: int = 64
     resize: bool = False
     convert: bool = False
@@ -83,12 +88,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Written:
-    """A usable image of the source, the name it was written under, its bytes' sha256, and its kind if converted."""
+    """A usable image of the source, the name it was written under, its bytes' sha256, its kind if converted, its size.
+
+    size: width and height in pixels, before it was resized.
+    """
 
     item: Item
     name: str
     checksum: str
     was: str
+    size: tuple[int, int]
 
     @property
     def path(self) -> str:
@@ -119,16 +128,19 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
 
     Raises UserError, for a bad image too, and RunError.
     """
-    with _appearing(out.resolve()) as folder, open_source(spec, options.seed, options.inside) as source:
-        for note in source.layout.notes:
+    lists = lists_for(options)
+    with _appearing(out.resolve()) as folder, open_source(spec, options.seed, options.inside) as given:
+        for note in given.layout.notes:
             print(f"note: {note}", file=sys.stderr)
-        written, skipped = _copy(source, folder, options)
+        source, rule, placeless = arrange(given, spec, options, lists)
+        written, unusable = _copy(source, folder, options)
         written, contradictory = _without_contradictions(written, folder)
-        skipped += contradictory
+        skipped = [*placeless, *unusable, *contradictory]
         if skipped:
-            _tell(skipped, len(source.layout.items), spec, options)
+            _tell(skipped, len(given.layout.items), spec, options)
         presplit = source.layout.split
-        _tell_of_copies(written, spec, presplit)
+        _tell_of_copies(written, spec, rule)
+        _tell_of_sizes(written, spec, options.image_size)
         files = _placed(written) if presplit else _split(source, written, folder, options)
         counts = {split: dict.fromkeys(source.layout.classes, 0) for split in SPLITS}
         for path in files:
@@ -141,16 +153,20 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
             classes=check_classes(counts, spec),
             image_size=options.image_size,
             counts=counts,
-            seed=None if presplit else options.seed,
-            ratios=None if presplit else tuple(map(float, options.ratios)),
+            seed=options.seed if rule.is_drawn else None,
+            ratios=tuple(map(float, options.ratios)) if rule.is_drawn else None,
+            split=rule,
             digest=hashlib.sha256(listing).hexdigest(),
             skipped=tuple(skipped),
             converted=_converted(written, spec),
             inputs=inputs_of(source.layout.classes),
             extras=_write_extras(source, folder),
         )
-        if presplit:
-            print(f"note: {spec} is split already and keeps its split", file=sys.stderr)
+        if given.layout.split:
+            what = "keeps its split" if rule.kind == "source" else "gets another split"
+            print(f"note: {spec} is split already and {what}", file=sys.stderr)
+        if rule.blocks:
+            _tell_of_blocks(manifest, rule)
         (folder / CHECKSUMS).write_bytes(listing)
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     return manifest
@@ -217,8 +233,8 @@ def _copy(source: Source, folder: Path, options: Options) -> tuple[list[Written]
             with (folder / (item.split or UNSPLIT) / item.label / name).open("xb") as file:
                 file.write(data)
         except FileExistsError:
-            raise UserError(f"{item.path}: another image of its class would be called {name} too") from None
-        return Written(item, name, hashlib.sha256(data).hexdigest(), was)
+            raise UserError(f"{item.path}: another image of its class would be called {name} too: rename one") from None
+        return Written(item, name, hashlib.sha256(data).hexdigest(), was, image.size)
 
     results = list(in_threads(copy, source.layout.items, "checking images"))
     skipped = sorted((r for r in results if isinstance(r, Skipped)), key=lambda bad: bad.file)
@@ -257,10 +273,10 @@ def _without_contradictions(written: list[Written], folder: Path) -> tuple[list[
     return kept, skipped
 
 
-def _tell_of_copies(written: list[Written], spec: str, presplit: bool) -> None:
+def _tell_of_copies(written: list[Written], spec: str, rule: Rule) -> None:
     """A warning where images are there several times: in several splits, where the source makes them."""
     groups = [images for images in _by_content(written) if len(images) > 1]
-    if not presplit and groups:
+    if rule.kind == "random" and groups:
         copies = sum(len(images) - 1 for images in groups)
         print(
             f"warning: {copies:,} of {len(written):,} images of {spec} are copies of others; copies share a split",
@@ -270,7 +286,27 @@ def _tell_of_copies(written: list[Written], spec: str, presplit: bool) -> None:
     torn = Counter(" and ".join(splits) for splits in places if len(splits) > 1)
     if torn:
         counts = ", ".join(f"{count:,} in {splits}" for splits, count in sorted(torn.items()))
-        print(f"warning: {torn.total():,} images of {spec} are in several splits: {counts}", file=sys.stderr)
+        why = ", as the lists say" if rule.kind == "lists" else ""
+        print(f"warning: {torn.total():,} images of {spec} are in several splits{why}: {counts}", file=sys.stderr)
+
+
+def _tell_of_blocks(manifest: Manifest, rule: Rule) -> None:
+    """How near to the ratios whole blocks came."""
+    totals = [sum(manifest.counts[split].values()) for split in SPLITS]
+    got = ":".join(f"{100 * total / sum(totals):.1f}" for total in totals)
+    asked = ":".join(f"{100 * part / sum(manifest.ratios or (1,)):.1f}" for part in manifest.ratios or ())
+    blocks = ", ".join(f"{count:,} {split}" for split, count in rule.blocks.items())
+    print(f"note: blocks of {rule.degrees:g} degrees, {blocks}: {got} of the images, for {asked}", file=sys.stderr)
+
+
+def _tell_of_sizes(written: list[Written], spec: str, side: int) -> None:
+    """A note on what was resized, for afterwards all look alike."""
+    resized = [image.size for image in written if image.size != (side, side)]
+    if resized:
+        largest, others = max(resized, key=math.prod), sum(1 for width, height in resized if width != height)
+        squeezed = f"; squeezed, for they are no squares: {others:,}" if others else ""
+        what = f"resized {len(resized):,} images of {spec} to {side}x{side}, the largest from {largest[0]}x{largest[1]}"
+        print(f"note: {what}{squeezed}", file=sys.stderr)
 
 
 def _tell(skipped: list[Skipped], total: int, spec: str, options: Options) -> None:
@@ -404,6 +440,12 @@ def _ratios(text: str) -> Ratios:
     return Fraction(parts[0]), Fraction(parts[1]), Fraction(parts[2])
 
 
+def _degrees(text: str) -> float:
+    if not re.fullmatch(r"\d{1,3}(\.\d{1,9})?", text) or not 0 < float(text) <= 180:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of degrees above 0 and to 180, like 0.1")
+    return float(text)
+
+
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text) or not low <= int(text) <= high:
@@ -426,8 +468,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--source", metavar="FILE|DIR|sample|download", help="where the images come from")
     what.add_argument("--verify", metavar="DIR", type=Path, help="compare a prepared folder with its checksums")
     add("--out", metavar="DIR", type=Path, help="the folder to make")
-    add("--seed", metavar="N", type=_whole(0, 2**32 - 1), default=0, help="draws the split (default 0)")
-    add("--ratios", metavar="A,B,C", type=_ratios, default="94,5,1", help="train,valid,test (default 94,5,1)")
+    add("--seed", metavar="N", type=_whole(0, 2**32 - 1), help="draws the split (default 0)")
+    add("--ratios", metavar="A,B,C", type=_ratios, help="train,valid,test (default 94,5,1)")
+    _add_splits(parser)
     add("--image-size", metavar="N", type=_whole(1, MAX_SIDE), default=64, help="pixels a side (default 64)")
     add(
         "--inside",
@@ -445,7 +488,37 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.source is not None and options.out is None:
         parser.error("--source needs --out DIR")
+    lists = next((name for name in ("split", "split_lists") if getattr(options, name)), "")
+    for name in ("seed", "ratios"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(Wish, name))
+        elif lists and not (name == "seed" and options.source == "sample"):  # which draws the sample, too
+            parser.error(f"--{name} makes no difference with --{lists.replace('_', '-')}: leave it out")
     return options
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--split",
+        choices=PUBLISHED,
+        default="",
+        help="a published split of EuroSAT, whose lists torchgeo has: fetch it",
+    )
+    which.add_argument(
+        "--split-lists",
+        nargs=3,
+        metavar=("TRAIN", "VALID", "TEST"),
+        type=Path,
+        default=(),
+        help="three files of names, one on each line, that make the split",
+    )
+    which.add_argument(
+        "--split-by-place",
+        metavar="DEGREES",
+        type=_degrees,
+        help="GeoTIFFs by where they lie: blocks of so many degrees go whole to one split",
+    )
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ def runs(folders: Sequence[Path]) -> str:
     width = max(len(name) for name, _ in rows)
     heads = " ".join(f"{key.replace('_', ' '):>22}" for key in FIGURES)
     lines = [f"{name:<{width}} " + " ".join(f"{figure:>22.4f}" for figure in figures) for name, figures in rows]
-    return "\n".join([f"{'':<{width}} {heads}", *lines])
+    splits = dict.fromkeys(str(summary["split"]) for summary in found if "split" in summary)
+    return "\n".join([f"{'':<{width}} {heads}", *lines, *(f"split: {split}" for split in splits)])
 
 
 def _configuration(folder: Path) -> dict[str, object]:

@@ -38,7 +38,7 @@ def nodes_and_tasks(environment: Mapping[str, str], ranks: int | None) -> list[t
             f"SLURM_TASKS_PER_NODE): say --hosts name:slots,…"
         )
     if ranks is None and gpus > min(tasks):
-        few = f"{gpus} GPUs on a node, for which {min(tasks)} tasks are too few"
+        few = f"{gpus} GPUs on a node, and tasks for {min(tasks)} of them"
         raise UserError(f"{few}: ask for --ntasks-per-node={gpus}, or say --np N")
     return list(zip(nodes, tasks, strict=True))
 

@@ -32,8 +32,10 @@ METAVARS = {
     "str": "TEXT",
     "bool": "true|false",
     "tuple[Path,...]": "PATH …",
+    "tuple[str,...]": "TEXT,TEXT,…",
     "tuple[int,...]": "N,N,…",
     "tuple[float,...]": "X,X,…",
+    "tuple[float,float]": "X,X",
     "tuple[float,float,float]": "X,X,X",
 }
 

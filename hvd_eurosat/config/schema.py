@@ -91,11 +91,11 @@ class Data(Place):
     """cut a square of this side from the middle of each image, before it is resized to image_size; 0: the whole
     image"""
     resize: Side = 0
-    """resize each image to this side before center_crop; 0: crop the image as it is"""
+    """resize each image to this side in pixels before center_crop; 0: crop the image as it is"""
     mean: tuple[Number, Number, Number] = IMAGENET_MEAN
     """subtracted from each pixel's red, green and blue, which are 0 to 1; named Sentinel-2 weights bring their own"""
     std: tuple[Spread, Spread, Spread] = IMAGENET_STD
-    """by which each pixel's red, green and blue are then divided"""
+    """each pixel's red, green and blue are then divided by these"""
     augment: bool = True
     """flip and quarter-turn each training image: eight ways, a different one every epoch"""
     max_shift: Annotated[int, Field(ge=0, le=16)] = 0
@@ -116,7 +116,7 @@ class Data(Place):
     random_contrast: Fraction = 0.0
     """also move its pixels away from their mean, or towards it, by up to this share"""
     random_gain: Fraction = 0.0
-    """also make red, green and blue brighter or darker by up to this share, each by another: haze, light, sensors"""
+    """also make red, green and blue brighter or darker, each by its own share up to this: as haze, light, sensors do"""
     random_erase: Probability = 0.0
     """with this probability also paint a rectangle of a training image, of 2 to 33 % of its area, in data.mean"""
 
@@ -130,7 +130,7 @@ class Model(Section):
     """The network."""
 
     arch: Literal["resnet50", "resnet18"] = "resnet50"
-    """resnet18 is the small one, for tests and smoke runs"""
+    """resnet18 is the small one, for tests and quick trials"""
     weights: str = "imagenet"
     """what to start from: imagenet (torchvision's), none (random), sentinel2-rgb-moco, sentinel2-all-moco or
     sentinel2-all-dino (SSL4EO-S12, as torchgeo publishes them), or a file: .safetensors, .pt, .pth, .h5 (Keras), a
@@ -178,7 +178,7 @@ class Optim(Section):
     """weight decay; BatchNorm and the head's biases are spared"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """factor of the learning rate for each stage that a layer lies before the head: 0.5 gives layer4 half of it, layer3
-    a quarter, the first layers 1/32. It is for `all` from pretrained weights"""
+    a quarter, the first layers 1/32. Use it with model.trainable all and pretrained weights"""
     unfreeze_epochs: NonNegativeInt = 0
     """epochs after which the next stage begins to train: layer4 after the head, layer3 after layer4, the first layers
     last, after five times as many. BatchNorm's statistics follow from the beginning. 0: all train at once"""
@@ -231,8 +231,8 @@ class Train(Section):
     """alpha of mixup: each training image is blended with another, and so are their labels, by a share drawn from
     Beta(alpha, alpha); 0.2 is usual, 1 draws any share alike, 0 blends nothing"""
     cutmix: Mixing = 0.0
-    """alpha of CutMix: a square of another image takes the place of as much of each training image, and of its label;
-    1 is usual; with mixup, too, each image has one of them by chance"""
+    """alpha of CutMix: a square of each training image is replaced by that of another, and the same share of its label
+    by that image's; 1 is usual. If mixup is set as well, each image gets one of the two by chance"""
     label_smoothing: Fraction = 0.0
     """share of each label that is spread over all classes"""
     class_weights: tuple[PositiveFloat, ...] = ()
@@ -252,7 +252,7 @@ class Train(Section):
     slower. On several GPUs gradients are sent after the backward pass, not during it. It needs Python.h and gcc (CC) on
     GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train uncompiled"""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    """seed of random weights, the order of the images and their augmentation"""
+    """seed of random weights, of the order of the images and of their augmentation"""
 
 
 class Valid(Section):
@@ -261,12 +261,12 @@ class Valid(Section):
     batch_size: PositiveInt = 128
     """images per step"""
     views: Views = 1
-    """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns, of whose probabilities
-    the mean counts; that takes eight times as long. predict and evaluate do as the run did"""
+    """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns. Then the mean of their
+    probabilities counts, and it takes eight times as long. predict, evaluate and map do as the run did"""
     calibrate: bool = True
-    """after training fit to the validation images a temperature by which log-probabilities are divided, so that of
-    answers with a probability of 0.9 nine in ten are right; it changes no class, and --raw of predict, evaluate and
-    export leaves it out"""
+    """after training, fit a temperature to the validation images, and divide log-probabilities by it. Then nine in ten
+    answers with a probability of 0.9 should be right. It changes no class; --raw of predict, evaluate, map and export
+    leaves it out"""
     sharded: bool = False
     """let all ranks validate, not rank 0 alone; the counts are the same. Set it from 64 ranks on: there rank 0 alone
     takes longer to validate EuroSAT than all ranks take to train an epoch"""
@@ -279,8 +279,8 @@ class Run(Section):
     """folder of the run; default: runs/<name of the recipe file>"""
     resume: str = "auto"
     """auto: go on from the newest checkpoint in run.dir, if there is one. never: start anew. FILE: go on from this
-    checkpoint. A run that does not go on from run.dir renames that folder to run.dir.1. What an earlier run wrote
-    outside of it is moved into a folder earlier.1 there"""
+    checkpoint. A run that does not go on from run.dir renames that folder to run.dir.1. What the earlier run wrote
+    elsewhere (logs, predictions) is moved into a folder earlier.1 beside it"""
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
@@ -300,7 +300,8 @@ class Run(Section):
     """rmldnn's logs: x.txt gives x_train.txt, with a line for each step, and x_test.txt, with one for each
     validation"""
     page: bool = True
-    """write index.html, the page of the run, in run.dir: at its start, after every epoch and at its end"""
+    """write index.html, the page of the run, in run.dir: at its start, after every epoch, every two minutes of a
+    long one, and at its end"""
     metrics_file: Annotated[UserPath, AfterValidator(_metrics_file)] | None = None
     """FILE.prom for Prometheus: what status.json says, replaced every five seconds, for node_exporter's textfile
     collector"""

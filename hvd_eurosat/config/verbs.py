@@ -30,7 +30,7 @@ class Predictions(Settings):
     top: PositiveInt = 1
     """how many classes of an image predictions.csv names, with their probabilities"""
     skip_bad: CliToggleFlag[bool] = Field(default=False, validation_alias=AliasChoices("skip-bad", "skip_bad"))
-    """leave files out that are no usable image, and name them in skipped.csv; else any of them is an error"""
+    """leave out files that are no usable image, and name them in skipped.csv; without it, any of them is an error"""
     strict: CliToggleFlag[bool] = False
     """with --skip-bad: end with status 3 where files were left out"""
     views: Views | None = None
@@ -73,9 +73,11 @@ class PredictSettings(Predictions):
     input: tuple[UserPath, ...] = ()
     """images, and folders of images, with their subfolders"""
     list: UserPath | None = None
-    """a file with the path of an image on each line, or - for standard input; these are named by their paths"""
+    """a file with the path of an image on each line, or - for standard input; these images are named by their paths,
+    without a first slash"""
     out: UserPath
-    """folder for output_1.h5 (log-probabilities) and predictions.csv (name, file, class, probability), with one name"""
+    """folder for output_1.h5 (log-probabilities) and predictions.csv (name, file, class, probability); both have the
+    same name for an image"""
 
     @model_validator(mode="after")
     def _has_images(self) -> PredictSettings:
@@ -98,20 +100,22 @@ class MapSettings(Settings):
     max_masked: Probability = 0.25
     """a window with a larger share of masked pixels has no class"""
     bands: tuple[str, ...] = ()
-    """what the bands of the scene's file are, in its order, where it does not say: B04,B03,B02; - is for another"""
+    """names of the bands in the scene's file, in its order, where the file has none: B04,B03,B02; - stands for a band
+    that is not needed"""
     offset: Number | None = None
-    """what digital numbers carry, where no metadata say it: 1000 of products since January 2022, 0 of older ones"""
+    """what was added to the digital numbers, where no metadata say it: 1000 in products since January 2022, 0 in older
+    ones"""
     stretch: tuple[Number, Number] | None = None
     """LOW,HIGH: the digital numbers that become black and white, in place of what the checkpoint's images had"""
     resolution: PositiveFloat | None = None
-    """metres: bring the scene to pixels of this size first; EuroSAT has 10"""
+    """bring the scene to pixels of this many metres first; EuroSAT has 10"""
     mask: str | None = None
     """pixels that do not count: SCL (clouds and shadows of an L2A product), SCL=3,8,9 (these of its classes), another
     band, or a file"""
     probabilities: bool = False
-    """write the probabilities of all classes, too: probabilities.tif; --probabilities alone is true"""
+    """write the probabilities of all classes, too: probabilities.tif; the flag without a value means true"""
     min_area: NonNegativeFloat = 0.0
-    """hectares: in map.geojson smaller areas go to their largest neighbour"""
+    """in map.geojson areas of fewer hectares go to their largest neighbour"""
     memory: PositiveFloat = 2.0
     """GB that a rank may take for a scene, beside what the network needs"""
     batch_size: NonNegativeInt = 0
@@ -141,7 +145,7 @@ class ExportSettings(Settings):
     with_normalisation: CliToggleFlag[bool] = Field(default=False, alias="with-normalisation")
     """of keras, onnx and pt2: the network takes pixels as they are, uint8, and normalises them itself"""
     raw: CliToggleFlag[bool] = False
-    """without the temperature that was fitted after training; else the head's weights are divided by it"""
+    """leave out the temperature that was fitted after training; without this the head's weights are divided by it"""
     resolution: PositiveFloat = 10.0
     """metres that a pixel of the images covers, as QGIS and the STAC item are told; Sentinel-2's are 10"""
     classes: PositiveInt = 10

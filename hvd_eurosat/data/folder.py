@@ -18,7 +18,7 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
-from hvd_eurosat.data.layout import find_files, is_litter, lay_out, list_folder, normal
+from hvd_eurosat.data.layout import Listing, check_name, find_files, is_litter, lay_out, list_folder, normal
 from hvd_eurosat.errors import UserError
 
 FAR_LARGER = 4  # times the side that the network was shown: it hardly knows what it sees
@@ -43,17 +43,24 @@ class Seen:
 def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     """The images in files and folders (with their subfolders), sorted by name: the path below its folder, or its own.
 
-    listed: more files, which are named as they are written. Raises UserError where there are none, or two of one name.
+    listed: more files, which are named as they are written, without a first slash. Raises UserError where there are
+    none, or two of one name.
     """
     found: dict[str, Path] = {}
     notes: list[str] = []
-    for name, path in [*(pair for place in places for pair in _images(place, notes)), *_listed(listed)]:
-        if not name.isprintable():
-            raise UserError(f"unusable file name {name!r}: it has control characters or no valid encoding")
+    named = Listing("the input", lambda spelling: b"")
+    pairs = [*(pair for place in places for pair in _images(place, named, notes)), *_listed(listed, named)]
+    notes = [*named.notes(), *notes]
+    for name, path in pairs:
+        check_name(name, "the input")
+        if found.get(name) == path:
+            raise UserError(f"{path} is named twice: name it once")
         if name in found:
             both = f"both {found[name]} and {path} would be {name} among the predictions"
             raise UserError(f"{both}: give their folder, or a --list of files, which are named by their paths")
         found[name] = path
+    if not found:
+        raise UserError(f"no image is left; {'; '.join(notes)}")
     for name, path in found.items():
         for folder in found.keys() & set(map(str, Path(name).parents)):
             raise UserError(f"{found[folder]} would be an image and the folder of {path} among the predictions")
@@ -69,17 +76,15 @@ def find_labelled(folder: Path) -> tuple[Images, list[str]]:
         return Images({name: folder / listing.files[name] for name in files.images}, notes), []
     layout = lay_out(listing, least=1)
     if layout.split:
-        tops = sorted({item.path.split("/")[0] for item in layout.items})
-        raise UserError(f"{folder} is split: give one of {', '.join(f'{folder / top}' for top in tops)}")
+        raise UserError(f"{folder} is split: give one of {', '.join(str(folder / split) for split in layout.splits)}")
     paths = {item.path: folder / listing.files[item.path] for item in layout.items}
     return Images(paths, layout.notes), [item.label for item in layout.items]
 
 
-def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
+def _images(place: Path, named: Listing, notes: list[str]) -> Iterator[tuple[str, Path]]:
     if not place.exists():
         raise UserError(f"no image at {place}: neither a folder nor a file")
-    if is_litter(place.name) and not place.name.startswith("."):  # of a shell's patches/*
-        notes.append(f"{place}: left out, it is no data")
+    if _is_left_out(Path(place.name) if place.is_dir() else place, named):
         return
     if not place.is_dir():
         yield normal(place.name), place
@@ -90,12 +95,26 @@ def _images(place: Path, notes: list[str]) -> Iterator[tuple[str, Path]]:
     yield from ((name, place / listing.files[name]) for name in files.images)
 
 
-def _listed(lines: Sequence[str]) -> Iterator[tuple[str, Path]]:
+def _is_left_out(path: Path, named: Listing) -> bool:
+    """Whether a shell's star or `find` named litter, which is counted; what is hidden was named by somebody."""
+    litter = next((part for part in path.parts if is_litter(part) and not part.startswith(".")), None)
+    if litter:
+        named.leave_out(litter)
+    return litter is not None
+
+
+def _listed(lines: Sequence[str], named: Listing) -> Iterator[tuple[str, Path]]:
     for line in lines:
+        if _is_left_out(Path(line), named):
+            continue
         name = normal(line)
+        if Path(line).is_dir():
+            raise UserError(
+                f"--list: {line} is a folder: list files (find {shlex.quote(line)} -type f), or give --input"
+            )
         if os.path.normpath(name) not in (name, name.removeprefix("./")):
             raise UserError(f"--list: {line} is no plain path: write {os.path.normpath(name)}")
-        yield name.removeprefix("./"), Path(line)
+        yield name.removeprefix("./").lstrip("/"), Path(line)  # HDF5 drops the first slash as well
 
 
 def class_numbers(labels: Sequence[str], names: Sequence[str], classes: Sequence[str], where: str) -> NDArray[np.int64]:

@@ -26,6 +26,7 @@ from hvd_eurosat.errors import UserError
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")
 MAX_BYTES = 64 << 20  # of one image file
 MAX_SIDE = 4096  # pixels; a decoded image then takes 48 MiB at most
+SCENES = "map takes whole scenes"
 MAX_PAGES = 16  # of a TIFF: the image and smaller copies of it
 OTHERS = {  # what a file is that is no image of ours, by its first bytes
     b"GIF8": "a GIF image",
@@ -102,7 +103,7 @@ def read_file(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise BadImageError("not a regular file")
         if status.st_size > MAX_BYTES:
-            raise BadImageError(f"{status.st_size:,} bytes; {MAX_BYTES:,} is the most")
+            raise BadImageError(f"{status.st_size:,} bytes; {MAX_BYTES:,} is the most ({SCENES})")
         return path.read_bytes()
     except OSError as error:
         raise BadImageError(f"cannot be read ({error.strerror})") from None
@@ -129,7 +130,7 @@ def decode_any(data: bytes, size: int | None = None, convert: bool = True) -> tu
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise BadImageError(f"its header claims more than {MAX_SIDE}x{MAX_SIDE} pixels") from None
+        raise BadImageError(f"its header claims more than {MAX_SIDE}x{MAX_SIDE} pixels ({SCENES})") from None
     except Exception:  # Pillow's parsers raise whatever a damaged header leads them to
         raise BadImageError(_why_unreadable(data)) from None
     _check_header(image, size)
@@ -142,7 +143,7 @@ def decode_any(data: bytes, size: int | None = None, convert: bool = True) -> tu
         raise BadImageError(f"it does not decode ({error})") from None
     with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing of an orientation
         ImageOps.exif_transpose(image, in_place=True)
-    return (_to_rgb(image, flaws), ", ".join(flaws)) if flaws else (image, "")
+    return (_to_rgb(image, flaws), " and ".join(flaws)) if flaws else (image, "")
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def in_threads(
 def _check_header(image: Image.Image, size: int | None) -> None:
     width, height = image.size
     if max(width, height) > MAX_SIDE:
-        raise BadImageError(f"its header claims {width}x{height} pixels; {MAX_SIDE} a side is the most")
+        raise BadImageError(f"its header claims {width}x{height} pixels; {MAX_SIDE} a side is the most ({SCENES})")
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         try:
             _check_tiff(image)
@@ -267,7 +268,7 @@ def _other_than_rgb(image: Image.Image) -> list[str]:
 
 
 def _said(image: Image.Image, flaws: list[str]) -> str:
-    return "16 bits a channel" if flaws[0].startswith("16") else f"mode {image.mode} ({', '.join(flaws)})"
+    return "16 bits a channel" if flaws[0].startswith("16") else f"mode {image.mode} ({' and '.join(flaws)})"
 
 
 def _to_rgb(image: Image.Image, flaws: list[str]) -> Image.Image:
@@ -294,6 +295,8 @@ def _why_unreadable(data: bytes) -> str:
         if bands > 1:
             return _bands(bands)
     other = next((other for start, other in OTHERS.items() if data[: len(start)].lower() == start.lower()), "")
+    if data[4:8] == b"ftyp":
+        other = "a HEIC or AVIF image, or a video"
     kinds = "not a readable JPEG, PNG, TIFF, WebP or BMP image"
     return f"{kinds} but {other}" if other else kinds
 

@@ -10,7 +10,7 @@ import shlex
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from hvd_eurosat.errors import UserError
 
 PREPARE = "python -m hvd_eurosat.prepare"
 SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp"))
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 SPLITS = ("train", "valid", "test")
 SPLIT_FOLDERS = {
@@ -26,17 +26,22 @@ SPLIT_FOLDERS = {
     **dict.fromkeys(("valid", "val", "validation", "dev"), "valid"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-PACKED = ".packed"  # our own, which is nobody's litter
+PACKED = ".packed"
+OWN = re.compile(rf"{re.escape(PACKED)}|\..*\.partial-[0-9a-f]{{8}}")  # ours, which is nobody's litter
+UNUSABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))  # Unicode's categories of controls, broken characters and line ends
 SHOWN = 10  # names in a list
 # What Windows, macOS, Linux, network drives and notebooks leave among files, with all hidden names; then what they and
 # GIS programs leave beside a file, by the file's name and an ending.
 LITTER = re.compile(
-    r"\..*|desktop\.ini|ehthumbs(_vista)?\.db|thumbs\.db|icon\r|@eadir|@recycle|@recently-snapshot|#recycle|#snapshot"
-    r"|\$recycle\.bin|system volume information|lost\+found|lost\.dir|__macosx|__pycache__|zbthumbnail\.info|~\$.*",
+    r"\..*|desktop\.ini|ehthumbs(_vista)?\.db|thumbs\.db(:encryptable)?|icon[\r\uf00d]|picasa\.ini|zbthumbnail\.info"
+    r"|@eadir|@synoresource|@recycle|@recently-snapshot|#recycle|#snapshot|\$recycle\.bin|system volume information"
+    r"|wpsettings\.dat|found\.\d{3}|lost\+found|lost\.dir|network trash folder|temporary items|__macosx|__pycache__"
+    r"|~\$.*",
     re.IGNORECASE,
 )
 COMPANION = re.compile(
-    r".+([:\uf03a]zone\.identifier|\.aux\.xml|\.(ovr|tfw|tifw|jgw|jpgw|pgw|pngw|wld))", re.IGNORECASE
+    r".+([:\uf03a]zone\.identifier|@syno(eastream|resource)|\.aux\.xml|\.(ovr|tfw|tifw|jgw|jpgw|pgw|pngw|wld))",
+    re.IGNORECASE,
 )
 
 
@@ -48,6 +53,13 @@ def is_litter(name: str) -> bool:
 def normal(name: str) -> str:
     """The name in Unicode's NFC: macOS may write `ê` as two characters, other systems write one."""
     return unicodedata.normalize("NFC", name)
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise UserError for a name that lines of text cannot hold. Other spaces than ours, and joiners, they can."""
+    if not UNUSABLE.isdisjoint(map(unicodedata.category, name)):
+        flaw = "it has control characters or no valid encoding"
+        raise UserError(f"{where}: unusable file name {name!a}: {flaw}: rename it")
 
 
 @dataclass(frozen=True)
@@ -74,13 +86,21 @@ class Listing:
     def add(self, spelling: str) -> None:
         """Note a file. Raises UserError for a name that cannot be used, or is another's too."""
         name = normal(spelling)
-        if not name.isprintable() or "\\" in name:
-            flaw = "it has control characters, backslashes or no valid encoding"
-            raise UserError(f"{self.where}: unusable file name {spelling!r}: {flaw}")
+        check_name(name, self.where)
+        if "\\" in name:  # which sha256sum writes in another way
+            raise UserError(f"{self.where}: unusable file name {name!a}: it has backslashes: rename it")
         if name in self.files:
             both = f"{self.files[name]!a} and {spelling!a}"
             raise UserError(f"{self.where}: {both} are two files of one name, {name}: rename one")
         self.files[name] = spelling
+
+    def leave_out(self, name: str) -> None:
+        """Count litter, by its ending where there may be one for each file."""
+        if OWN.fullmatch(name):
+            return
+        companion = None if LITTER.fullmatch(name) else COMPANION.fullmatch(name)
+        kind = f"*{companion[1]}" if companion else "._*" if name.startswith("._") else name.strip()
+        self.litter[kind] += 1
 
     def inside(self, folder: str) -> "Listing":
         """What lies in one of its folders. Raises UserError where there is no such folder."""
@@ -88,7 +108,7 @@ class Listing:
         files = {name.removeprefix(start): own for name, own in self.files.items() if name.startswith(start)}
         if not files:
             tops = sorted({name.split("/")[0] for name in self.files if "/" in name})
-            raise UserError(f"{self.where} has no files in {start}; its folders are {_some(tops) or 'none'}")
+            raise UserError(f"{self.where} has no files in {start}; its folders are {some(tops) or 'none'}")
         below = {name.removeprefix(start) for name in self.folders if name.startswith(start)}
         return replace(self, within=f"{self.within}{start}", files=files, folders=below)
 
@@ -106,13 +126,13 @@ class Listing:
         """What was left out, and what is not as it seems, a line for each kind."""
         if self.litter:
             counts = [f"{n:,} {name}" for name, n in sorted(self.litter.items())]
-            yield f"{self.where}: left out files and folders that are no data: {_some(counts)}"
+            yield f"{self.where}: left out files and folders that are no data: {some(counts)}"
         if self.loops:
-            yield f"{self.where}: left out links that lead back to a folder around them: {_some(self.loops)}"
+            yield f"{self.where}: left out links that lead back to a folder around them: {some(self.loops)}"
         if self.links:
-            yield f"{self.where}: followed linked folders: {_some(self.links)}"
+            yield f"{self.where}: followed linked folders: {some(self.links)}"
         if self.twins:
-            yield f"{self.where}: folders spelt in two ways of Unicode (NFC, NFD) are one: {_some(sorted(self.twins))}"
+            yield f"{self.where}: folders spelt in two ways of Unicode (NFC, NFD) are one: {some(sorted(self.twins))}"
 
 
 @dataclass(frozen=True)
@@ -130,9 +150,9 @@ class Files:
     def notes(self, where: str) -> Iterator[str]:
         """A line on those beside, if there are any."""
         if self.beside:
-            files = "1 file" if len(self.beside) == 1 else f"{len(self.beside):,} files"
+            files = _count(self.beside)
             lost = f" ({self.lost:,} of them images)" if self.lost else ""
-            yield f"{where}: left out {files}{lost} outside the folders of images: {_some(self.beside)}"
+            yield f"{where}: left out {files}{lost} outside the folders of images: {some(self.beside)}"
 
 
 @dataclass(frozen=True)
@@ -152,13 +172,18 @@ class Item:
 class Layout:
     """items: the files that should be images. classes: all class folders seen, sorted, empty ones too.
 
-    split: whether the items are split already. notes: what was left out.
+    splits: the folders of the splits, none where the items are not split. notes: what was left out.
     """
 
     items: tuple[Item, ...]
     classes: tuple[str, ...]
-    split: bool
+    splits: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def split(self) -> bool:
+        """Whether the items are split already."""
+        return bool(self.splits)
 
 
 def list_folder(root: Path, option: str = "--inside ") -> Listing:
@@ -173,6 +198,8 @@ def list_folder(root: Path, option: str = "--inside ") -> Listing:
         except OSError:
             return b""
 
+    if root.is_file():
+        raise UserError(f"{root} is a file: give a folder")
     listing = Listing(str(root), peek, option)
     spelt: dict[str, str] = {}
     try:
@@ -197,7 +224,7 @@ def list_names(spellings: Iterable[str], where: str, peek: Callable[[str], bytes
         if not spelling.endswith("/"):
             listing.add(spelling)
     for path in litter:
-        _add_litter(path.rpartition("/")[2], listing)
+        listing.leave_out(path.rpartition("/")[2])
     return listing
 
 
@@ -235,11 +262,13 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
     if depth == 0:
         raise _no_classes(files, listing, "")
     around = {_around(name, depth) for name in files.images}
-    level = _split_level(around, listing)
     empty = {name for name in listing.folders if name.count("/") == depth - 1 and _around(name, depth) in around}
     classes = sorted({name.split("/")[depth - 1] for name in (*files.images, *empty)})
-    if level is None and {name.casefold() for name in classes} <= SPLIT_FOLDERS.keys():
+    if {name.casefold() for name in classes} <= SPLIT_FOLDERS.keys():
+        if len(around) > 1:
+            raise _splits_inside(classes, around, listing)
         raise _no_classes(files, listing, f" in {_folders(classes)}")
+    level = _split_level(around, listing)
     if len(classes) < least:
         raise _no_classes(files, listing, "", classes[0])
     _check_depth(files, set(classes), level, listing)
@@ -252,7 +281,8 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
         if other is not item:
             raise UserError(f"{where}: {other.path} and {path} would both be {item.name} of {item.label}: rename one")
     notes = (*listing.notes(), *files.notes(where))
-    return Layout(tuple(items.values()), tuple(classes), level is not None, notes)
+    splits = sorted({"/".join(names[: level + 1]) for names in around}) if level is not None else []
+    return Layout(tuple(items.values()), tuple(classes), tuple(splits), notes)
 
 
 def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: Listing, spelt: dict[str, str]) -> None:
@@ -264,8 +294,8 @@ def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: L
     for entry in entries:
         path = f"{below}{entry.name}"
         if is_litter(entry.name):
-            _add_litter(entry.name, listing)
-        elif not entry.is_dir():
+            listing.leave_out(entry.name)
+        elif not _is_folder(entry):
             listing.add(path)
         elif entry.is_symlink() and _identity(entry) in here:
             listing.loops.append(path)
@@ -275,18 +305,16 @@ def _walk(root: Path, below: str, above: tuple[tuple[int, int], ...], listing: L
             _walk(root, f"{path}/", here, listing, spelt)
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: a bad file, named with the others
+        return False
+
+
 def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
     status = entry.stat()
     return status.st_dev, status.st_ino
-
-
-def _add_litter(name: str, listing: Listing) -> None:
-    """Count it, by its ending where there may be one for each file."""
-    if name == PACKED:
-        return
-    companion = None if LITTER.fullmatch(name) else COMPANION.fullmatch(name)
-    kind = f"*{companion[1]}" if companion else "._*" if name.startswith("._") else name.strip()
-    listing.litter[kind] += 1
 
 
 def _add_folder(spelling: str, listing: Listing, spelt: dict[str, str]) -> None:
@@ -301,7 +329,8 @@ def _is_image(name: str, listing: Listing) -> bool:
     if os.path.splitext(name)[1].lower() in SUFFIXES:
         return True
     start = listing.peek(listing.files[name])
-    return start.startswith(MAGIC) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
+    is_bmp = start[:2] == b"BM" and start[6:10] == bytes(4)  # two letters begin a text, too
+    return is_bmp or start.startswith(MAGIC) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP")
 
 
 def _around(name: str, depth: int) -> tuple[str, ...]:
@@ -324,10 +353,11 @@ def _split_level(around: set[tuple[str, ...]], listing: Listing) -> int | None:
     if twice:
         raise UserError(f"{listing.where} has {_folders(folders)}, of which two would be {twice}/: rename one")
     if len(splits) < len(SPLITS):
-        one = "/".join(next(one for one in sorted(around) if one[level] == folders[-1])[: level + 1])
+        chosen = min(splits, key=SPLITS.index)  # train, where there is one
+        one = next(names for names in sorted(around) if SPLIT_FOLDERS[names[level].casefold()] == chosen)
         raise UserError(
             f"{listing.where} has {_folders(folders)} but not all of train/, valid/ and test/: add what is missing, "
-            f"or split one of them anew with {listing.preparing(one)}"
+            f"or split one of them anew with {listing.preparing('/'.join(one[: level + 1]))}"
         )
     return level
 
@@ -352,7 +382,13 @@ def _is_in_split(name: str, home: tuple[str, ...]) -> bool:
 def _several(what: str, folders: Sequence[tuple[str, ...]], listing: Listing) -> UserError:
     names = ["/".join(folder) for folder in folders]
     choice = f"say which is meant with {listing.choosing(names[0])}"
-    return UserError(f"{listing.where} has {what} in several folders, {_some(f'{name}/' for name in names)}: {choice}")
+    return UserError(f"{listing.where} has {what} in several folders, {some(f'{name}/' for name in names)}: {choice}")
+
+
+def _splits_inside(splits: list[str], around: set[tuple[str, ...]], listing: Listing) -> UserError:
+    folders = ["/".join(names) for names in sorted(around)]
+    outer = f"class folders belong into the splits, as in {splits[0]}/{folders[0].rpartition('/')[2]}/"
+    return UserError(f"{listing.where} has {_folders(splits)} in {some(f'{name}/' for name in folders)}: {outer}")
 
 
 def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> UserError:
@@ -365,7 +401,7 @@ def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> 
         unless = f", unless {loose}" if loose else ""
         return UserError(f"{listing.where} has one class only, {only}: there is nothing to tell apart{unless}")
     if loose:
-        return UserError(f"{listing.where}: {loose}")
+        return UserError(f"{listing.where}: {loose}: move it into one, or elsewhere")
     return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
 
 
@@ -390,9 +426,9 @@ def _check_depth(files: Files, classes: set[str], level: int | None, listing: Li
 def _no_images(listing: Listing) -> UserError:
     packed = [name for name in sorted(listing.files) if name.casefold().endswith(ARCHIVES)]
     if packed:
-        return UserError(f"{listing.where} has no images but {_some(packed)}: unpack that and give what was in it")
-    others = f"; its {len(listing.files):,} files are {_some(sorted(listing.files))}" if listing.files else ""
-    litter = f"; {_some(sorted(listing.litter))} in it are no data" if listing.litter else ""
+        return UserError(f"{listing.where} has no images but {some(packed)}: unpack that and give what was in it")
+    others = f"; it has {_count(listing.files)}: {some(sorted(listing.files))}" if listing.files else ""
+    litter = f"; what is no data in it: {some(sorted(listing.litter))}" if listing.litter else ""
     return UserError(f"{listing.where} has no images (JPEG, PNG, TIFF, WebP, BMP){others}{litter}")
 
 
@@ -404,7 +440,11 @@ def _folders(names: Iterable[str]) -> str:
     return ", ".join(f"{name}/" for name in names)
 
 
-def _some(names: Iterable[str]) -> str:
+def _count(files: Collection[str]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files):,} files"
+
+
+def some(names: Iterable[str]) -> str:
     """The first names, and how many more there are."""
     every = [name if name.isprintable() else ascii(name) for name in names]
     more = f", … and {len(every) - SHOWN:,} more" if len(every) > SHOWN else ""

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import secrets
-import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.images import WHOLE, BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
-from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS
-from hvd_eurosat.data.tree import Tree, sha256_of
+from hvd_eurosat.data.layout import PACKED, SPLITS
+from hvd_eurosat.data.tree import Tree, preparing, sha256_of
 from hvd_eurosat.errors import RunError, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -164,8 +163,7 @@ def _pixels(tree: Tree, name: str, native: int, size: int, crop: Crop) -> bytes:
 def _cure(tree: Tree, side: int) -> str:
     if any(tree.checksums.values()):
         return "prepare the data again"
-    size = "" if side == 64 else f" --image-size {side}"
-    return f"{PREPARE} --source {shlex.quote(str(tree.root))} --out DIR{size} --skip-bad leaves them out"
+    return f"{preparing(tree.root, side)} --skip-bad leaves them out"
 
 
 def resolve_size(tree: Tree, data: Data) -> Data:

@@ -145,6 +145,8 @@ def _zip(file: BinaryIO, path: Path, inside: str) -> Source:
     members: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         name = _name(member, path)
+        if not name:
+            continue
         flaw = _danger(name, member.file_size, member.compress_size)
         if flaw:
             raise UserError(f"{path} is not safe to unpack: {name!r} {flaw}")
@@ -198,7 +200,13 @@ def _name(member: zipfile.ZipInfo, path: Path) -> str:
         except ValueError:
             cure = "unpack it with its encoding, such as `unzip -O cp850` or -O gbk, and give the folder"
             raise UserError(f"{path} does not say how the name {name!r} is encoded: {cure}") from None
-    return name.replace("\\", "/").removeprefix("./")
+    return _plain(name.replace("\\", "/"))
+
+
+def _plain(name: str) -> str:
+    """Without folders that are `.` or nothing, which some programs write; "" for the archive's own folder."""
+    plain = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return f"{'/' * name.startswith('/')}{plain}{'/' * name.endswith('/')}" if plain else ""
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> str:
@@ -215,7 +223,7 @@ def _danger(name: str, size: int, packed: int) -> str:
     """What makes an archive's member unsafe, or nothing. packed: its compressed bytes."""
     flaws = {
         "is an absolute path": name.startswith("/") or bool(PureWindowsPath(name).drive),
-        "has `..`, `.` or nothing for a folder": not {"", ".", ".."}.isdisjoint(name.removesuffix("/").split("/")),
+        "has `..` for a folder": ".." in name.split("/"),
         f"would unpack to {size:,} bytes; {MAX_BYTES:,} is the most": size > MAX_BYTES,
         f"would grow {size // max(1, packed):,} times; {MAX_RATIO} is the most": (
             size > max(MIN_SUSPECT, MAX_RATIO * max(1, packed))
@@ -274,19 +282,21 @@ def _tar(file: BinaryIO, path: Path, inside: str) -> Source:
         raise _not_whole(path, error) from None
     members: dict[str, tarfile.TarInfo] = {}
     for member in every:
-        name = member.name.removeprefix("./")
-        if name == ".":
+        name = _plain(member.name)
+        if not name:
             continue
         flaw = _danger(name, member.size, member.size)
         if flaw:
             raise UserError(f"{path} is not safe to unpack: {name!r} {flaw}")
+        if member.islnk():  # a second name of a file that is in the archive, which tar writes unasked
+            member = members.get(_plain(member.linkname), member)
         if not member.isfile() and not member.isdir():
             cure = "pack it with `tar -h`, which follows links"
             raise UserError(f"{path} cannot be used as it is: {name!r} is a link or a special file: {cure}")
         if name in members and member.isfile():
             raise UserError(f"{path} cannot be used as it is: {name!r} is there twice")
         members[f"{name}/" if member.isdir() else name] = member
-    _check_total(sum(member.size for member in every), path)
+    _check_total(sum(member.size for member in members.values()), path)
     lock = threading.Lock()  # the members share one file
 
     def read(name: str, size: int = -1) -> bytes:

@@ -18,6 +18,7 @@ from hvd_eurosat.errors import UserError
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "files.sha256"
+AS_THEY_CAME = "as the images came"
 
 
 class Skipped(BaseModel):
@@ -27,11 +28,33 @@ class Skipped(BaseModel):
     reason: str
 
 
-class Manifest(BaseModel):
-    """manifest.json of a prepared folder; seed and ratios are null where the source was already split.
+class Rule(BaseModel):
+    """How the images came to their splits.
 
-    converted: files of the source that were made 8-bit RGB, by what they were. inputs: what the numbers in the images
-    are; null in folders of before that was noted. extras: the sha256 of files that are no images.
+    kind: as the source had them; each class at random; by lists of names; by place, blocks of `degrees` going whole to
+    one split. lists: each list's sha256 by split. name: of published lists. blocks: how many by split.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["source", "random", "lists", "place"]
+    lists: dict[str, str] = {}
+    name: str = ""
+    degrees: float | None = None
+    blocks: dict[str, int] = {}
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether seed and ratios make the split."""
+        return self.kind in ("random", "place")
+
+
+class Manifest(BaseModel):
+    """manifest.json of a prepared folder; seed and ratios are null where they did not make the split.
+
+    split: null in folders of before that was noted. converted: files of the source that were made 8-bit RGB, by what
+    they were. inputs: what the numbers in the images are; null in folders of before that was noted. extras: the sha256
+    of files that are no images.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,6 +67,7 @@ class Manifest(BaseModel):
     counts: dict[str, dict[str, int]]
     seed: int | None
     ratios: tuple[float, ...] | None
+    split: Rule | None = None
     digest: str
     skipped: tuple[Skipped, ...] = ()
     converted: dict[str, tuple[str, ...]] = {}
@@ -92,6 +116,8 @@ def open_tree(root: Path) -> Tree:
     Raises UserError where the folder is missing, not split, empty, of one class, or its splits' classes differ.
     """
     try:
+        if root.is_file():
+            raise UserError(f"{root} is a file: make a folder of what is in it with {preparing(root, None)}")
         if not root.is_dir():
             raise UserError(
                 f"no data at {root}: make it with {PREPARE} --source EuroSAT_RGB.zip --out {root}, "
@@ -117,6 +143,12 @@ def check_classes(counts: dict[str, dict[str, int]], where: str) -> tuple[str, .
     if len(classes) < 2:
         raise UserError(f"{where} has one class only, {classes[0]}: there is nothing to tell apart")
     return tuple(classes)
+
+
+def preparing(root: Path, side: int | None) -> str:
+    """The command that prepares a folder, whose images have `side` pixels, if that is known."""
+    size = "" if side in (None, 64) else f" --image-size {side}"
+    return f"{PREPARE} --source {shlex.quote(str(root))} --out DIR{size}"
 
 
 def sha256_of(path: Path) -> str:
@@ -147,12 +179,19 @@ def split_of(tree: Tree) -> str:
         manifest = read_manifest(tree.root) if (tree.root / MANIFEST).exists() else None
     except UserError:
         manifest = None
-    if manifest and manifest.ratios:
-        parts = ":".join(f"{part:g}" for part in manifest.ratios)
-        how = f"{parts} by prepare, at random by seed {manifest.seed}"
-    else:
-        how = "as the images came"
-    return f"{how} (digest {tree.digest[:12]})"
+    return f"{_how(manifest) if manifest else AS_THEY_CAME} (digest {tree.digest[:12]})"
+
+
+def _how(manifest: Manifest) -> str:
+    rule = manifest.split or Rule(kind="random" if manifest.ratios else "source")
+    drawn = f"{':'.join(f'{part:g}' for part in manifest.ratios or ())} by prepare"
+    digests = ", ".join(f"{split} {sha256[:8]}" for split, sha256 in rule.lists.items())
+    return {
+        "source": AS_THEY_CAME,
+        "random": f"{drawn}, at random by seed {manifest.seed}",
+        "lists": f"by {f'{rule.name} lists' if rule.name else f'lists of names, sha256 {digests}'}",
+        "place": f"{drawn}, by place, in whole blocks of {rule.degrees} degrees by seed {manifest.seed}",
+    }[rule.kind]
 
 
 def _prepared(root: Path) -> Tree:
@@ -184,9 +223,8 @@ def _unzipped(root: Path) -> Tree:
     listing = list_folder(root, f"--data.root {shlex.quote(f'{root}/')}")
     layout = lay_out(listing)
     if not layout.split:
-        raise UserError(
-            f"{root} has no train/ valid/ test/: split it with {PREPARE} --source {shlex.quote(str(root))} --out DIR"
-        )
+        side = _side(root / listing.files[layout.items[0].path])
+        raise UserError(f"{root} has no train/ valid/ test/: split it with {preparing(root, side)}")
     own = {f"{item.split}/{item.label}/{item.name}": listing.files[item.path] for item in layout.items}
     digest = hashlib.sha256()
     counts: dict[str, dict[str, int]] = {split: dict.fromkeys(layout.classes, 0) for split in SPLITS}
@@ -205,7 +243,7 @@ def _unzipped(root: Path) -> Tree:
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
-    except FileNotFoundError:  # a link that leads nowhere is a bad image, named with the others
+    except OSError:  # a link that leads nowhere is a bad image, named with the others
         return path.lstat()
 
 

@@ -89,9 +89,9 @@ class Bottleneck(Block):
         return self.bn3
 
 
-BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18": (BasicBlock, [2, 2, 2, 2]),
-    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+BLOCKS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], int]] = {  # kind, depths, channels of the stem
+    "resnet18": (BasicBlock, [2, 2, 2, 2], 64),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], 64),
 }
 
 
@@ -129,21 +129,21 @@ class LandCoverResNet(nn.Module):
 
     def __init__(self, arch: str, classes: int, trainable: str, details: Details = DEFAULT) -> None:
         super().__init__()
-        block, depths = BLOCKS[arch]
-        self.conv1 = _convolution(3, 64, 7, stride=2)
-        self.bn1 = nn.BatchNorm2d(64)
+        block, depths, width = BLOCKS[arch]
+        self.conv1 = _convolution(3, width, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         wider = block.expansion
-        self.layer1 = _stage(block, 64, 64, depths[0], stride=1)
-        self.layer2 = _stage(block, 64 * wider, 128, depths[1], stride=2)
-        self.layer3 = _stage(block, 128 * wider, 256, depths[2], stride=2)
-        self.layer4 = _stage(block, 256 * wider, 512, depths[3], stride=2)
+        self.layer1 = _stage(block, width, width, depths[0], stride=1)
+        self.layer2 = _stage(block, width * wider, 2 * width, depths[1], stride=2)
+        self.layer3 = _stage(block, 2 * width * wider, 4 * width, depths[2], stride=2)
+        self.layer4 = _stage(block, 4 * width * wider, 8 * width, depths[3], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        nn.Linear(512 * wider, classes)  # torchvision draws a head first: a seed gives the same convolutions
+        nn.Linear(8 * width * wider, classes)  # torchvision draws a head first: a seed gives the same convolutions
         # Blocks that begin as the identity suit training from scratch (Goyal et al. 2017); weights override it.
         self._draw_weights(identity_blocks=trainable == "all")
         use_matrix_products(self)
-        self.fc = nn.Linear(512 * wider, classes, bias=details.head_bias)
+        self.fc = nn.Linear(8 * width * wider, classes, bias=details.head_bias)
         self.trainable = trainable
         self.details = details
         self._frozen_norms: list[nn.BatchNorm2d] = []

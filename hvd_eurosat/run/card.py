@@ -23,15 +23,17 @@ from hvd_eurosat.config.schema import flatten
 from hvd_eurosat.data.sample import SCENES
 from hvd_eurosat.data.tree import read_manifest
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.run.page import environment, percent, shown
-from hvd_eurosat.run.story import Confusion, Story, read_story
+from hvd_eurosat.run.rendering import between, counted, environment, percent, shown
+from hvd_eurosat.run.story import Confusion, Story, beginning, read_story
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.scores import calibration_error
 from hvd_eurosat.weights.known import KNOWN
 from hvd_eurosat.weights.stored import named
 
 CARD, ITEM = "model_card.md", "stac_item.json"
 MLM = "https://stac-extensions.github.io/mlm/v1.4.0/schema.json"
 EO = "https://stac-extensions.github.io/eo/v1.1.0/schema.json"
+FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 EUROPE = (-25.0, 34.0, 45.0, 72.0)  # west, south, east, north, in degrees: the countries that EuroSAT was taken from
 BANDS = (("B04", "red"), ("B03", "green"), ("B02", "blue"))
 TRAINING = ("data", "model", "optim", "train")  # sections of the configuration
@@ -97,8 +99,8 @@ def write_card(export: Export) -> list[Path]:
 
     story = story_of(export.checkpoint)
     judged = judgement(export.saved, story)
-    calibration = story.examples.get("calibration") if story and judged and judged.split == "test" else None
-    facts = card(export, story, judged, calibration)
+    bins = story.calibration if story and judged and judged.split == "test" else None
+    facts = card(export, story, judged, calibration_error(bins) if bins is not None else None)
     text = environment().get_template("card.md.jinja").render(card=facts)
     write_text(export.folder / CARD, text)
     item = stac_item(export, judged, facts)
@@ -133,21 +135,16 @@ def judgement(saved: Checkpoint | None, story: Story | None) -> Confusion | None
 # --- for people ---
 
 
-def card(
-    export: Export, story: Story | None, judged: Confusion | None, calibration: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """All that the card says."""
+def card(export: Export, story: Story | None, judged: Confusion | None, off: float | None) -> dict[str, Any]:
+    """All that the card says. off: the test's expected calibration error, a fraction 0..1."""
     facts, config = export.facts, flatten(export.saved.config) if export.saved else {}
     names = export.classes
     synthetic = _is_synthetic(config, story)
     rows = []
     if judged:
         for n, name in enumerate(names):
-            hit, true, said = (int(v) for v in (judged.counts[n, n], judged.counts[n].sum(), judged.counts[:, n].sum()))
-            low, high = _interval(hit, true)
-            precision = percent(hit / said) if said else "none given"
-            rows.append({"name": name, "images": true, "recall": percent(hit / max(true, 1)), "low": low, "high": high,
-                         "precision": precision})  # fmt: skip
+            found, given = judged.of_class(n)
+            rows.append({"name": name, "found": found, "given": given, "between": between(*found.interval)})
     return {
         "name": _name(export, story),
         "format": export.format,
@@ -165,7 +162,8 @@ def card(
         "data": Path(config["data.root"]).name if config else "",
         "judged": judged,
         "rows": rows,
-        "calibration": calibration,
+        "calibration_error": off,
+        "caveats": caveats(export.saved, facts) if export.saved else [],
         "synthetic": synthetic,
         "is_eurosat": set(names) == set(SCENES) and not synthetic,
         "weights_licence": _weights_licence(config.get("model.weights", "none")),
@@ -179,8 +177,7 @@ def lead(export: Export, judged: Confusion | None, synthetic: bool) -> str:
         return f"A {arch} prepared for training. **It is not trained: its answers mean nothing yet.**"
     words = [f"A {arch} that gives a whole image of {size}x{size} pixels one of {len(export.classes)} classes."]
     if judged and judged.split == "test":
-        low, high = _interval(judged.all.correct, judged.all.total)
-        right = f"it is right in {percent(judged.all.share)} (95 % interval {low} to {high} %)"
+        right = f"it is right in {percent(judged.all.share)} (95 % interval {between(*judged.all.interval)})"
         words.append(f"On {judged.all.total:,} test images, which it had never seen, {right}.")
     if synthetic:
         words.append("**It was trained on synthetic images, for trying things out: it is of no use for real ones.**")
@@ -189,13 +186,24 @@ def lead(export: Export, judged: Confusion | None, synthetic: bool) -> str:
 
 def verdict(judged: Confusion) -> str:
     """How good it is on all classes together."""
-    low, high = _interval(judged.all.correct, judged.all.total)
     split = "test" if judged.split == "test" else "validation"
-    counts = f"{judged.all.correct:,} of {judged.all.total:,}, 95 % interval {low} to {high} %"
+    counts = f"{judged.all.correct:,} of {judged.all.total:,}, 95 % interval {between(*judged.all.interval)}"
     found = f"{percent(judged.all.share)} of the {split} images are classified rightly: {counts}."
     if split == "test":
         return found
     return f"{found} These images chose the epoch, so with new ones it will be somewhat lower. It was not tested."
+
+
+def caveats(saved: Checkpoint, facts: Mapping[str, Any]) -> list[str]:
+    """In what the network that was judged is another than the one that is exported."""
+    views, found = saved.views(None), []
+    if views > 1:
+        found.append(
+            f"It was judged by the mean of {views} views of each image. By one view it is a little less accurate."
+        )
+    if facts["temperature"] != saved.temperature(views):
+        found.append("Its probabilities are not calibrated as those that were judged: it has another temperature.")
+    return found
 
 
 def _is_synthetic(config: Mapping[str, Any], story: Story | None) -> bool:
@@ -213,26 +221,18 @@ def _training(export: Export, config: Mapping[str, Any], story: Story | None) ->
         return []
     status = story.status if story else {}
     header = status.get("header", {})
-    weights, trains = Path(config["model.weights"]).name, config["model.trainable"]
     rate = f"{config['optim.name']}, learning rate {config['optim.lr']:g} {config['optim.schedule']}"
     images = status.get("images", {})
     counts = ", ".join(f"{count:,} {split}" for split, count in images.items())
     return [
         ("data", f"{Path(config['data.root']).name}{f': {counts} images' if counts else ''}"),
-        ("split", status.get("split", f"digest of the images {export.saved.digest[:12]}")),
-        ("start", f"{'random' if weights == 'none' else weights} weights, of which {trains} trained"),
+        ("split", (story and story.split) or f"digest of the images {export.saved.digest[:12]}"),
+        ("start", beginning(config)),
         ("optimiser", header.get("optimiser", rate)),
         ("length", f"epoch {export.saved.epoch} of {config['train.epochs']}, {export.saved.step:,} steps"),
-        ("batch", f"{config['train.batch_size']} images on each of {len(export.saved.rank_buffers)} ranks"),
+        ("batch", f"{config['train.batch_size']} images on each of {counted(len(export.saved.rank_buffers), 'rank')}"),
         ("seed", str(config["train.seed"])),
     ]
-
-
-def _interval(correct: int, total: int) -> tuple[str, str]:
-    from hvd_eurosat.run.story import Counted
-
-    low, high = Counted(correct, total).interval
-    return f"{100 * low:.1f}", f"{100 * high:.1f}"
 
 
 def _weights_licence(weights: str) -> str:
@@ -263,7 +263,7 @@ def stac_item(export: Export, judged: Confusion | None, facts: Mapping[str, Any]
     return {
         "type": "Feature",
         "stac_version": "1.1.0",
-        "stac_extensions": [MLM, EO],
+        "stac_extensions": [MLM, EO, FILE],
         "id": re.sub(r"[^A-Za-z0-9_-]+", "-", facts["name"]).strip("-") or "model",
         **place,
         "properties": _properties(export, judged, facts),
@@ -278,7 +278,9 @@ def _properties(export: Export, judged: Confusion | None, facts: Mapping[str, An
     written = (named(export.checkpoint) if export.checkpoint else export.folder / export.files[0]).stat().st_mtime
     kind = KINDS[export.format]
     what = {key: shown(value) for key, value in config.items() if key.split(".")[0] in TRAINING}
-    found = {f"hvd_eurosat:{judged.split}_accuracy": judged.all.share} if judged else {}
+    found: dict[str, Any] = {f"hvd_eurosat:{judged.split}_accuracy": judged.all.share} if judged else {}
+    if split := dict(facts["training"]).get("split"):
+        found["hvd_eurosat:split"] = split
     return {
         "datetime": f"{datetime.fromtimestamp(written, tz=timezone.utc):%Y-%m-%dT%H:%M:%SZ}",
         "description": f"A {export.facts['arch']} that classifies images of land cover; {CARD} says more.",

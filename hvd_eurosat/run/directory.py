@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hvd_eurosat.config.schema import Config
-from hvd_eurosat.data.tree import Tree
+from hvd_eurosat.data.tree import Tree, split_of
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.run import outfile, plots
 from hvd_eurosat.run.predictions import CSV, HDF5
@@ -297,6 +297,7 @@ class RunDirectory:
             **{key: value for key, value in self._calibration.items() if key != "valid_reliability"},
             "stragglers": [{"epoch": e["epoch"], **one} for e in trained for one in e.get("stragglers", [])],
             "synthetic": tree.synthetic,
+            "split": split_of(tree),
             "classes": list(tree.classes),
         }
         self.record("end", trained[-1]["epoch"])

@@ -1,4 +1,4 @@
-"""examples.json: of a tested run, the images worth a look and how far its probabilities can be trusted.
+"""examples.json: of a tested run, the images worth a look.
 
 Written once, after the test, from what rank 0 has then: the log-probabilities and the packed images.
 """
@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXAMPLES = "examples.json"
-BINS = 10  # of the reliability diagram
 MISTAKES, UNSURE, RIGHT = 200, 24, 4  # images: in all, in all, of each class
 PIXELS = 96  # the most that a thumbnail has on a side
 ROOM = 1_200_000  # bytes of thumbnails, so that the page stays under 2 MB
@@ -57,7 +56,7 @@ def write_examples(
                 "source": source,
             }
         )
-    content = {"epoch": epoch, "calibration": calibration(probabilities, labels), "images": chosen}
+    content = {"epoch": epoch, "images": chosen}
     write_text(path, json.dumps(content) + "\n")
 
 
@@ -92,22 +91,6 @@ def in_turn(indices: Indices, pairs: NDArray[np.int64]) -> list[int]:
     return [int(indices[n]) for n in sorted(range(len(indices)), key=turns.__getitem__)]
 
 
-def calibration(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, Any]:
-    """Bins of equal width in the probability of the given class: how many images, how sure, how often right.
-
-    error: the expected calibration error, the mean distance of the two, weighted by images (Guo et al. 2017).
-    """
-    sure, right = probabilities.max(1), probabilities.argmax(1) == labels
-    place = np.minimum((sure * BINS).astype(int), BINS - 1)
-    counts, sums, hits = (np.bincount(place, weights, BINS) for weights in (None, sure, right))
-    some = np.maximum(counts, 1)
-    bins = [
-        {"images": int(n), "confidence": round(float(c), 4), "accuracy": round(float(a), 4)}
-        for n, c, a in zip(counts, sums / some, hits / some, strict=True)
-    ]
-    return {"error": float(np.abs(sums - hits).sum() / max(len(labels), 1)), "bins": bins}
-
-
 def thumbnail(pixels: NDArray[np.uint8]) -> str:
     """A JPEG in a data: address. pixels: uint8 [S, S, 3]."""
     from PIL import Image
@@ -123,6 +106,6 @@ def read_examples(folder: Path) -> dict[str, Any]:
     """What examples.json of a run holds; nothing where it is missing or damaged, for the page can do without."""
     try:
         content = dict(json.loads((folder / EXAMPLES).read_bytes()))
-        return content if content.keys() >= {"epoch", "calibration", "images"} else {}
+        return content if content.keys() >= {"epoch", "images"} else {}
     except (OSError, ValueError, TypeError):
         return {}

@@ -34,6 +34,7 @@ from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 from hvd_eurosat.training.stragglers import slow_ranks
+from hvd_eurosat.training.trained_on import note_images
 
 LOCK_SECONDS = 180.0  # a shared disk keeps the lock of a lost host's rank 0 for a while (NFS: 90 s)
 REGROUPING = ("HorovodInternalError", "HostsUpdatedInterrupt")  # Horovod's, when ranks are lost or join
@@ -52,6 +53,7 @@ class Journal:
         self._files = world.together(self._open)
         self._saver: Saver | None = None
         self._signs: Signs | None = None
+        self._reached: dict[str, int] = {}
         self._outfile: Outfile | None = None
 
     def _open(self) -> RunDirectory | None:
@@ -111,6 +113,7 @@ class Journal:
             return
         self._files.check_space(first.size_on_disk(copies=self._config.run.keep + 2))
         self._files.begin(start)
+        note_images(self._files.checkpoints.folder, self._tree)
         if not start:
             self._files.record("start", 0, step=0, world_size=self._world.size, version=__version__)
         if self._config.run.outfile:
@@ -160,6 +163,7 @@ class Journal:
 
     def stepped(self, number: int, step: Step, state: TrainingState, samples: int) -> None:
         """After step `number` and `samples` samples since begin_epoch: progress, now and then, of rank 0's shard."""
+        self._reached = {"step": state.step, "samples": state.samples}
         if self._outfile:
             rate = state.optimiser.param_groups[0]["lr"]
             self._outfile.stepped(state.epoch + 1, step.loss.clone(), step.gradient_norm(), rate)
@@ -222,7 +226,8 @@ class Journal:
         self._files.record("valid", epoch, step=step, seconds=validating, **validation.event())
         if self._signs:
             skipped = sum(event.get("skipped_steps", 0) for event in self._files.events("train"))
-            self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **self._results())
+            facts |= {"images_per_second": self._samples / seconds}
+            self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **facts, **self._results())
             self._signs.draw()
         if self._outfile:
             self._outfile.validated(epoch, validation)
@@ -311,7 +316,8 @@ class Journal:
             self._signs.end(phase="waiting for ranks")
         elif self._signs:
             noted = read_failure(folder)
-            self._signs.end(state="failed", error=noted["error"] if noted else self._words(error), seconds_left=None)
+            words = noted["error"] if noted else self._words(error)
+            self._signs.end(state="failed", error=words, seconds_left=None, **self._reached)
         elif not (self._world.is_main or lost or isinstance(error, SharedError)):
             leave_failure(folder, self._words(error))
             with contextlib.suppress(Exception):  # the job ends by another error than this

@@ -13,7 +13,7 @@ from typing import Any
 
 import hvd_eurosat
 from hvd_eurosat.config.schema import Config
-from hvd_eurosat.run.page import PAGE, write_page
+from hvd_eurosat.run.page import MOST_SECONDS, PAGE, write_page
 from hvd_eurosat.run.status import FAILURE, INTERVAL, STATUS, Status, plain
 from hvd_eurosat.run.textfile import write_textfile
 from hvd_eurosat.training.files import write_text
@@ -32,7 +32,7 @@ class Signs:
         self._draws, self._metrics_file = config.run.page, config.run.metrics_file
         self._status: Status = {}
         self._wanted, self._ending = threading.Event(), False
-        self._page_due, self._shown = self._draws, -1
+        self._page_due, self._shown, self._drawn = self._draws, -1, 0.0
         self._commit = ""
         self._failing: set[str] = set()
         self._thread = threading.Thread(target=self._run, daemon=True, name="signs of life")
@@ -98,8 +98,10 @@ class Signs:
         if path := self._metrics_file:
             self._try(str(path), lambda: write_textfile(path, str(self._folder), status))
         saved = checkpoint["epoch"] if checkpoint else -1
-        if page_due or (self._draws and saved != self._shown):  # of the epoch that was drawn before it was saved
-            self._shown = saved
+        is_new = saved != self._shown  # of the epoch that was drawn before it was saved
+        is_old = time.monotonic() > self._drawn + MOST_SECONDS
+        if page_due or (self._draws and (is_new or is_old)):
+            self._shown, self._drawn = saved, time.monotonic()
             self._try(PAGE, lambda: write_page(self._folder))
 
     def _try(self, name: str, write: Callable[[], object]) -> None:

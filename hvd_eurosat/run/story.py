@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,6 +59,11 @@ class Confusion:
         """Of all classes."""
         return Counted(int(self.counts.trace()), int(self.counts.sum()))
 
+    def of_class(self, n: int) -> tuple[Counted, Counted]:
+        """Of its images those that were given it (recall); of the images given it those that are of it (precision)."""
+        hits = int(self.counts[n, n])
+        return Counted(hits, int(self.counts[n].sum())), Counted(hits, int(self.counts[:, n].sum()))
+
     @property
     def worst_pairs(self) -> list[tuple[int, int, int]]:
         """True class, given class and count of each kind of mistake, the most frequent first."""
@@ -90,6 +96,11 @@ class Story:
         """running, stopped, done, failed, stale, or unknown."""
         return str(self.status.get("state") or ("done" if self.summary else "unknown"))
 
+    @property
+    def split(self) -> str:
+        """How its images came to their splits; "" of a run of an earlier version."""
+        return str(self.status.get("split") or self.summary.get("split") or "")
+
     def of(self, kind: str) -> list[Event]:
         """Its events of a kind, oldest first."""
         return [event for event in self.events if event["event"] == kind]
@@ -112,6 +123,12 @@ class Story:
     def tested(self) -> Counted | None:
         """The test result."""
         return self.confusion.all if self.confusion and self.confusion.split == "test" else None
+
+    @property
+    def calibration(self) -> NDArray[np.float64] | None:
+        """Of the test: scores.reliability's sums, [3, bins]."""
+        found = [event["reliability"] for event in self.of("test") if "reliability" in event]
+        return np.array(found[-1], dtype=np.float64) if found else None
 
     @property
     def classes(self) -> list[str]:
@@ -181,6 +198,14 @@ def defaults() -> dict[str, Any]:
     """Of every key, whatever the environment says."""
     sections = {name: field.default for name, field in Config.model_fields.items() if name != "config"}
     return flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
+
+
+def beginning(config: Mapping[str, Any]) -> str:
+    """The weights that a run of this configuration begins with, and what of them trains."""
+    weights, trains = Path(config["model.weights"]).name, config["model.trainable"]
+    known = {"all": "all of them train", "bn+head": "the BatchNorm layers and the head (the last layer) train"}
+    known |= {"head": "the head (the last layer) trains"}
+    return f"{'random' if weights == 'none' else weights} weights; {known.get(trains, f'{trains} trains')}"
 
 
 def meaning(key: str) -> str:

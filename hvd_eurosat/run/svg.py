@@ -7,7 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 30
@@ -138,10 +140,13 @@ def spark(values: Sequence[float], label: str) -> Markup:
     return svg.format(width, height, label, "L".join(points))
 
 
-def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
-    """How often the network is right where it is so sure: a bar for each bin, the diagonal where both agree."""
+def reliability(sums: NDArray[np.float64]) -> Markup:
+    """How often the network is right where it is so sure: a bar for each bin, the diagonal where both agree.
+
+    sums: training.scores.reliability's, [3, bins].
+    """
     side, left, foot = 300, 44, 34
-    room, width = side - left - 8, (side - left - 8) / len(bins)
+    room, width = side - left - 8, (side - left - 8) / sums.shape[1]
     top = side - foot - room
     line = Markup('<path class="grid" d="M{} {}h{}"/><text class="tick" x="{}" y="{}" text-anchor="end">{} %</text>')
     foot_text = Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{} %</text>')
@@ -151,11 +156,11 @@ def reliability(bins: Sequence[dict[str, Any]]) -> Markup:
         parts.append(line.format(left, up, room, left - 6, up + 4, round(100 * share)))
         parts.append(foot_text.format(left + room * share, side - foot + 18, round(100 * share)))
     bar = Markup('<rect class="bar" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>')
-    for n, one in enumerate(bins):
-        if one["images"]:
-            height = room * one["accuracy"]
-            sure, right = written(one["confidence"], "{:.1%}"), written(one["accuracy"], "{:.1%}")
-            text = f"{one['images']:,} images: {sure} sure, {right} right"
+    for n, (images, probabilities, correct) in enumerate(sums.T):
+        if images:
+            height = room * correct / images
+            sure, right = written(probabilities / images, "{:.1%}"), written(correct / images, "{:.1%}")
+            text = f"{images:,.0f} images: {sure} sure, {right} right"
             parts.append(bar.format(left + n * width + 1, top + room - height, width - 2, height, text))
     parts.append(Markup('<path class="diagonal" d="M{} {}L{} {}"/>').format(left, top + room, left + room, top))
     head = Markup('<svg class="reliability" viewBox="0 0 {} {}" role="img" aria-label="reliability diagram">')

@@ -1,1 +1,1 @@
-"""Scenes in, maps out: the only room that imports rasterio. Nothing here changes a weight."""
+"""Scenes in, maps out. Nothing here changes a weight."""

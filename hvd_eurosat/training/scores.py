@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 BINS = 15  # of probabilities, equally wide (Guo et al. 2017)
@@ -26,10 +28,10 @@ def reliability(log_probabilities: Tensor, labels: Tensor, weights: Tensor, bins
     return torch.zeros(3, bins, dtype=torch.float64, device=labels.device).index_add_(1, places, facts)
 
 
-def calibration_error(bins: Tensor) -> float:
+def calibration_error(bins: Tensor | NDArray[np.float64]) -> float:
     """Expected calibration error (Naeini et al. 2015) of `reliability`'s sums: how far off a probability is, 0..1."""
     number, probability, correct = bins
-    return float((correct - probability).abs().sum() / number.sum())
+    return float(abs(correct - probability).sum() / number.sum())
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.errors import STOPPED
 from tests.faults.conftest import fingerprint
-from tests.faults.inject import leave_out_plots
+from tests.parallel.warm import make_small
 
 
 class StopAt:
@@ -38,7 +38,7 @@ def run(world: World, config: Config, name: str, stop_at: int) -> int:
 
 def main(world: World, config: Config) -> None:
     """Once undisturbed; then stopped after each step, and resumed."""
-    leave_out_plots()
+    make_small()
     steps = math.ceil(80 / (config.train.batch_size * world.size))
     names = ["undisturbed", *(f"stopped-{step}" for step in range(1, steps + 1))]
     for step, name in enumerate(names):

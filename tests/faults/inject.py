@@ -32,11 +32,11 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch
-from hvd_eurosat.run import plots
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.train import train
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.step import Step
+from tests.parallel.warm import make_small
 from tests.waiting import now
 
 HOURS = 10_000
@@ -130,7 +130,10 @@ ACTIONS: dict[str, Callable[..., object]] = {
     "fail": fail,
     "exit": lambda *_: sys.exit(0),
     "kill": lambda *_: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda *_: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop": lambda *_: (
+        os.kill(os.getpid(), signal.SIGSTOP),
+        time.sleep(HOURS),
+    ),  # is woken for its stacks
     "sleep": lambda *_: time.sleep(HOURS),
     "gil": lambda *_: [ctypes.PyDLL(None).usleep(10**6) for _ in iter(int, 1)],  # keeps the GIL asleep, for ever
     "usr1": lambda *_: send(os.getpid(), signal.SIGUSR1),
@@ -188,15 +191,10 @@ def tell_samples() -> None:
     Step.__call__ = told  # type: ignore[method-assign]
 
 
-def leave_out_plots() -> None:
-    """They take longer to draw than a run here takes to train."""
-    plots.learning_curves = plots.confusion_matrix = lambda *_: None  # type: ignore[assignment]
-
-
 def main(world: World, config: Config) -> int:
     """train, run after run, each with its fault, until one does not end with 0."""
     tell_samples()
-    leave_out_plots()
+    make_small()
     for directory, fault in json.loads(os.environ["FAULTS"]).items():
         os.environ["RUN_DIR"] = directory
         rank, *what = fault.split() or [""]

@@ -110,7 +110,7 @@ def test_the_disk_fills_for_good(inject: Inject, disk: Path, data: Path) -> None
 
 
 def test_too_little_room_is_said_before_training(inject: Inject, disk: Path, data: Path) -> None:
-    job = inject({disk / "run": ""}, "python", 1, model__trainable="all")
+    job = inject({disk / "run": ""}, "python", 1, model__arch="resnet50", model__trainable="all")
     assert job.returncode == 2
     assert "MB free" in job.errors[0]
 

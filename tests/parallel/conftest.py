@@ -32,11 +32,6 @@ LAUNCHERS = {
 }
 LAUNCHERS["elastic"] = [*LAUNCHERS["gloo"], "1", "--min-np", "1", "-H", THREE, "--max-np"]
 TRAINED = {"model__trainable": "all", "train__epochs": 2, "valid__batch_size": 8}
-NOTE_IMPORTS = """
-import atexit, json, os, sys
-path = {folder!r} + "/imported-" + os.environ.get("OMPI_COMM_WORLD_RANK", "none") + ".json"
-atexit.register(lambda: open(path, "w").write(json.dumps(sorted(sys.modules))))
-"""
 Job = subprocess.CompletedProcess[str]
 Launch = Callable[..., Job]
 
@@ -122,13 +117,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, all weights trained on 2 ranks; beside it is what these imported, imported-<rank>.json."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "sitecustomize.py").write_text(NOTE_IMPORTS.format(folder=str(folder)))
-    job = run(command("mpirun", 2, "train", *small(data, folder / "run", **TRAINED)), PYTHONPATH=str(folder))
+def trained(launch: Launch, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, all weights trained on 2 ranks."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    job = launch("mpirun", 2, "train", *small(data, run_dir, **TRAINED))
     assert job.returncode == 0, job.stderr
-    return folder / "run"
+    return run_dir
 
 
 def make_data(folder: Path, seed: int, per_class: int = 12) -> Path:
@@ -148,7 +142,7 @@ SMALL = ("--model.arch", "resnet18", "--train.precision", "fp32", "--optim.sched
 def small(data: Path, run_dir: Path, **keys: object) -> list[str]:
     """Flags for a run of seconds; section__key=value adds more."""
     shown = {"data__root": data, "data__image_size": 32, "run__dir": run_dir}
-    flags = {**shown, "model__weights": "none", "train__batch_size": 10, **keys}
+    flags = {**shown, "model__weights": "none", "train__batch_size": 10, "valid__batch_size": 10, **keys}
     return [*SMALL, *(word for key, value in flags.items() for word in (f"--{key.replace('__', '.')}", str(value)))]
 
 

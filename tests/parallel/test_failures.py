@@ -118,8 +118,9 @@ def test_evaluate_refuses_other_classes_and_no_checkpoint(
 @pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 3), ("gloo", 2)])
 def test_rank_0_fails_to_save(warm: str, data: Path, tmp_path: Path, launcher: str, ranks: int) -> None:
     """A file-size limit lets the packed images and the metrics be written, and no checkpoint."""
-    words = command(launcher, ranks, "train", *small(data, tmp_path / "run", train__epochs=2), python=warm)
-    job = run(["bash", "-c", 'ulimit -f 20000; exec "$@"', "-", *words], timeout=240)  # of seconds: it does not hang
+    flags = small(data, tmp_path / "run", model__trainable="all", train__epochs=2)
+    words = command(launcher, ranks, "train", *flags, python=warm)
+    job = run(["bash", "-c", 'ulimit -f 6000; exec "$@"', "-", *words], timeout=240)  # of seconds: it does not hang
     assert job.returncode == 1
     assert len(errors(job)) == 1
     assert "cannot write" in errors(job)[0]

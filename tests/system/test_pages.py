@@ -15,6 +15,7 @@ from tests.unit.runs import grow_run
 
 pytestmark = pytest.mark.skipif(not PROGRAM, reason="no Chromium here (apt-get install chromium)")
 SIZES = [(1280, False), (1280, True), (390, False)]
+TALLEST = "Math.max(0, ...[...document.querySelectorAll('tr')].map((row) => row.clientHeight))"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -37,6 +38,36 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+CONTRAST = """(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const over = (colour) => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); };
+  const light = () => {
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)
+      .map((v) => v / 255).map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const words = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!words || !element.getClientRects().length) continue;
+    const around = [];
+    for (let one = element; one; one = one.parentElement) around.unshift(getComputedStyle(one).backgroundColor);
+    around.forEach(over);
+    const ground = light(), style = getComputedStyle(element);
+    over(element instanceof SVGElement ? style.fill : style.color);
+    const ink = light(), ratio = (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+    if (ratio < 4.5) found.push(`${element.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+  }
+  return found;
+})()"""  # of each element with words, those whose contrast is below that of WCAG 2.2, level AA
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", ["done", "live", "dead", "."])
+def test_words_stand_out_from_their_ground(chromium: Browser, runs: Path, name: str, dark: bool) -> None:
+    assert load(chromium, runs / name / "index.html", dark=dark).ask(CONTRAST) == []
+
+
 @pytest.mark.parametrize(("width", "dark"), SIZES)
 @pytest.mark.parametrize("name", ["done", "live", "dead", "."])
 def test_nothing_is_complained_of_and_nothing_sticks_out(
@@ -44,6 +75,7 @@ def test_nothing_is_complained_of_and_nothing_sticks_out(
 ) -> None:
     page = load(chromium, runs / name / "index.html", width, dark=dark)
     assert page.ask(OVERFLOW) == 0
+    assert page.ask(TALLEST) < 250, "words of a table are broken into letters"
     assert page.complaints == []
 
 
@@ -53,6 +85,8 @@ def test_a_number_of_the_matrix_shows_its_images(chromium: Browser, runs: Path) 
     assert page.ask("viewer.open")
     assert page.ask("document.querySelector('#viewer h3').textContent") == "Pasture, taken for River"
     assert page.ask("document.querySelectorAll('#viewer img').length") == 12
+    sure = page.ask("[...document.querySelectorAll('#viewer figure')].map((figure) => Number(figure.dataset.sure))")
+    assert sure == sorted(sure, reverse=True)
     assert page.ask("[...document.querySelectorAll('#viewer img')].every((image) => image.naturalWidth === 64)")
     page.press("Escape")
     assert not page.ask("viewer.open")
@@ -84,13 +118,27 @@ def test_curves_say_their_values(chromium: Browser, runs: Path) -> None:
 def test_tables_sort(chromium: Browser, runs: Path) -> None:
     page = load(chromium, runs / "done" / "index.html")
     names = "[...document.querySelectorAll('#classes tbody tr')].map((row) => row.cells[0].textContent)"
-    page.click("#classes th:nth-child(4) button")
+    page.click("#classes th:nth-child(2) button")
     assert page.ask(names)[0] == "Pasture"
-    page.click("#classes th:nth-child(4) button")
+    page.click("#classes th:nth-child(2) button")
     assert page.ask(names)[-1] == "Pasture"
     page.tell("Page.reload")
     page.ask("new Promise((done) => setTimeout(done, 500))")
     assert page.ask(names)[-1] == "Pasture"
+
+
+def test_what_was_opened_stays_open(chromium: Browser, runs: Path) -> None:
+    """When the page of a running job reloads itself."""
+    page = load(chromium, runs / "live" / "index.html")
+    is_open = "document.querySelector('details').open"
+    assert not page.ask(is_open)
+    page.ask("""new Promise((done) => {
+        document.querySelector("details").addEventListener("toggle", () => done());
+        document.querySelector("details summary").click(); })""")
+    page.tell("Page.reload")
+    page.ask("new Promise((done) => setTimeout(done, 500))")
+    assert page.ask(is_open)
+    assert page.complaints == []
 
 
 def test_two_runs_are_set_against_each_other(chromium: Browser, runs: Path) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from hvd_eurosat import prepare
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config, Data, Model
+from hvd_eurosat.config.schema import Config, Data, Model, Valid
 from hvd_eurosat.model import native
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training import checkpoint
@@ -128,7 +128,7 @@ def saved_checkpoint(
         epoch=3,
         samples=0,
         step=30,
-        config=Config(model=settings, data=data).model_dump(mode="json"),
+        config=Config(model=settings, data=data, valid=Valid(batch_size=8)).model_dump(mode="json"),
         classes=classes,
         digest="d",
         precision="fp32",

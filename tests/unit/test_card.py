@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.config.schema import Config, Data, Model, Valid
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.sample import SCENES
@@ -101,6 +101,22 @@ def test_the_card_of_a_network_that_was_not_tested(network: LandCoverResNet, tmp
     assert "It was not tested." in card
     assert "Calibration: not measured." in card
     assert "hvd_eurosat:valid_accuracy" in item["properties"]
+
+
+@pytest.mark.parametrize(
+    ("views", "raw", "other_views", "other_temperature"),
+    [(1, False, False, False), (1, True, False, True), (8, False, True, True)],
+)
+def test_a_network_that_is_not_quite_the_one_that_was_judged(
+    network: LandCoverResNet, tmp_path: Path, views: int, raw: bool, other_views: bool, other_temperature: bool
+) -> None:
+    path, valid = tmp_path / "alone.pt", Valid(views=views)
+    config = Config(model=SMALL, valid=valid).model_dump(mode="json")
+    facts: dict[str, Any] = {"history": epoch_events(3), "config": config, "temperatures": {1: 1.5, 8: 1.25}}
+    saved_checkpoint(path, network, CLASSES, SMALL, **facts)
+    card, _ = exported(tmp_path / "out", path, "safetensors", raw=raw)
+    assert ("by the mean of 8 views" in card) == other_views
+    assert ("another temperature" in card) == other_temperature
 
 
 def test_the_card_of_eurosat(network: LandCoverResNet, tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def test_a_shell_that_is_a_step_of_slurm(variables: dict[str, str], found: list[
         ({"SLURM_GPUS": "a100:3", "SLURM_GPUS_ON_NODE": "2"}, "3 GPUs are not as many on each of 2 nodes: ask for"),
         (
             {"SLURM_NTASKS": "2", "SLURM_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"},
-            "8 GPUs on a node, for which 1 tasks are too few: ask for --ntasks-per-node=8, or say --np N",
+            "8 GPUs on a node, and tasks for 1 of them: ask for --ntasks-per-node=8, or say --np N",
         ),
     ],
 )

@@ -196,7 +196,7 @@ def test_gpus_that_would_idle(launch: Launch) -> None:
         more = {"SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "8", "LAUNCHER": launcher}
         done = launch("slurm/train.sbatch", **TWO_NODES, **more)
         assert done.status == 2
-        assert done.errors.startswith("error: 8 GPUs on a node, for which 1 tasks are too few")
+        assert done.errors.startswith("error: 8 GPUs on a node, and tasks for 1 of them")
 
 
 def test_a_sites_own_settings_may_use_what_is_not_set(launch: Launch, tmp_path: Path) -> None:

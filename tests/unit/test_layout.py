@@ -47,7 +47,9 @@ def split_counts(*classes: str) -> dict[str, int]:
     ["desktop.ini", "Desktop.INI", "Thumbs.db", "THUMBS.DB", "ehthumbs.db", "Icon\r", "@eaDir", ".ipynb_checkpoints",
      "$RECYCLE.BIN", "$Recycle.Bin", "lost+found", "__MACOSX", ".DS_Store", "._a.jpg", "System Volume Information",
      "#recycle", "a.jpg:Zone.Identifier", "a.jpg\uf03aZone.Identifier", "a.tif.aux.xml", "a.TFW", "a.tif.ovr",
-     "~$a.docx", ".git", ".nfs0001", "LOST.DIR", "@Recycle"],
+     "~$a.docx", ".git", ".nfs0001", "LOST.DIR", "@Recycle",
+     "Thumbs.db:encryptable", "Icon\uf00d", "a.jpg@SynoEAStream", "@SynoResource", "FOUND.000", "WPSettings.dat",
+     "Network Trash Folder", "Temporary Items", "Picasa.ini"],
 )  # fmt: skip
 def test_litter_of_every_system(name: str) -> None:
     assert is_litter(name)
@@ -85,7 +87,8 @@ def test_a_file_that_is_no_image_is_left_out_only_outside_the_classes(grow: Grow
 @pytest.mark.parametrize(
     ("content", "said"),
     [(b"GIF89a", "a GIF image"), (b"<!DOCTYPE html>", "a web page: was its download refused?"),
-     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"PK\3\4", "a zip file")],
+     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"PK\3\4", "a zip file"),
+     (b"\0\0\0\x18ftypheic", "a HEIC or AVIF image")],
 )  # fmt: skip
 def test_what_a_file_is_instead(content: bytes, said: str) -> None:
     with pytest.raises(BadImageError, match=re.escape(said)):
@@ -154,16 +157,21 @@ def test_two_trees_of_splits_are_named(grow: Grow, run: Run) -> None:
         (("train", "training", "valid", "test"), "of which two would be train/: rename one"),
         (("Train", "Test"), "has Test/, Train/ but not all of train/, valid/ and test/"),
         (("train",), "has train/ but not all of"),
+        (("train", "val"), "or split one of them anew with python -m hvd_eurosat.prepare --source {} --inside train "),
     ],
 )
 def test_splits_that_are_not_three(grow: Grow, run: Run, names: tuple[str, ...], said: str) -> None:
-    assert said in run(grow("photos", {f"{name}/{label}": 1 for name in names for label in "AB"}))[2]
+    source = grow("photos", {f"{name}/{label}": 1 for name in names for label in "AB"})
+    assert said.format(source) in run(source)[2]
 
 
-@pytest.mark.parametrize("counts", [{"A": 4, "B": 4}, {"Train/A": 4, "Train/B": 4, "Test/A": 1, "Test/B": 1}])
-def test_what_train_advises_works(tmp_path: Path, grow: Grow, counts: dict[str, int], run: Run) -> None:
+@pytest.mark.parametrize(
+    ("counts", "side"),
+    [({"A": 4, "B": 4}, 64), ({"A": 4, "B": 4}, 48), ({"Train/A": 4, "Train/B": 4, "Test/A": 1, "Test/B": 1}, 64)],
+)
+def test_what_train_advises_works(tmp_path: Path, grow: Grow, counts: dict[str, int], side: int) -> None:
     with pytest.raises(UserError) as error:
-        open_tree(grow("my photos", counts))
+        open_tree(grow("my photos", counts, size=(side, side)))
     words = shlex.split(str(error.value).partition("hvd_eurosat.prepare ")[2])
     assert main([str(tmp_path / "data") if word == "DIR" else word for word in words]) == 0
     assert open_tree(tmp_path / "data").classes == ("A", "B")
@@ -175,6 +183,11 @@ def test_splits_without_class_folders(grow: Grow, run: Run, names: tuple[str, ..
     assert "but no class folders there: make one for each class" in run(source)[2]
     with pytest.raises(UserError, match="but no class folders there"):
         open_tree(source)
+
+
+def test_splits_within_classes(grow: Grow, run: Run) -> None:
+    source = grow("photos", {f"{label}/{split}": 2 for label in "AB" for split in ("train", "val", "test")})
+    assert "has test/, train/, val/ in A/, B/: class folders belong into the splits, as in test/A/" in run(source)[2]
 
 
 @pytest.mark.parametrize("where", ["", "photos/", "train/"])
@@ -193,6 +206,8 @@ def test_an_image_is_known_by_its_content(grow: Grow, encode: Encode) -> None:
     (root / "lost").write_bytes(encode(2, kind="TIFF"))
     with pytest.raises(UserError, match="lost lies outside the class folders"):
         lay_out(list_folder(root))
+    (root / "lost").write_text("BM: two letters that begin a bitmap as well")
+    assert find_files(list_folder(root)).beside == ("lost",)
 
 
 def test_folders_in_class_folders(tmp_path: Path, grow: Grow, run: Run) -> None:
@@ -334,10 +349,15 @@ def test_converting_writes_what_was_converted(tmp_path: Path, grow: Grow, encode
     assert "A/grey.png: mode L (grey); 8-bit RGB is wanted (prepare --convert makes it so)" in said
     assert "B/wide.png: 80x64 pixels; 64x64 is wanted" in run(source, "--convert")[2]
     status, _, said = run(source, "--convert", "--resize")
-    kinds = "1 of 16 bits a channel, grey, 1 of CMYK, 1 of alpha, 2 of grey, 1 of palette"
-    assert (status, said) == (0, f"note: converted 6 images of {source} to 8-bit RGB: {kinds}\n")
+    kinds = "1 of 16 bits a channel and grey, 1 of CMYK, 1 of alpha, 2 of grey, 1 of palette"
+    wide = "to 64x64, the largest from 80x64; squeezed, for they are no squares: 1"
+    notes = [
+        f"note: resized 1 images of {source} {wide}",
+        f"note: converted 6 images of {source} to 8-bit RGB: {kinds}",
+    ]
+    assert (status, said.splitlines()) == (0, notes)
     assert manifest(tmp_path / "out")["converted"] == {
-        "16 bits a channel, grey": ["B/deep.png"],
+        "16 bits a channel and grey": ["B/deep.png"],
         "CMYK": ["A/cmyk.jpg"],
         "alpha": ["B/alpha.png"],
         "grey": ["A/grey.png", "B/wide.png"],
@@ -348,7 +368,7 @@ def test_converting_writes_what_was_converted(tmp_path: Path, grow: Grow, encode
 
 def test_the_rules_of_converting() -> None:
     deep, was = decode_any(png(PIXELS[..., 0].astype(np.uint16) * 256 + 255))
-    assert was == "16 bits a channel, grey"
+    assert was == "16 bits a channel and grey"
     assert np.array_equal(np.asarray(deep), np.repeat(PIXELS[..., :1], 3, axis=2))  # value // 256
     half = np.dstack([PIXELS[..., :3], np.full((64, 64), 128, np.uint8)])
     on_white, _ = decode_any(png(half))

@@ -82,7 +82,7 @@ def litter(tree: Grown, folder: Path, n: int) -> None:
 
 
 def sidecar(tree: Grown, folder: Path, n: int) -> None:
-    write(folder.parent / ("labels.csv", "LICENSE")[n % 2], b"left out")
+    write(folder.parent / ("labels.csv", "LICENSE")[n % 2], b"BM: left out, though a bitmap begins like this")
 
 
 def kind(tree: Grown, folder: Path, n: int) -> None:
@@ -113,7 +113,11 @@ def loop(tree: Grown, folder: Path, n: int) -> None:
         (folder / "round").symlink_to(folder.parent, target_is_directory=True)
 
 
-GOOD = (litter, sidecar, kind, turned, nested, decomposed, linked, loop)
+def spaced(tree: Grown, folder: Path, n: int) -> None:
+    tree.image(folder / f"at 10.00\u202fAM \u200d{n}.png", "PNG")
+
+
+GOOD = (litter, sidecar, kind, turned, nested, decomposed, linked, loop, spaced)
 
 
 def grey(tree: Grown, folder: Path, n: int) -> None:
@@ -132,13 +136,19 @@ def broken_link(tree: Grown, folder: Path, n: int) -> None:
     tree.bad.add(f"broken{n}.jpg")
 
 
+def self_link(tree: Grown, folder: Path, n: int) -> None:
+    with contextlib.suppress(FileExistsError):
+        (folder / f"self{n}.jpg").symlink_to(f"self{n}.jpg")
+    tree.bad.add(f"self{n}.jpg")
+
+
 def pipe(tree: Grown, folder: Path, n: int) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkfifo(folder / f"pipe{n}")
     tree.bad.add(f"pipe{n}")
 
 
-BAD = (grey, no_image, broken_link, pipe)
+BAD = (grey, no_image, broken_link, self_link, pipe)
 
 
 def loose(tree: Grown, folder: Path, n: int) -> None:

@@ -72,6 +72,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "It is weakest on Pasture, of which 48 of 60 images are recognised. "
         "Most frequent mistakes: Pasture taken for River (12 of 60).",
         "recipes/finetune.toml -> runs/first",
+        "imagenet weights; the BatchNorm layers and the head (the last layer) train",
+        "Forest, Pasture, River",
         "node1 (1 rank), node2 (1 rank)",
         "94:5:1 by prepare, at random by seed 0 (digest abc)",
         "Epoch 3: rank 1 (node2) was 50 % slower than the others.",
@@ -105,6 +107,9 @@ def test_a_run_that_goes_on(tmp_path: Path, epochs: int) -> None:
     assert "reloads itself" in html.text
     assert ("No epoch is complete yet." in html.text) == (epochs == 0)
     assert ("best validation so far is 70.00 %, after epoch 2" in html.text) == (epochs == 2)
+    assert ("48 of 60 images are recognised (validation after epoch 2)" in html.text) == (epochs == 2)
+    assert ("no step was skipped" in html.text) == (epochs == 2)
+    assert f"report page --run.dir {tmp_path / 'first'}" in html.text
 
 
 def test_a_run_that_failed(tmp_path: Path) -> None:
@@ -161,6 +166,27 @@ def test_many_classes(tmp_path: Path) -> None:
     assert (folder / "index.html").stat().st_size < 2e6
 
 
+def test_a_class_that_has_no_images_is_not_the_weakest(tmp_path: Path) -> None:
+    folder = grow_run(tmp_path / "first")
+    test = {"event": "test", "epoch": 3, "loss": 1.0, "accuracy": 0.9, "confusion": [[60, 0, 0], [0, 0, 0], [6, 0, 54]]}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(test) + "\n")
+    html = read(folder)
+    assert "It is weakest on River, of which 54 of 60 images are recognised." in html.text
+    assert "none given" in html.text
+
+
+def test_checkpoints_of_which_part_is_in_another_file(tmp_path: Path) -> None:
+    folder = grow_run(tmp_path / "first")
+    assert "beside them" not in read(folder).text
+    for path in (folder / "checkpoints").glob("epoch-*.json"):
+        frozen = {"file": "frozen-abc.safetensors", "size": 9, "sha256": "f" * 64}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"frozen": frozen}))
+    html = read(folder)
+    assert "frozen-abc.safetensors" in html.text
+    assert "f" * 64 in html.text
+
+
 def test_report_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = grow_run(tmp_path / "first")
     assert report.main(["page", "--run.dir", str(folder)]) == 0
@@ -195,10 +221,11 @@ def test_many_large_images_leave_room(tmp_path: Path) -> None:
 
 
 def test_calibration() -> None:
-    probabilities = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [1.0, 0.0]])
-    found = examples.calibration(probabilities, np.array([0, 1, 1, 0]))
-    assert [one["images"] for one in found["bins"]] == [0, 0, 0, 0, 0, 0, 1, 0, 0, 3]
-    assert found["error"] == pytest.approx((abs(2.9 - 2) + abs(0.65 - 1)) / 4)
+    drawn = svg.reliability(np.array([[0, 8, 2], [0, 4.8, 1.8], [0, 6, 1]]))
+    assert re.findall("<title>(.*?)</title>", drawn) == [
+        "8 images: 60.0 % sure, 75.0 % right",
+        "2 images: 90.0 % sure, 50.0 % right",
+    ]
 
 
 def test_wilsons_interval() -> None:
@@ -229,6 +256,7 @@ def test_a_curve_with_holes_and_many_points() -> None:
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         grow_run(tmp_path / name, train__seed=seed)
+    grow_run(tmp_path / "far", status={"split": "by torchgeo's spatial lists (digest def)"}, train__seed=2)
     grow_run(tmp_path / "other", "running", 1, {"updated": time.time()}, optim__lr=0.25, train__seed=0)
     page.write_page(tmp_path / "a")
     assert report.main(["runs", "--out", str(tmp_path / "index.html")]) == 0
@@ -236,11 +264,29 @@ def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     html = Reader((tmp_path / "index.html").read_text())
     assert "a/index.html" in html.addresses
     assert "b/index.html" not in html.addresses
-    groups = comparison.groups([story.read_story(tmp_path / name) for name in ("a", "b", "other")])
+    groups = comparison.groups([story.read_story(tmp_path / name) for name in ("a", "b", "far", "other")])
     assert [group["names"] for group in groups] == [["a", "b"]]
     assert groups[0]["test"] == {"mean": pytest.approx(168 / 180), "deviation": 0, "count": 2}
     data = json.loads(re.findall(r'id="runs-data">(.*?)</script>', (tmp_path / "index.html").read_text())[0])
-    assert [config["optim.lr"] for config in data["configs"]] == ["0.005", "0.005", "0.25"]
+    assert [config["optim.lr"] for config in data["configs"]] == ["0.005", "0.005", "0.005", "0.25"]
+    assert "by torchgeo's spatial lists (digest def)" in html.text
+
+
+@pytest.mark.parametrize(
+    ("told", "same"), [({}, True), ({"split": "another (digest def)"}, False), ({"world_size": 4}, False)]
+)
+def test_runs_of_one_configuration(tmp_path: Path, told: dict[str, Any], same: bool) -> None:
+    """Another split is another configuration, and so are more ranks, whose batch is larger."""
+    folders = [grow_run(tmp_path / "a"), grow_run(tmp_path / "b", status=told, train__seed=1)]
+    assert len(comparison.groups([story.read_story(folder) for folder in folders])) == same
+
+
+def test_a_comparison_says_why_a_run_failed(tmp_path: Path) -> None:
+    """And tells runs of one name apart."""
+    folders = [grow_run(tmp_path / place / "run", "failed", 1, {"error": f"<{place}>"}) for place in ("a", "b")]
+    text = Reader(comparison.write_comparison(folders, tmp_path / "index.html").read_text()).text
+    for words in ("<a>", "<b>", str(folders[0]), str(folders[1])):
+        assert words in text, words
 
 
 def test_mean_and_deviation() -> None:
@@ -353,6 +399,16 @@ def test_signs_of_life(tmp_path: Path) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "signs of life"]
 
 
+def test_a_page_is_written_anew_within_a_long_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "INTERVAL", 0.01)
+    monkeypatch.setattr(signs, "MOST_SECONDS", 0.02)
+    drawn = threading.Semaphore(0)
+    monkeypatch.setattr(signs, "write_page", lambda folder: drawn.release())
+    made = begun(tmp_path, [])
+    assert all(drawn.acquire(timeout=30) for _ in range(3))
+    made.end(state="done")
+
+
 def test_without_a_page(tmp_path: Path) -> None:
     begun(tmp_path, [], page=False).end(state="done")
     assert not (tmp_path / "index.html").exists()
@@ -413,9 +469,11 @@ def test_a_run_that_fails_says_why(alone: World, tmp_path: Path, monkeypatch: py
         patch.setattr(train, "evaluate", full)
         with pytest.raises(RunError):
             train.train(alone, config)
-    assert status.read_status(tmp_path / "run")["error"] == "cannot write x: No space left on device"
+    told = status.read_status(tmp_path / "run")
+    assert (told["error"], told["step"]) == ("cannot write x: No space left on device", 2)
     assert "cannot write x: No space left on device" in (tmp_path / "run" / "index.html").read_text()
     assert train.train(alone, config) == 0
     told = status.read_status(tmp_path / "run")
-    assert (told["state"], told.get("error")) == ("done", None)
+    trained = [event for event in story.read_events(tmp_path / "run" / "metrics.jsonl") if event["event"] == "train"]
+    assert (told["state"], told.get("error"), told["loss"]) == ("done", None, trained[-1]["loss"])
     assert "It failed" not in (tmp_path / "run" / "index.html").read_text()

@@ -143,21 +143,55 @@ def test_the_likeliest_classes(asked: Asked, images: Path, tmp_path: Path) -> No
 def test_a_list_of_files(
     asked: Asked, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stdin: bool
 ) -> None:
-    """They are named as in the list, so that its lines join the predictions."""
+    """Their lines join the predictions by `file`, and the names of both files are one, as HDF5 lists them."""
     lines = [
         str(images / "River" / "River_1.jpg"),
         str(images / "Forest" / "Forest_1.jpg"),
         os.path.relpath(images / "no.jpg"),
     ]
     text = "\n".join([lines[0], "", *lines[1:], ""])
-    (tmp_path / "list.txt").write_text(text)
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8-sig")  # as editors of Windows do
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
     asked(predict, "--list", "-" if stdin else tmp_path / "list.txt", "--skip-bad")
     rows = table(tmp_path / "out" / "predictions.csv")
-    assert sorted(row["name"] for row in rows) == sorted(lines[:2])
+    assert sorted(row["file"] for row in rows) == sorted(lines[:2])
     assert [row["name"] for row in table(tmp_path / "out" / "skipped.csv")] == lines[2:]
+    found: list[str] = []
     with h5py.File(tmp_path / "out" / "output_1.h5") as file:
-        assert all(file[row["name"]].shape == (3,) for row in rows)
+        file.visititems(lambda name, found_here: found.append(name) if isinstance(found_here, h5py.Dataset) else None)
+    assert [row["name"] for row in rows] == found == sorted(line.removeprefix("/") for line in lines[:2])
+
+
+def test_two_lines_of_one_name(asked: Asked, images: Path, tmp_path: Path) -> None:
+    file = str(images / "Forest" / "Forest_1.jpg")
+    (tmp_path / "list.txt").write_text(f"{file}\n{file[1:]}\n")
+    with pytest.raises(UserError, match=f"both {file} and {file[1:]} would be {file[1:]} among the predictions"):
+        asked(predict, "--list", tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text(f"{file}\n{file}\n")
+    with pytest.raises(UserError, match=f"{file} is named twice: name it once"):
+        asked(predict, "--list", tmp_path / "list.txt")
+
+
+def test_a_folder_in_a_list(asked: Asked, images: Path, tmp_path: Path) -> None:
+    """`find patches` lists them, too."""
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(images.rglob("*"))))
+    with pytest.raises(UserError, match=r"--list: \S+ is a folder: list files \(find \S+ -type f\), or give --input"):
+        asked(predict, "--list", tmp_path / "list.txt")
+
+
+def test_litter_in_a_list(asked: Asked, images: Path, tmp_path: Path) -> None:
+    """A thumbnail, as `find` lists it; but a hidden folder around the images was named by their user."""
+    (images / "Forest" / "@eaDir").mkdir()
+    (images / "Forest" / "Forest_1.jpg").rename(images / "Forest" / "@eaDir" / "Forest_1.jpg")
+    images.rename(hidden := tmp_path / ".images")
+    files = sorted(path for path in (hidden / "Forest").rglob("*") if path.is_file())
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in files))
+    said = asked(predict, "--list", tmp_path / "list.txt", "--skip-bad")[2]
+    assert "note: the input: left out files and folders that are no data: 1 @eaDir\n" in said
+    assert [row["file"] for row in table(tmp_path / "out" / "predictions.csv")] == list(map(str, files[1:3]))
+    (tmp_path / "list.txt").write_text(f"{files[0]}\n")
+    with pytest.raises(UserError, match=r"no image is left; the input: left out .* 1 @eaDir"):
+        asked(predict, "--list", tmp_path / "list.txt")
 
 
 def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
@@ -166,6 +200,9 @@ def test_lists_that_cannot_be_read(asked: Asked, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n\n")
     with pytest.raises(UserError, match="it names no files"):
         asked(predict, "--list", tmp_path / "empty")
+    (tmp_path / "wide").write_text("a.jpg\n", encoding="utf-16")
+    with pytest.raises(UserError, match="is no text in UTF-8 with a path on each line"):
+        asked(predict, "--list", tmp_path / "wide")
 
 
 def test_a_scene_is_warned_about(asked: Asked, encode: Encode, tmp_path: Path) -> None:
@@ -181,14 +218,16 @@ def test_a_scene_is_warned_about(asked: Asked, encode: Encode, tmp_path: Path) -
 def test_what_a_shell_gives_in_place_of_a_star(asked: Asked, images: Path, tmp_path: Path) -> None:
     (images / "Thumbs.db").write_bytes(b"")
     (images / "@eaDir" / "x.jpg").mkdir(parents=True)
-    said = asked(predict, "--input", *sorted(images.iterdir()), "--skip-bad")[2]
-    assert f"note: {images / 'Thumbs.db'}: left out, it is no data" in said
-    assert f"note: {images / '@eaDir'}: left out" in said
+    (images / "@eaDir" / "y.jpg").write_bytes(b"")
+    said = asked(predict, "--input", *sorted(images.iterdir()), images / "@eaDir" / "y.jpg", "--skip-bad")[2]
+    assert "note: the input: left out files and folders that are no data: 2 @eaDir, 1 Thumbs.db\n" in said
 
 
 def test_evaluate_of_a_split_tree_says_which(asked: Asked, grow: Grow) -> None:
-    root = grow("data", {f"{split}/{label}": 1 for split in ("Train", "Val", "Test") for label in ("Forest", "River")})
+    counts = {f"RGB/{split}/{label}": 1 for split in ("Train", "Val", "Test") for label in ("Forest", "River")}
+    data = grow("data", counts)
+    root = data / "RGB"
     with pytest.raises(UserError, match=f"is split: give one of {root}/Test, {root}/Train, {root}/Val"):
-        asked(evaluate, "--input", root)
+        asked(evaluate, "--input", data)
     assert asked(evaluate, "--input", root / "Test")[1].splitlines()[-1].startswith("Test accuracy: ")
     assert asked(evaluate, "--input", root / "Test" / "Forest")[0] == 0  # no classes, no accuracy

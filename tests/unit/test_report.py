@@ -223,7 +223,7 @@ def finished(folder: Path, seed: int, accuracy: float, *words: str) -> Path:
     """A finished run, as far as `report runs` reads it."""
     folder.mkdir()
     (folder / "config.toml").write_text(load(["--train.seed", str(seed), "--run.dir", str(folder), *words]).to_toml())
-    figures = dict.fromkeys(report.FIGURES, 0.5) | {"test_accuracy": accuracy}
+    figures = dict.fromkeys(report.FIGURES, 0.5) | {"test_accuracy": accuracy, "split": "by torchgeo's spatial lists"}
     (folder / "summary.json").write_text(json.dumps(figures))
     return folder
 
@@ -232,7 +232,8 @@ def test_runs_of_one_configuration(tmp_path: Path, capsys: pytest.CaptureFixture
     """90, 92 and 97 %: a mean of 93 and a standard deviation of the square root of 13."""
     folders = [finished(tmp_path / f"run-{seed}", seed, right) for seed, right in ((0, 0.9), (1, 0.92), (2, 0.97))]
     assert report.main(["runs", *map(str, folders)]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, *rows, split = capsys.readouterr().out.splitlines()
+    assert split == "split: by torchgeo's spatial lists"
     assert [row.split()[0] for row in rows] == ["run-0", "run-1", "run-2", "mean", "deviation"]
     assert "test accuracy" in head
     assert rows[3].split()[2] == "93.0000"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 import tarfile
@@ -87,6 +88,12 @@ def test_backslashes_are_folders(tmp_path: Path, members: Members, run: Run) -> 
     assert manifest(tmp_path / "out")["classes"] == ["Forêt", "Mer"]
     climbing = bare_zip(tmp_path / "climbing.zip", {b"Forest\\..\\..\\x.jpg": b""})
     assert "climbing.zip is not safe to unpack" in run(climbing, out="out2")[2]
+
+
+def test_folders_of_no_name_are_odd_and_not_unsafe(tmp_path: Path, members: Members, run: Run) -> None:
+    names = {b"./" + name.replace(b"/", b"/.//"): content for name, content in members("utf-8").items()}
+    assert run(bare_zip(tmp_path / "odd.zip", {b"./": b"", **names}))[0] == 0
+    assert manifest(tmp_path / "out")["classes"] == ["Forêt", "Mer"]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +196,17 @@ def test_bad_tars(tmp_path: Path, grow: Grow, encode: Encode, run: Run) -> None:
     assert "is a link or a special file" in made("photos/Mer/x.jpg", tarfile.FIFOTYPE)
     assert "is there twice" in made("photos/Mer/Mer_1.jpg", content=encode(1))
     assert left(tmp_path) == []
+
+
+def test_hard_links_in_a_tar_are_files(tmp_path: Path, grow: Grow, run: Run) -> None:
+    """tar writes the second name of a file as a link to the first."""
+    source = grow("photos", CLASSES)
+    os.link(source / "Mer" / "Mer_1.jpg", source / "Mer" / "Mer_0.jpg")
+    archive = tarred(tmp_path / "photos.tar", source, ".", "w")
+    with tarfile.open(archive) as file:
+        assert any(member.islnk() for member in file)
+    assert run(source, out="expected")[0] == run(archive)[0] == 0
+    assert manifest(tmp_path / "out")["digest"] == manifest(tmp_path / "expected")["digest"]
 
 
 def test_a_tar_that_grows_without_measure(tmp_path: Path, run: Run) -> None:

@@ -1,5 +1,9 @@
 "use strict";
 const body = document.body;
+const memory = {  // of a page that reloads itself
+  get(place) { try { return sessionStorage.getItem(`${location.pathname} ${place}`); } catch { return null; } },
+  set(place, value) { try { sessionStorage.setItem(`${location.pathname} ${place}`, value); } catch { /* not kept, then */ } },
+};
 
 function sort(table, column, descending) {
   const heads = [...table.tHead.rows[0].cells];
@@ -17,18 +21,16 @@ function sort(table, column, descending) {
 }
 
 for (const table of document.querySelectorAll("table.sortable")) {
-  const place = `sort ${location.pathname} ${table.id}`;
+  const place = `sort ${table.id}`;
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     head.querySelector("button")?.addEventListener("click", () => {
       const descending = head.getAttribute("aria-sort") === "ascending";
       sort(table, column, descending);
-      try { sessionStorage.setItem(place, JSON.stringify([column, descending])); } catch { /* not kept, then */ }
+      memory.set(place, JSON.stringify([column, descending]));
     });
   });
-  try {
-    const kept = JSON.parse(sessionStorage.getItem(place));
-    if (kept) sort(table, ...kept);
-  } catch { /* as it came, then */ }
+  const kept = JSON.parse(memory.get(place));
+  if (kept?.[0] < table.tHead.rows[0].cells.length) sort(table, ...kept);
 }
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -88,6 +90,7 @@ for (const button of document.querySelectorAll("button.cell")) {
     const kept = document.getElementById("rest");
     const figures = [...document.querySelectorAll(".gallery figure"), ...kept.content.querySelectorAll("figure")];
     const wanted = figures.filter((figure) => figure.dataset.cell === button.dataset.cell && !viewer.contains(figure));
+    wanted.sort((a, b) => b.dataset.sure - a.dataset.sure);
     viewer.querySelector("h3").textContent = button.title;
     viewer.querySelector(".note").textContent =
       wanted.length < Number(button.textContent) ? `${wanted.length} of ${button.textContent.trim()} are kept here.` : "";
@@ -104,6 +107,18 @@ for (const button of document.querySelectorAll("button.copy")) {
     button.textContent = "copied";
     setTimeout(() => { button.textContent = "copy"; }, 1500);
   });
+}
+
+for (const note of document.querySelectorAll("[data-since]")) {
+  const minutes = Math.floor((Date.now() / 1000 - Number(note.dataset.since)) / 60);
+  if (minutes > 0) note.textContent = minutes < 120 ? `${minutes} min old` : `${Math.floor(minutes / 60)} h old`;
+}
+
+for (const details of document.querySelectorAll("details")) {
+  const place = `open ${details.querySelector("summary").firstChild.textContent.trim()}`;
+  const kept = memory.get(place);
+  if (kept) details.open = kept === "yes";
+  details.addEventListener("toggle", () => memory.set(place, details.open ? "yes" : "no"));
 }
 
 if (body.dataset.live) {
