@@ -76,7 +76,7 @@ def read_weights(path: Path) -> Weights:
     try:
         layers, facts = _unpack(reader.stdout)
         _check(layers)
-        return Weights(_to_torch(layers), *_stated(facts), stated_bands(facts.get("bands")))
+        return Weights(_to_torch(layers), *_stated(facts), bands=stated_bands(facts.get("bands")))
     except RecursionError:
         raise UserError(f"model.weights {path}: its model_config is nested too deeply") from None
     except ValueError as error:

@@ -133,7 +133,8 @@ def _stated(state: dict[str, Tensor], facts: Mapping[str, Any]) -> Weights:
     """With the variant, epsilon and bands that our checkpoints and exports state and others do not."""
     variant, epsilon = facts.get("variant"), facts.get("bn_epsilon")
     bands = stated_bands(facts.get("bands"))
-    return Weights(state, None if variant is None else str(variant), None if epsilon is None else float(epsilon), bands)
+    variant, epsilon = None if variant is None else str(variant), None if epsilon is None else float(epsilon)
+    return Weights(state, variant, epsilon, bands=bands)
 
 
 def _imagenet(arch: str) -> dict[str, Tensor]:

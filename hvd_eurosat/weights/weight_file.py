@@ -9,9 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Weights:
-    """state: torchvision's keys; variant, epsilon, bands: of the network that they are of, None where nobody says."""
+    """state: torchvision's keys; variant and epsilon: of the network that they are of, None where nobody says.
+
+    bands: that the network takes, in order, empty where nobody says.
+    """
 
     state: dict[str, Tensor]
     variant: str | None = None
     epsilon: float | None = None
-    bands: tuple[str, ...] | None = None
+    bands: tuple[str, ...] = ()
