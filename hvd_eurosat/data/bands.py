@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from hvd_eurosat.errors import UserError
 
@@ -31,6 +32,7 @@ MOST = 64  # bands of a set
 TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:B(0?[1-9]|1[0-2]|8A)|(SCL|TCI|AOT|WVP))(?![A-Za-z0-9])", re.I)
 
 
+@lru_cache(maxsize=256)
 def canonical(name: str) -> str:
     """A band's one name: B04 for b4, B4 and red, B8A for b8a, SCL for scl; any other as it is."""
     if common := COMMON.get(name.strip().lower()):

@@ -162,7 +162,8 @@ def file_batches(
                 return shaped(bands, data.image_size, crop)
             image = decode(content, wanted)
             note(number, image.size)
-            return np.ascontiguousarray(to_array(image, data.image_size, crop)[..., inputs.places])
+            array = to_array(image, data.image_size, crop)
+            return array if inputs.is_whole else np.ascontiguousarray(array[..., inputs.places])
         except BadImageError as error:
             seen.bad[number] = str(error)
             return black

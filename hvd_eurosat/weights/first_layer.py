@@ -18,11 +18,11 @@ NAME = "conv1.weight"
 SMALL = 0.1  # of a random kernel, for bands that the weights do not know
 
 
-def stated_bands(fact: Any) -> tuple[str, ...] | None:
-    """What a file says of its bands, as a list, JSON or B04,B03,B02; None where it says nothing."""
+def stated_bands(fact: Any) -> tuple[str, ...]:
+    """What a file says of its bands, as a list, JSON or B04,B03,B02; () where it says nothing."""
     if isinstance(fact, str):
         fact = json.loads(fact) if fact.lstrip().startswith("[") else fact.split(",")
-    return tuple(canonical(str(name)) for name in fact) if fact else None
+    return tuple(canonical(str(name)) for name in fact or ())
 
 
 def bands_of(weights: Weights, own: Sequence[str], source: str) -> tuple[str, ...]:

@@ -157,6 +157,5 @@ def normalised(pixels: Pixels, size: int, data: Data) -> Tensor:
         planes = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
         other = F.interpolate(planes, (size, size), mode="bilinear", antialias=True, align_corners=False)
         pixels = other[0].numpy().transpose(1, 2, 0)
-    return torch.from_numpy(
-        ((pixels / 255.0 - (data.mean or IMAGENET_MEAN)) / (data.std or IMAGENET_STD)).transpose(2, 0, 1).copy()
-    )
+    scaled = (pixels / 255.0 - (data.mean or IMAGENET_MEAN)) / (data.std or IMAGENET_STD)
+    return torch.from_numpy(scaled.transpose(2, 0, 1).copy())
