@@ -18,10 +18,10 @@ import torch
 
 from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Model
+from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.bands import RGB, canonical
-from hvd_eurosat.data.inputs import PICTURES, Inputs
+from hvd_eurosat.data.inputs import IMAGENET_MEAN, IMAGENET_STD, PICTURES, Inputs
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_parameters
 from hvd_eurosat.run.card import Export, write_card

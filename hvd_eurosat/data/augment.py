@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data
+from hvd_eurosat.config.schema import Data
+from hvd_eurosat.data.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 VIEWS = 8
 FLIP, TURN, CROP, ZOOM, COLOUR, ERASE = 10, 20, 30, 40, 50, 60  # keys of `mix`, so that each draws numbers of its own

@@ -1,5 +1,7 @@
 """Reading one image with suspicion, and many in threads."""
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import logging
@@ -12,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,10 @@ from PIL import Image, ImageOps, TiffImagePlugin, _imaging
 from rich.console import Console
 from rich.progress import track
 
-from hvd_eurosat.config.schema import Data
 from hvd_eurosat.errors import UserError
+
+if TYPE_CHECKING:  # prepare needs no configuration
+    from hvd_eurosat.config.schema import Data
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")
 MAX_BYTES = 64 << 20  # of one image file
@@ -71,7 +75,7 @@ class BadFilesError(UserError):
         super().__init__(list_flaws(f"{len(flaws):,} of {total:,} files of {where} cannot be used ({cure})", flaws))
 
     @staticmethod
-    def together(errors: "Sequence[BadFilesError]", total: int) -> "BadFilesError":
+    def together(errors: Sequence[BadFilesError], total: int) -> BadFilesError:
         """One error that names the files of all."""
         flaws = {file: reason for error in errors for file, reason in error.flaws.items()}
         return BadFilesError(flaws, total, errors[0].where, errors[0].cure)
@@ -154,7 +158,7 @@ class Crop:
     side: int = 0
 
     @staticmethod
-    def of(data: Data) -> "Crop":
+    def of(data: Data) -> Crop:
         """That of a configuration."""
         return Crop(data.resize, data.center_crop)
 

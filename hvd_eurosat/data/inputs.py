@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from hvd_eurosat.data.bands import EUROSAT13, RGB, canonical, places
 from hvd_eurosat.errors import UserError
 
@@ -25,6 +24,8 @@ EUROSAT_CLASSES = (
     "River",
     "SeaLake",
 )
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # of the quantiles
 SAMPLED = 1000  # images are enough to know them by
 

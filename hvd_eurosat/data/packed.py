@@ -1,5 +1,7 @@
 """Decoded images as one memory-mapped array per split, built once and shared by every process of a host."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import json
@@ -10,17 +12,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.images import WHOLE, BadFilesError, BadImageError, Crop, decode, in_threads, read_file
 from hvd_eurosat.data.layout import PACKED, SPLITS
 from hvd_eurosat.data.multispectral import read_pixels
 from hvd_eurosat.data.tree import Tree, preparing, sha256_of
 from hvd_eurosat.errors import RunError, UserError
+
+if TYPE_CHECKING:  # prepare needs no configuration
+    from hvd_eurosat.config.schema import Data
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

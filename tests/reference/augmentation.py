@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Train
+from hvd_eurosat.config.schema import Data, Train
+from hvd_eurosat.data.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float64]

@@ -13,7 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_eurosat.config.schema import IMAGENET_STD, Config, Data, Model, Optim, Run, Train, Valid
+from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, Valid
+from hvd_eurosat.data.inputs import IMAGENET_STD
 from hvd_eurosat.training.checkpoint import Checkpoint
 from tests.reference import product
 from tests.reference.trainer import DivergedError, Log, Split, Trainer, network

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import IMAGENET_MEAN, Config, Data
+from hvd_eurosat.config.schema import Config, Data
 from hvd_eurosat.data import augment
 from hvd_eurosat.data.bands import EUROSAT13, RGB, SENTINEL2
 from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.images import BadImageError, Crop
-from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_MS, LEVELS, PICTURES, Inputs
+from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_MS, IMAGENET_MEAN, LEVELS, PICTURES, Inputs
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.multispectral import grey, kind_of, read_bands, read_pixels
 from hvd_eurosat.data.packed import open_packed, pack, resolve_normalisation, verify_packed

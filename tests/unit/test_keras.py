@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hvd_eurosat.config.schema import IMAGENET_MEAN, IMAGENET_STD, Data, Model
+from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.augment import normalise
 from hvd_eurosat.data.images import decode, to_array
+from hvd_eurosat.data.inputs import IMAGENET_MEAN, IMAGENET_STD
 from hvd_eurosat.data.sample import generate
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export

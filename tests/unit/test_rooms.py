@@ -121,11 +121,11 @@ def test_a_bad_flag_is_refused_at_once(verb: str) -> None:
     assert not modules & HEAVY
 
 
-def test_preparing_needs_no_torch(grow: Grow, tmp_path: Path) -> None:
+def test_preparing_needs_neither_torch_nor_the_configuration(grow: Grow, tmp_path: Path) -> None:
     source = grow("source", {"Forest": 5, "River": 5})
     status, modules = run("prepare", "--source", source, "--out", tmp_path / "data")
     assert status == 0
-    assert not modules & HEAVY
+    assert not modules & (HEAVY | {"hvd_eurosat.config.schema"})
 
 
 def test_training_imports_what_every_rank_needs() -> None:
