@@ -34,8 +34,9 @@ def bare(step: Step, batch: Batch) -> None:
     """The step without what durability adds to it."""
     state, gradients = step._state, step.gradients
     gradients.zero()
+    images, _ = step._prepare(batch)
     with state.precision.autocast(step._device):
-        log_probabilities = step._network(step._prepare(batch))
+        log_probabilities = step._network(images)
     losses = F.cross_entropy(log_probabilities, batch.labels, reduction="none")
     (losses @ batch.weights / batch.total).backward()
     gradients.wait()
