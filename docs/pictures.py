@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 SAMPLES = {"data/EuroSAT_RGB": "samples.png", "data/sample": "sample_synthetic.png"}
 RUN = ROOT / "runs" / "scratch"
+PLOTS = ("learning_curves.png", "confusion_matrix.png")
 CARD_STYLE = """
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c2630; background: #fff; margin: 34px 44px; }
 h1 { font-size: 26px; } h2 { font-size: 19px; margin-top: 26px; } table { border-collapse: collapse; }
@@ -97,8 +98,8 @@ def main() -> None:
             report.main(["samples", "--data.root", str(ROOT / data), "--out", str(IMAGES / name)])
     if (RUN / "summary.json").exists():
         report.main(["run", "--run.dir", str(RUN)])
-        for picture in (RUN / "plots").glob("*.png"):
-            shutil.copy(picture, IMAGES)
+        for name in PLOTS:
+            shutil.copy(RUN / "plots" / name, IMAGES)
     if (RUN / "summary.json").exists() and PROGRAM:
         with browser() as made, tempfile.TemporaryDirectory() as folder:
             draw_pages(made, Path(folder))

@@ -41,7 +41,7 @@ def installation(facts: Facts) -> Iterator[Finding]:
 
     found = facts.libraries
     if "error" in found:
-        yield mend(f"Horovod or mpi4py cannot be imported: {found['error']}", "make setup, or launch/install.sh again")
+        yield mend(f"Horovod or mpi4py cannot be imported: {found['error']}", found["cure"])
         return
     built = found["horovod_built"]
     if not built["MPI"]:

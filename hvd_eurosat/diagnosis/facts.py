@@ -25,6 +25,7 @@ OF_THE_LAUNCHER = re.compile(
     r"HOROVOD_(RANK|SIZE|LOCAL_|CROSS_|HOSTNAME|GLOO_RENDEZVOUS)|OMPI_MCA_(ess|orte|initial|pmix|hwloc|rmaps)"
 )
 LIBRARIES_SECONDS = 60
+REINSTALL = "make setup, or launch/install.sh again"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Mpirun:
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank's view. Sizes are in bytes; `libraries` is what backend.libraries says, or {"error": …}.
+    """One rank's view. Sizes are in bytes; `libraries` is what backend.libraries says, or {"error": …, "cure": …}.
 
     nvidia_devices: GPUs that this process may open; driver: NVIDIA's; cuda_trouble: why torch sees none, or cannot use
     this rank's.
@@ -139,11 +140,12 @@ def _libraries() -> dict[str, Any]:
             [sys.executable, "-c", script], capture_output=True, text=True, timeout=LIBRARIES_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"importing them takes more than {LIBRARIES_SECONDS} s"}
+        cure = "look whether this machine, or the disk that .venv is on, is busy, and try again; else " + REINSTALL
+        return {"error": f"importing them takes more than {LIBRARIES_SECONDS} s", "cure": cure}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     last = (done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"])[-1]
-    return {"error": last}
+    return {"error": last, "cure": REINSTALL}
 
 
 def _mpirun(path: str | None) -> Mpirun:

@@ -154,6 +154,12 @@ def test_the_picture_of_speeds_is_drawn_from_the_page(tmp_path: Path) -> None:
     assert (tmp_path / "performance.png").stat().st_size
 
 
+def test_every_picture_is_shown() -> None:
+    shown = "\n".join(path.read_text() for path in PROSE)
+    drawn = {*pictures.PLOTS, *pictures.SAMPLES.values(), *(path.name for path in (ROOT / "docs/images").glob("*.png"))}
+    assert not {name for name in drawn if f"images/{name}" not in shown}
+
+
 def test_every_page_is_linked_to() -> None:
     linked = set(itertools.chain(*(re.findall(r"\]\(([^)#\s]+)", path.read_text()) for path in DOCUMENTS)))
     names = {Path(link).name for link in linked}
