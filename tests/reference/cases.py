@@ -182,8 +182,10 @@ class Shown:
         data = config.data
         self._shown, self._first = shown, first
         resampled = data.random_rotate or data.jitter_crop or data.random_zoom
-        recoloured = data.random_brightness or data.random_contrast or data.random_gain
-        self._rounded = bool(resampled or recoloured or config.train.mixup)
+        stretched = (1 + data.random_brightness) * (1 + data.random_contrast) * (1 + data.random_gain)
+        self._rounded = bool(resampled or stretched > 1 or config.train.mixup)
+        # A pixel that was rounded to the next level lies further off once its image has more contrast.
+        self._apart = math.ceil(stretched) if resampled else 1
         self._level = 1 / (255 * torch.tensor(data.std or IMAGENET_STD, dtype=torch.float64)).view(3, 1, 1)
 
     def __call__(self, step: int, rank: int, own: Tensor) -> Tensor:
@@ -192,7 +194,8 @@ class Shown:
         levels = (own - theirs).abs() / self._level
         other = (levels > 1e-3).double().mean()
         allowed = ROUNDED if self._rounded else 0
-        assert levels.max() < 1.001, f"step {step}, rank {rank}: other images, by up to {levels.max():.3g} levels"
+        apart = f"by up to {levels.max():.3g} levels"
+        assert levels.max() < self._apart + 1e-3, f"step {step}, rank {rank}: other images, {apart}"
         assert other <= allowed, f"step {step}, rank {rank}: {100 * other:.2f} % of the pixels are others"
         return theirs
 

@@ -171,7 +171,8 @@ def test_the_eight_views_are_the_flips_and_quarter_turns() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        Data(max_shift=3),
+        Data(),
+        Data(augment=False, max_shift=3),
         Data(augment=False, random_horizontal_flip=0.5, random_rotate=20, jitter_crop=0.3, random_zoom=0.2),
         Data(augment=False, random_brightness=0.3, random_contrast=0.3, random_gain=0.1),
         Data(augment=False, random_erase=1.0),

@@ -114,6 +114,12 @@ def test_rates_ratio_and_shares() -> None:
     assert found["share"] == pytest.approx({"data": 0.04, "optimiser": 0.08, "communication": 0.08, "straggling": 0.06})
 
 
+def test_a_round_that_was_disturbed_does_not_count() -> None:
+    rounds = [[rank(0.01, seconds, 0, 0)] for seconds in (0.31, 0.3, 3.0)]
+    found = step.compare("all", dict.fromkeys(step.CONTENDERS, rounds), 2560)
+    assert found["ours"]["median"] == pytest.approx(128 / 0.32)
+
+
 class Bf16:
     """A launcher whose jobs find that bf16 pays."""
 

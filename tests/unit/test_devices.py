@@ -309,6 +309,21 @@ def test_the_doctor_on_gpus(given: dict[str, Any], level: str | None, what: str)
     assert all(finding.what.startswith(what) for finding in findings)
 
 
+@pytest.mark.parametrize(
+    ("places", "shared"),
+    [
+        ([("a", "0"), ("a", "1"), ("b", "0")], []),
+        ([("a", None), ("a", None)], []),
+        ([("a", "0"), ("a", "1"), ("b", "0"), ("b", "0")], [("b", "2 ranks share 1 GPUs")]),
+    ],
+)
+def test_the_doctor_on_ranks_that_share_a_gpu(
+    places: list[tuple[str, str | None]], shared: list[tuple[str, str]]
+) -> None:
+    ranks = [facts(host=host, gpu=gpu, cores=[0, 1, 2, 3], cores_given=4) for host, gpu in places]
+    assert [(one.where, one.what) for one in checks.across_ranks(ranks, len(ranks))] == shared
+
+
 def test_compiling_for_gpus_wants_the_driver_where_triton_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> list[str]:
         raise AssertionError("libcuda.so cannot found!")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -164,6 +165,28 @@ def test_the_numbers_of_gpus_are_each_nodes_own(launch: Launch, slurm: dict[str,
     done = launch("mpirun.sh", "--hosts", "n1:1,n2:1", "train", **slurm, CUDA_VISIBLE_DEVICES="2,3", NCCL_DEBUG="INFO")
     assert "NCCL_DEBUG" in done.words
     assert "CUDA_VISIBLE_DEVICES" not in done.words
+
+
+CARRIED = {
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "CUDA_HOME",
+    "NCCL_DEBUG",
+    "HOROVOD_CYCLE_TIME",
+    "HVD_EUROSAT_TRAIN__EPOCHS",
+    "OMP_NUM_THREADS",
+    "MPI4PY_LIBMPI",
+    "UCX_TLS",
+    "TORCH_HOME",
+    "XDG_CACHE_HOME",
+}
+
+
+def test_mpirun_carries_what_ranks_and_their_libraries_read(launch: Launch) -> None:
+    given = dict.fromkeys(CARRIED - {"PATH", "PYTHONPATH"}, "4")
+    done = launch("mpirun.sh", "--np", "2", "train", **given, SECRET_OF_MINE="4")
+    assert {name for before, name in itertools.pairwise(done.words) if before == "-x"} == CARRIED
 
 
 def test_hosts_in_a_job_of_another_shape(launch: Launch) -> None:

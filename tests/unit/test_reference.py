@@ -61,6 +61,12 @@ def test_a_small_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         check(usual())
 
 
+def test_a_pixel_on_the_edge_of_two_levels_is_no_fault() -> None:
+    """One of image 7 is rounded to the next level, and lies two off once it has more contrast."""
+    data = Data(image_size=33, augment=False, random_zoom=0.4, random_contrast=0.4)
+    check(dataclasses.replace(usual(), config=usual().config.model_copy(update={"data": data})))
+
+
 def test_three_steps_in_a_row_that_are_not_finite_end_both() -> None:
     check(dataclasses.replace(usual(), faults=((1, 0), (2, 1), (3, 0)), stop=None))
     check(dataclasses.replace(usual(), faults=((0, 1), (1, 0), (3, 0)), stop=2))

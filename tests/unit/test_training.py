@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import random
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -647,6 +649,26 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
         file.writelines([b"new", "not bytes"])  # type: ignore[list-item]
     assert (tmp_path / "f").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that loses its power may keep the name and not the content."""
+    done: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        facts = os.fstat(handle)
+        done.append("the folder" if stat.S_ISDIR(facts.st_mode) else f"{facts.st_size} bytes")
+        sync(handle)
+
+    def renamed(source: str, target: Path) -> None:
+        done.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "f", "new")
+    assert done == ["3 bytes", "renamed", "the folder"]
 
 
 def test_a_failing_save_is_a_run_error(state: Checkpoint) -> None:
