@@ -156,6 +156,25 @@ def test_ranks_share_values_of_any_size(warm: str, tmp_path: Path, launcher: str
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)] == [[True] * 5] * 3
 
 
+@pytest.mark.parametrize("launcher", ["mpirun", "gloo"])
+def test_what_ranks_have_is_added_up(warm: str, tmp_path: Path, launcher: str) -> None:
+    """Not averaged, which Adam would hardly show."""
+    program = """if True:
+        import json, pathlib, sys
+        import torch
+        from hvd_eurosat.cluster import job
+        world = job.join()
+        gradients = torch.full((3,), 2.0**world.rank)
+        sums = world.sum(gradients)
+        world.finish_sum(world.start_sum(gradients, "gradients"))
+        pathlib.Path(sys.argv[1], str(world.rank)).write_text(json.dumps([sums.tolist(), gradients.tolist()]))
+        job.leave_together(0)
+    """
+    job = run([*LAUNCHERS[launcher], "3", warm, "-c", program, str(tmp_path)])
+    assert job.returncode == 0, job.stderr
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)] == [[[7.0] * 3] * 2] * 3
+
+
 def curve(run_dir: Path, kind: str) -> list[tuple[object, ...]]:
     return [(e["epoch"], e["loss"], e["accuracy"]) for e in events(run_dir, kind)]
 
