@@ -102,8 +102,11 @@ def test_names_of_images(grow: Grow, tmp_path: Path) -> None:
         class_numbers(labels, names, ["Forest"], "x")
     files = [root / name for name in names]
     assert list(find_images(files).paths) == ["Forest_1.jpg", "Forest_2.jpg", "River_1.jpg"]
-    with pytest.raises(UserError, match=r"both .* and .* would be Forest_1\.jpg .*--list"):
+    with pytest.raises(UserError, match=r"Forest_1\.jpg is named twice"):
         find_images([files[0], files[0]])
+    other = grow("others", {"Forest": 1}) / "Forest" / "Forest_1.jpg"
+    with pytest.raises(UserError, match=r"both .* and .* would be Forest_1\.jpg .*--list"):
+        find_images([files[0], other])
     odd = grow("odd", {"Forest_1.jpg/below": 1})
     with pytest.raises(UserError, match=r"Forest_1\.jpg would be an image and the folder of "):
         find_images([files[0], odd])

@@ -25,6 +25,7 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config import verbs
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.data import batches
+from hvd_eurosat.data.inputs import PICTURES
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.errors import UserError
 
@@ -257,6 +258,8 @@ def ways(alone: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
     saved = SimpleNamespace(
         classes=list(CLASSES),
         precision="fp32",
+        wants=PICTURES,
+        digest="of other images",
         data=load(["--data.image_size", str(SIDE)]).data,
         config=load(["--data.image_size", str(SIDE)]).model_dump(mode="json"),
         build_model=lambda device: model,
