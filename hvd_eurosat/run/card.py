@@ -23,7 +23,8 @@ from hvd_eurosat.config.schema import flatten
 from hvd_eurosat.data.sample import SCENES
 from hvd_eurosat.data.tree import read_manifest
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.run.rendering import between, counted, environment, percent, shown
+from hvd_eurosat.run.rendering import between, environment, percent, shown
+from hvd_eurosat.run.status import counted
 from hvd_eurosat.run.story import Confusion, Story, beginning, read_story
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.scores import calibration_error

@@ -14,6 +14,7 @@ from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model import norm_relu
 from hvd_eurosat.model.resnet import count_parameters
+from hvd_eurosat.run.status import counted
 from hvd_eurosat.training.schedule import image_size, peak_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
@@ -32,8 +33,8 @@ def header(
     first = image_size(config.data, train, schedule_epochs(optim, train), 0)
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
-        "world": f"{world.size} ranks ({world.local_size} on this node), {_device(world, step, state.model)}, "
-        + state.precision.name
+        "world": f"{counted(world.size, 'rank')} ({world.local_size} on this node), "
+        f"{_device(world, step, state.model)}, {state.precision.name}"
         + (", compiled" if step.compiled else "")
         + (f", not compiled: {step.obstacle}" if step.obstacle else "")
         + (", steps as CUDA graphs" if step.captured else "")
@@ -47,12 +48,13 @@ def header(
         "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
         **({"weights": taken} if taken else {}),
-        "batches": f"{train.batch_size} x {world.size} ranks = {batches.global_batch} images a step; "
-        f"{batches.shard:,} images a rank, {batches.steps()} steps an epoch, {batches.steps() * train.epochs:,} in all",
+        "batches": f"{train.batch_size} x {counted(world.size, 'rank')} = {batches.global_batch} images a step; "
+        f"{batches.shard:,} images a rank, {counted(batches.steps(), 'step')} an epoch, "
+        f"{batches.steps() * train.epochs:,} in all",
         "optimiser": f"{optim.name}, learning rate {peak_rate(optim, batches.global_batch):g} "
         + optim.schedule
-        + (f" over {optim.schedule_epochs} epochs" if optim.schedule_epochs else "")
-        + f", {train.epochs} epochs",
+        + (f" over {counted(optim.schedule_epochs, 'epoch')}" if optim.schedule_epochs else "")
+        + f", {counted(train.epochs, 'epoch')}",
     }
 
 
@@ -61,4 +63,4 @@ def _device(world: World, step: Step, model: nn.Module) -> str:
         return torch.cuda.get_device_name(world.device)
     could_be = not step.compiled and any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules())
     lacking = NOT_FUSED if could_be and not norm_relu.is_available() else ""
-    return f"{world.threads} CPU threads each ({platform.machine()}{lacking})"
+    return f"{counted(world.threads, 'CPU thread')} each ({platform.machine()}{lacking})"

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hvd_eurosat.run.rendering import between, counted, moment, percent
-from hvd_eurosat.run.status import span
+from hvd_eurosat.run.rendering import between, moment, percent
+from hvd_eurosat.run.status import counted, span
 from hvd_eurosat.run.story import Story, beginning
 
 MOST_NAMED = 20  # classes, or hosts

@@ -44,11 +44,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def counted(number: int, what: str) -> str:
-    """1 step, 2,593 steps."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def breakable(text: str) -> Markup:
     """A name that may be broken where its words meet: HerbaceousVegetation_12.jpg."""
     return Markup("<wbr>").join(re.split(r"(?<=[a-z])(?=[A-Z])|(?<=[_.-])", text))

@@ -105,6 +105,11 @@ def span(seconds: float) -> str:
     return f"{minutes} min {left} s" if minutes else f"{left} s"
 
 
+def counted(number: int, what: str) -> str:
+    """1 step, 2,593 steps."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def plain(value: Any) -> Any:
     """For JSON, which has no nan or infinity: null in their place."""
     if isinstance(value, float):
