@@ -62,7 +62,8 @@ def _is_fused(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None) -> 
     if images.dtype not in NAMES or images.shape[1] % LANES or images.numel() <= images.shape[1]:
         return False
     both = [images] if residual is None else [images, residual]
-    return all(i.dtype == images.dtype and i.is_contiguous(memory_format=torch.channels_last) for i in both)
+    alike = all(i.dtype == images.dtype and i.shape == images.shape for i in both)
+    return alike and all(i.is_contiguous(memory_format=torch.channels_last) for i in both)
 
 
 def _call(function: str, images: Tensor, *arguments: Tensor | float | None) -> None:

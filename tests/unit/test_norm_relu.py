@@ -163,3 +163,10 @@ def test_batches_are_counted_once_for_all_layers() -> None:
     for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert torch.equal(mine, other)
     assert frozen.num_batches_tracked == 0
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    """Torch's own says so; memory beyond the smaller one is never read."""
+    x, residual = images((2, 64, 8, 8), 0, torch.float32), images((2, 64, 4, 4), 1, torch.float32)
+    with pytest.raises(RuntimeError, match="size"):
+        norm_relu(a_norm(64), x, residual)
