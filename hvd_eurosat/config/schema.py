@@ -91,7 +91,7 @@ class Data(Place):
     resize: Side = 0
     """resize each image to this side in pixels before center_crop; 0: crop the image as it is"""
     bands: tuple[str, ...] = ()
-    """which bands of the images, in which order: B04,B03,B02; default: all that they have, in their own"""
+    """which bands of the images, in which order: B04,B03,B02; default: all, in the order of the files"""
     mean: tuple[Number, ...] = ()
     """subtracted from each band of the pixels, which are 0 to 1 where they are 8-bit, and else the files' own numbers;
     default: ImageNet's of RGB, and of other bands that of the training images; named Sentinel-2 weights bring their

@@ -143,7 +143,7 @@ class ExportSettings(Settings):
     out: UserPath
     """folder for the files, a model card (model_card.md) and a STAC item (stac_item.json) among them"""
     with_normalisation: CliToggleFlag[bool] = Field(default=False, alias="with-normalisation")
-    """of keras, onnx and pt2: the network takes pixels as they are, uint8, and normalises them itself"""
+    """of keras, onnx and pt2: the network takes pixels as they are in files, and normalises them itself"""
     raw: CliToggleFlag[bool] = False
     """leave out the temperature that was fitted after training; without this the head's weights are divided by it"""
     resolution: PositiveFloat = 10.0
