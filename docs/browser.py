@@ -118,16 +118,22 @@ class Page:
         x, y = self.ask(script)
         return x, y
 
-    def click(self, selector: str) -> None:
+    def mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
+        """mousePressed, mouseMoved, mouseReleased or mouseWheel at a place of the page."""
+        self.tell("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+    def click_at(self, x: float, y: float) -> None:
         """As a mouse does."""
-        x, y = self.place(selector)
         for kind in ("mousePressed", "mouseReleased"):
-            self.tell("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            self.mouse(kind, x, y, button="left", clickCount=1)
+
+    def click(self, selector: str) -> None:
+        """On the middle of an element."""
+        self.click_at(*self.place(selector))
 
     def hover(self, selector: str) -> None:
         """Move the mouse onto an element."""
-        x, y = self.place(selector)
-        self.tell("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        self.mouse("mouseMoved", *self.place(selector))
 
     def press(self, key: str) -> None:
         """A key by its name."""

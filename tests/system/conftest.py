@@ -23,6 +23,7 @@ PACKAGES = {
     "munged": "munge",
     "buildah": "buildah",
     "debootstrap": "debootstrap",
+    "chromium": "chromium",
 }
 Launch = Callable[..., Job]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,13 @@ from affine import Affine
 from PIL import Image
 from rasterio.crs import CRS
 
+from docs.browser import browser, load
 from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.page import write_page
 from hvd_eurosat.scene.parts import NONE
 from hvd_eurosat.scene.result import LandCover, areas
 from hvd_eurosat.scene.windows import Windows
-from tests.system.browser import chromium
+from tests.system.conftest import need
 
 NAMES = ("Forest", "River", "Residential")
 
@@ -37,19 +37,27 @@ def page(tmp_path: Path) -> Path:
     return tmp_path / "map.html"
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium here: apt-get install chromium")
+READY = """new Promise((done) => {
+  const look = () => document.body.dataset.ready ? done() : setTimeout(look, 50);
+  look();
+})"""
+ASKED = "performance.getEntriesByType('resource').map((one) => one.name).filter((name) => !/^(data|blob):/.test(name))"
+
+
 def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
-    with chromium() as browser:
-        browser.open(page, "document.body && document.body.dataset.ready")
-        assert browser.run("document.querySelectorAll('#legend .row').length") == len(NAMES)
+    need("chromium")
+    with browser() as made:
+        shown = load(made, page, 1280, 800)
+        shown.ask(READY)
+        assert shown.ask("document.querySelectorAll('#legend .row').length") == len(NAMES)
 
         def at(x: float, y: float) -> tuple[float, float]:
             """Where a pixel of the scene is on the screen."""
-            box = browser.run("(({left, top, width}) => [left, top, width])(at('stage').getBoundingClientRect())")
+            box = shown.ask("(({left, top, width}) => [left, top, width])(at('stage').getBoundingClientRect())")
             return box[0] + x * box[2] / 300, box[1] + y * box[2] / 300
 
         def told() -> str:
-            return str(browser.run("at('told').innerText"))
+            return str(shown.ask("at('told').innerText"))
 
         for place, words in (
             ((100, 100), ["River", "80 %", "10 %", "x 601,000", "(EPSG:32632)", "(latitude, longitude)"]),
@@ -57,18 +65,16 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
             ((30, 30), ["No class"]),
             ((299, 249), ["Forest", "80 %"]),
         ):
-            browser.click(*at(*place))
+            shown.click_at(*at(*place))
             assert all(word.replace(",", "") in told().replace(",", "") for word in words), told()
         frame = "(({left, top, width}) => [left, top, width].map(parseFloat))(at('window').style)"
-        assert browser.run(frame) == [300 - 64, 250 - 64, 64], "the last window is moved in"
+        assert shown.ask(frame) == [300 - 64, 250 - 64, 64], "the last window is moved in"
 
-        browser.picture(tmp_path / "before.png")
-        slider = browser.run(
-            "(({left, top, height}) => [left, top + height / 2])(at('opacity').getBoundingClientRect())"
-        )
-        browser.click(slider[0] + 2, slider[1])
-        assert float(browser.run("at('map').style.opacity")) < 0.1
-        browser.picture(tmp_path / "after.png")
+        shown.picture(tmp_path / "before.png")
+        slider = shown.ask("(({left, top, height}) => [left, top + height / 2])(at('opacity').getBoundingClientRect())")
+        shown.click_at(slider[0] + 2, slider[1])
+        assert float(shown.ask("at('map').style.opacity")) < 0.1
+        shown.picture(tmp_path / "after.png")
         pixel = tuple(round(n) for n in at(100, 30))
         before, after = (
             Image.open(tmp_path / f"{name}.png").convert("RGB").getpixel(pixel) for name in ("before", "after")
@@ -76,14 +82,15 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
         assert before != after
         assert after == (255, 255, 255), "the scene, brightened"
 
-        wide = browser.run("at('stage').getBoundingClientRect().width")
-        browser.mouse("mouseWheel", *at(100, 100), deltaX=0, deltaY=-300)
-        assert browser.run("at('stage').getBoundingClientRect().width") > 1.5 * wide
-        browser.click(*at(100, 100))
+        wide = shown.ask("at('stage').getBoundingClientRect().width")
+        shown.mouse("mouseWheel", *at(100, 100), deltaX=0, deltaY=-300)
+        assert shown.ask("at('stage').getBoundingClientRect().width") > 1.5 * wide
+        shown.click_at(*at(100, 100))
         assert "River" in told()
         x, y = at(100, 100)
-        browser.mouse("mousePressed", x, y)
-        browser.mouse("mouseMoved", x + 50, y + 20)
-        browser.mouse("mouseReleased", x + 50, y + 20)
+        shown.mouse("mousePressed", x, y, button="left", clickCount=1)
+        shown.mouse("mouseMoved", x + 50, y + 20, button="left")
+        shown.mouse("mouseReleased", x + 50, y + 20, button="left", clickCount=1)
         assert at(100, 100) == pytest.approx((x + 50, y + 20))
-        assert not browser.complaints
+        assert shown.complaints == []
+        assert shown.ask(ASKED) == []

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from docs.browser import PROGRAM, Browser, Page, browser, load
+from docs.browser import Browser, Page, browser, load
 from hvd_eurosat.run.comparison import find_runs, write_comparison
 from hvd_eurosat.run.page import write_page
+from tests.system.conftest import need
 from tests.unit.runs import grow_run
 
-pytestmark = pytest.mark.skipif(not PROGRAM, reason="no Chromium here (apt-get install chromium)")
 SIZES = [(1280, False), (1280, True), (390, False)]
 TALLEST = "Math.max(0, ...[...document.querySelectorAll('tr')].map((row) => row.clientHeight))"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -21,6 +21,7 @@ OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clie
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    need("chromium")
     with browser() as made:
         yield made
 
