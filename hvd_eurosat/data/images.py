@@ -281,10 +281,9 @@ def _to_rgb(image: Image.Image, flaws: list[str]) -> Image.Image:
         return image.convert("RGB")
     whole = image.convert("RGBA")
     alpha = whole.getchannel("A")
+    # Near infrared, perhaps: GDAL calls a fourth band alpha unless it is told better.
     if image.format == "TIFF" and set(np.unique(np.asarray(alpha))) - {0, 255}:
-        raise BadImageError(
-            _bands(4)
-        )  # near infrared, perhaps: GDAL calls a fourth band alpha unless it is told better
+        raise BadImageError(_bands(4))
     white = Image.new("RGB", whole.size, "white")
     white.paste(whole, mask=alpha)
     return white
