@@ -45,6 +45,7 @@ def flags(data: Path, folder: Path, steps: int) -> list[str]:
     return list(map(str, words))
 
 
+@pytest.mark.long
 def test_step_and_memory(benchmark: list[str], data: Path, tmp_path: Path) -> None:
     words = [*LAUNCHERS["mpirun"], "2", *benchmark, "step", *flags(data, tmp_path, 1)]
     job = run(words, HVD_EUROSAT_TRAIN__BATCH_SIZE="999")  # flags win

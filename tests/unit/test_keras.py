@@ -111,7 +111,9 @@ def in_torch(model: nn.Module, batch: Tensor) -> NDArray[np.float32]:
         return np.asarray(model.eval()(batch))
 
 
-@pytest.mark.parametrize(("source", "count"), [(images, 16), pytest.param(eurosat, 256, marks=needs_eurosat)])
+@pytest.mark.parametrize(
+    ("source", "count"), [(images, 16), pytest.param(eurosat, 256, marks=[needs_eurosat, pytest.mark.long])]
+)
 def test_keras_computes_the_same(
     exported: tuple[Path, LandCoverResNet], in_keras: Any, source: Callable[[int], Tensor], count: int
 ) -> None:
