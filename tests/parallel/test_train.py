@@ -244,11 +244,11 @@ def test_gradients_that_travel_in_16_bits(launch: Launch, data: Path, trained: P
 
 
 @pytest.mark.long
-def test_compiled_it_learns_the_same(launch: Launch, data: Path, tmp_path: Path) -> None:
+def test_compiled_it_learns_the_same(data: Path, tmp_path: Path) -> None:
     """On images of two sizes, where torch by itself would compile for one."""
     (tmp_path / "sitecustomize.py").write_text("import torch._dynamo\ntorch._dynamo.config.recompile_limit = 1\n")
     keys = {"train__epochs": 2, "train__start_size": 32, "data__image_size": 48, "optim__lr": 1e-4}
-    job = launch("mpirun", 2, "train", *small(data, tmp_path / "plain", **keys))
+    job = run(command("mpirun", 2, "train", *small(data, tmp_path / "plain", **keys)))
     assert job.returncode == 0, job.stderr
     flags = small(data, tmp_path / "compiled", **keys, train__compile="true")
     job = run(command("mpirun", 2, "train", *flags), PYTHONPATH=str(tmp_path))
