@@ -38,6 +38,7 @@ from hvd_eurosat.training.trained_on import note_images
 
 LOCK_SECONDS = 180.0  # a shared disk keeps the lock of a lost host's rank 0 for a while (NFS: 90 s)
 REGROUPING = ("HorovodInternalError", "HostsUpdatedInterrupt")  # Horovod's, when ranks are lost or join
+MOMENT = 0.5  # seconds, in which rank 0 has written a page that it had begun
 VALIDATION_SHARE = 2  # validating two images takes about as long as training on one, of bn+head
 
 
@@ -322,6 +323,8 @@ class Journal:
             leave_failure(folder, self._words(error))
             with contextlib.suppress(Exception):  # the job ends by another error than this
                 if self._config.run.page:
+                    write_page(folder)
+                    time.sleep(MOMENT)  # rank 0 may have been writing another, which knows nothing of it
                     write_page(folder)
 
     def _words(self, error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import hvd_eurosat
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.run.page import MOST_SECONDS, PAGE, write_page
-from hvd_eurosat.run.status import FAILURE, INTERVAL, STATUS, Status, plain
+from hvd_eurosat.run.status import FAILURE, INTERVAL, STATUS, Status, plain, read_failure
 from hvd_eurosat.run.textfile import write_textfile
 from hvd_eurosat.training.files import write_text
 
@@ -102,7 +102,14 @@ class Signs:
         is_old = time.monotonic() > self._drawn + MOST_SECONDS
         if page_due or (self._draws and (is_new or is_old)):
             self._shown, self._drawn = saved, time.monotonic()
-            self._try(PAGE, lambda: write_page(self._folder))
+            self._try(PAGE, self._draw_page)
+
+    def _draw_page(self) -> None:
+        """Once more where a rank has left word of its failure meanwhile: this page would hide what that rank's says."""
+        known = read_failure(self._folder)
+        write_page(self._folder)
+        if known is None and read_failure(self._folder):
+            write_page(self._folder)
 
     def _try(self, name: str, write: Callable[[], object]) -> None:
         try:
