@@ -20,7 +20,7 @@ import numpy as np
 
 import hvd_eurosat
 from hvd_eurosat.config.schema import flatten
-from hvd_eurosat.data.sample import SCENES
+from hvd_eurosat.data.inputs import EUROSAT_CLASSES
 from hvd_eurosat.data.tree import read_manifest
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.rendering import between, environment, percent, shown
@@ -171,7 +171,7 @@ def card(export: Export, story: Story | None, judged: Confusion | None, off: flo
         "calibration_error": off,
         "caveats": caveats(export.saved, facts) if export.saved else [],
         "synthetic": synthetic,
-        "is_eurosat": set(names) == set(SCENES) and not synthetic,
+        "is_eurosat": set(names) == set(EUROSAT_CLASSES) and not synthetic,
         "weights_licence": _weights_licence(config.get("model.weights", "none")),
     }
 
