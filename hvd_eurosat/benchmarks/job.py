@@ -171,7 +171,9 @@ class Sampler:
         self._thread.start()
 
     def _sample(self) -> None:
-        while not self._over.wait(SAMPLE_SECONDS):
+        over = False
+        while not over:  # its last word also counts a job that is over before the first sample
+            over = self._over.wait(SAMPLE_SECONDS)
             self._peak = max(self._peak, psutil.Process().memory_full_info().pss)
 
     def stop(self) -> dict[str, float]:
