@@ -26,7 +26,7 @@ from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.verbs import MapSettings
 from hvd_eurosat.errors import STOPPED, Stopped, UserError
 from hvd_eurosat.run.display import Display
-from hvd_eurosat.scene.mapping import Network, map_blocks
+from hvd_eurosat.scene.mapping import Mapper, map_blocks
 from hvd_eurosat.scene.parts import Parts
 from hvd_eurosat.scene.plan import Plan, make_plan, scenes_in
 from hvd_eurosat.scene.products import write_products
@@ -47,7 +47,8 @@ def main(world: World, settings: MapSettings) -> int:
     precision = precision_of(settings.precision, saved.precision)
     views = saved.views(settings.views)
     temperature = 1.0 if settings.raw else saved.temperature(views)
-    network = Network(saved.build_model(world.device).eval(), saved, precision, world.device, views, temperature)
+    model = saved.build_model(world.device).eval()
+    network = Mapper(model, saved.data, precision, views, saved, world.device, temperature)
     scenes = world.on_main(lambda: scenes_in(settings))
     failed = 0
     for out, paths in scenes.items():
@@ -68,7 +69,7 @@ def main(world: World, settings: MapSettings) -> int:
 
 def map_scene(
     world: World,
-    network: Network,
+    network: Mapper,
     settings: MapSettings,
     paths: Sequence[str],
     out: Path,
@@ -100,7 +101,7 @@ def map_scene(
 
 
 def map_windows(
-    world: World, network: Network, scene: Scene, plan: Plan, parts: Parts, display: Display, stop: Callable[[], bool]
+    world: World, network: Mapper, scene: Scene, plan: Plan, parts: Parts, display: Display, stop: Callable[[], bool]
 ) -> int:
     """All blocks that are not there yet, by whichever rank is free; returns their windows. Collective.
 
