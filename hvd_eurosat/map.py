@@ -32,6 +32,7 @@ from hvd_eurosat.scene.plan import Plan, make_plan, scenes_in
 from hvd_eurosat.scene.products import write_products
 from hvd_eurosat.scene.result import Area
 from hvd_eurosat.scene.source import Scene, SceneOptions, open_scene
+from hvd_eurosat.scene.windows import cache_bytes
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.precision import precision_of
 from hvd_eurosat.training.stragglers import slow_ranks
@@ -79,7 +80,8 @@ def map_scene(
     """One scene into one folder, or what is missing there of its map. Collective. Raises Stopped on all ranks."""
     began = time.perf_counter()
     world.tick(f"opening {paths[0]}")
-    options = SceneOptions(settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask)
+    said = settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask
+    options = SceneOptions(*said, cache_bytes(settings.memory))
     with world.together(lambda: open_scene(paths, network.saved.wants, options)) as scene:
         plan = world.together(lambda: make_plan(scene, network.saved, network.precision.name, settings, paths))
         world.agree("scene", plan.work)
@@ -91,11 +93,14 @@ def map_scene(
             for warning in scene.warnings:
                 display.warn(warning)
             windows = map_windows(world, network, scene, plan, parts, display, stop)
-            run: dict[str, Any] = {"ranks": world.size, "device": world.device.type, "windows": windows}
-            run["seconds"] = time.perf_counter() - began
+
+            def run() -> dict[str, Any]:
+                known = {"ranks": world.size, "device": world.device.type, "windows": windows}
+                return {**known, "seconds": time.perf_counter() - began}
+
             world.tick("writing the map", WRITING_PATIENCE)
             known = world.on_main(lambda: write_products(scene, network.saved, plan, parts, settings, run, world.tick))
-            display.say(summary(known, plan, out, network.precision.name, run))
+            display.say(summary(known, plan, out, network.precision.name, run()))
         finally:
             parts.close()
 
