@@ -179,7 +179,7 @@ def test_what_the_metadata_say_of_offsets(tmp_path: Path) -> None:
     with opened(old, offset=1000) as scene:
         assert any("--offset 1000 is not what its metadata say" in warning for warning in scene.warnings)
     extra = '<RADIO_ADD_OFFSET band_id="1">-1000</RADIO_ADD_OFFSET>'  # of B02 alone
-    some = write_product(tmp_path / "some", bands, "L1C", "04.00", None, extra)
+    some = write_product(tmp_path / "some", bands, "L1C", "04.00", None, extra=extra)
     refuses("say no offset of B04, B03: give", some)
     np.testing.assert_array_equal(pixels(some, offset=0)[0], grey(x))
     extra = '<RADIO_ADD_OFFSET band_id="3">-2000</RADIO_ADD_OFFSET>'
