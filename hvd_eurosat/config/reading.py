@@ -79,7 +79,7 @@ def read(schema: type[S], argv: Sequence[str], verb: str, **lists: Sequence[str]
     except SettingsError as error:
         raise UserError(f"{str(error).splitlines()[0]} (a list is written [1, 2, 3])") from None
     try:
-        return schema(_cli_settings_source=source, **values, **lists)
+        return schema(_cli_settings_source=source, **{**values, **lists})
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
     except SettingsError:
