@@ -83,8 +83,8 @@ class Data(Place):
     """side in pixels of the images as they are kept; others are resized to it. 0, for train alone: the side that they
     have after resize and center_crop, which must be the same for all"""
     input_size: Annotated[int, AfterValidator(_image_size)] = 0
-    """side in pixels of the images as the network sees them, to which they are brought on its device. 128 or 224 suits
-    weights that come from larger photographs. 0: image_size"""
+    """side in pixels of the images as the network sees them, to which they are brought on its device: 128 or 224,
+    say, for weights that come from larger photographs. 0: image_size"""
     center_crop: Side = 0
     """cut a square of this side from the middle of each image, before it is resized to image_size; 0: the whole
     image"""
