@@ -13,7 +13,7 @@ BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
 BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
-TWO     = --numprocesses 2 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
+SIDE    = --numprocesses 3 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
 SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
@@ -42,7 +42,7 @@ map: setup data/$(NAME) ## a map of SCENE (default: the sample's) by the best ne
 
 test test-long test-faults test-system: export CUDA_VISIBLE_DEVICES := # they are of CPUs
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 
 test-long: setup ## what `make test` leaves out for its length: jobs that compile or measure, more files
 	$(BIN)/python -m pytest -m long tests/parallel tests/unit $(ARGS)

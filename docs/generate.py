@@ -56,7 +56,7 @@ the same configuration; else the job ends and names the key.
 
 def page() -> str:
     """The whole page, as Markdown."""
-    about = "`python` is `.venv/bin/python`. `--help` lists the keys of each; those of three verbs are only there:"
+    about = "`python` is `.venv/bin/python`. `--help` lists the keys of each. This page leaves out those of"
     parts = [HEAD, "## Verbs\n", f"{about}\n`prepare`, `report` and `doctor`.\n", *_verbs(), ""]
     for name, field in Config.model_fields.items():
         if name != "config":

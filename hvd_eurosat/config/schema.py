@@ -83,8 +83,8 @@ class Data(Place):
     """side in pixels of the images as they are kept; others are resized to it. 0, for train alone: the side that they
     have after resize and center_crop, which must be the same for all"""
     input_size: Annotated[int, AfterValidator(_image_size)] = 0
-    """side in pixels of the images as the network sees them, to which they are brought on its device. 128 or 224 suits
-    weights that come from larger photographs. 0: image_size"""
+    """side in pixels of the images as the network sees them, to which they are brought on its device: 128 or 224,
+    say, for weights that come from larger photographs. 0: image_size"""
     center_crop: Side = 0
     """cut a square of this side from the middle of each image, before it is resized to image_size; 0: the whole
     image"""
@@ -94,8 +94,8 @@ class Data(Place):
     """which bands of the images, in which order: B04,B03,B02; default: all, in the order of the files"""
     mean: tuple[Number, ...] = ()
     """subtracted from each band of the pixels, which are 0 to 1 where they are 8-bit, and else the files' own numbers;
-    default: ImageNet's of RGB, and of other bands that of the training images; named Sentinel-2 weights bring their
-    own"""
+    default: ImageNet's for 8-bit RGB, the training images' own for other bands; named Sentinel-2 weights bring
+    theirs"""
     std: tuple[Spread, ...] = ()
     """each band of the pixels is then divided by these; the default is as for data.mean"""
     augment: bool = True
@@ -245,11 +245,12 @@ class Train(Section):
     """auto: the GPU of each rank, or the cores if this process may use no GPU. A GPU that torch cannot use is an error,
     not a reason to take the cores. All ranks have the same kind"""
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """auto: bf16 where the hardware is fast at it, else fp32. Fast are GPUs since Ampere, and CPUs with AMX or AMD's
-    AVX512-BF16 that multiply matrices faster in bf16, which is measured at the start. tf32, on GPUs since Ampere, is
-    fp32 whose products keep 10 bits of their factors"""
+    """auto: bf16 where the hardware is fast at it, else fp32. GPUs since Ampere are taken to be fast. CPUs with AMX or
+    AMD's AVX512-BF16 are measured at the start: do they multiply matrices faster in bf16? tf32, on GPUs since Ampere,
+    is fp32 whose products keep 10 bits of their factors"""
     deterministic: bool = False
-    """on GPUs: take algorithms that give the same bits every time, though they may be slower. CPUs always do"""
+    """on GPUs: take algorithms that are meant to give the same bits every time, which nobody has tried yet; they may be
+    slower. On CPUs the bits are the same anyway"""
     compile: bool = False
     """compile the network with torch.compile, and on GPUs the augmentation. The first step is slow. On CPUs all steps
     are slower. It needs Python.h and gcc (CC) on GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train
@@ -271,8 +272,8 @@ class Valid(Section):
     answers with a probability of 0.9 should be right. It changes no class; --raw of predict, evaluate, map and export
     leaves it out"""
     sharded: bool = False
-    """let all ranks validate, not rank 0 alone; the counts are the same. Set it from 64 ranks on: there rank 0 alone
-    takes longer to validate EuroSAT than all ranks take to train an epoch"""
+    """let all ranks validate, not rank 0 alone; the counts are the same. Set it from some 64 ranks on: in an epoch of
+    EuroSAT each of 64 trains 397 images, and rank 0 alone would validate 1,350"""
 
 
 class Run(Section):

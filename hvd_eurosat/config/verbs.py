@@ -102,8 +102,8 @@ class MapSettings(Settings):
     """names of the bands in the scene's file, in its order, where the file has none: B04,B03,B02; - stands for a band
     that is not needed"""
     offset: Number | None = None
-    """what was added to the digital numbers, where no metadata say it: 1000 in products since January 2022, 0 in older
-    ones"""
+    """what was added to the digital numbers, where no metadata say it: 1000 in products of baseline 04.00 or later
+    (since January 2022, and older ones processed anew), 0 in others"""
     stretch: tuple[Number, Number] | None = None
     """LOW,HIGH: the digital numbers that become black and white, in place of what the checkpoint's images had"""
     resolution: PositiveFloat | None = None

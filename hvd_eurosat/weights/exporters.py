@@ -166,7 +166,7 @@ def _write_onnx(graph: nn.Module, facts: Facts, output: str, notes: Facts, file:
         import onnx
         import onnxscript  # noqa: F401 (torch needs it)
     except ImportError:
-        more = f"{sys.executable} -m pip install 'hvd-eurosat[onnx]'"
+        more = f"{sys.executable} -m pip install onnx onnxscript"
         raise UserError(f"--format onnx and deepness need more packages: {more}") from None
     program = torch.onnx.export(
         graph.eval(),

@@ -278,8 +278,6 @@ def ways(alone: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
         monkeypatch.setattr(verb.checkpoint, "load", lambda path: saved)
         monkeypatch.setattr(verb, "infer", ways.infer)
     monkeypatch.setattr(train, "open_images", opened)
-    monkeypatch.setattr(os, "sync", lambda: None)
-    monkeypatch.setattr(os, "fsync", lambda file: None)
     return ways
 
 
