@@ -304,7 +304,7 @@ def kill(out: Path, blocks: int, at: str | float, rng: random.Random) -> str:
     if isinstance(at, str):
         wait_for((out / at).exists, pause=0.001)
     else:
-        wait_for(lambda: done() >= before + blocks, pause=0.01)
+        wait_for(lambda: done() >= before + blocks or not work.exists(), pause=0.01)
         time.sleep(at)
     ranks = [process for process in survivors(out) if is_rank(process)]
     if not ranks:
