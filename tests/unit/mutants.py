@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from hvd_eurosat.scene.source import SceneOptions, open_scene
 from tests.unit.scenes import LOSSLESS, numbers, write_product, write_raster, zipped
 
 NAMES = ("B04", "B03", "B02")
+SECONDS = 10
 PIXELS = numbers(0, (3, 48, 48))
 WANTS = EUROSAT.model_copy(update={"quantiles": None})
 TILES = {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16}
@@ -111,7 +113,8 @@ def renamed(whole: Path, folder: Path, rng: Random) -> Path:
 
 
 def outcome(scene: Path, bands: tuple[str, ...]) -> str:
-    """What becomes of a scene: read, or the error."""
+    """What becomes of a scene: read, or the error. Where that takes SECONDS of CPU, SIGPROF ends the process."""
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with open_scene([str(scene)], WANTS, SceneOptions(bands=bands, offset=0)) as opened:
             opened.read(slice(None))

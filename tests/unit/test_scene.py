@@ -529,6 +529,22 @@ def test_a_jpeg_2000_that_lies_about_its_size(tmp_path: Path) -> None:
             refuses("has 1 of its .* tiles", path, offset=0, bands=NAMES)
 
 
+def test_a_jpeg_2000_with_boxes_of_no_possible_size(tmp_path: Path) -> None:
+    """GDAL goes round and round in some of them."""
+    path = write_raster(tmp_path / "a.jp2", numbers(0, (3, 64, 64)), **LOSSLESS)
+    data = path.read_bytes()
+    assert data.index(b"asoc") < data.index(b"lbl ") < data.index(b"jp2c")
+    for kind in (b"lbl ", b"colr", b"asoc"):
+        at = data.index(kind) - 4
+        for size in (0, 7, 2**31) if kind != b"asoc" else (7,):
+            path.write_bytes(data[:at] + struct.pack(">L", size) + data[at + 4 :])
+            refuses("a box of no possible size", path, offset=0, bands=NAMES)
+    path.write_bytes(data + struct.pack(">L4s", 2**20, b"free"))
+    refuses("cut short", path, offset=0, bands=NAMES)
+    path.write_bytes(data + struct.pack(">L4s", 8, b"free"))
+    pixels(path, offset=0, bands=NAMES)
+
+
 def test_vrts_stay_on_this_machine(tmp_path: Path) -> None:
     x = numbers(0, (3, 8, 8))
     source = write_raster(tmp_path / "a.tif", x, names=NAMES)
