@@ -182,7 +182,7 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
         cure = "leave out --against" if settings.against else "give --out for predictions"
         raise SharedError(f"{folder} has no class folders, so there is no accuracy: {cure}")
     numbers = world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)) if labels else None)
-    size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen()
+    size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen.before(images)
     place = world.device, world.rank, world.size
     batches = file_batches(paths, saved.data, saved.wants, size, *place, seen, settings.skip_bad, resizes)
     return Work(images, numbers, batches, seen)

@@ -38,7 +38,7 @@ def main(world: World, settings: PredictSettings) -> int:
     names, paths, skip = list(images.paths), list(images.paths.values()), settings.skip_bad
     world.agree("input", {"files": names})
     with output_folder(world, settings.out, "--out"):
-        began, seen = time.perf_counter(), Seen()
+        began, seen = time.perf_counter(), Seen.before(images)
         precision, size = precision_of(settings.precision, saved.precision), saved.config["valid"]["batch_size"]
         batches = file_batches(paths, saved.data, saved.wants, size, world.device, world.rank, world.size, seen, skip)
         views = saved.views(settings.views)

@@ -18,6 +18,7 @@ from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
 
+from hvd_eurosat.data.contradictions import contradictions
 from hvd_eurosat.data.images import MAX_SIDE, BadImageError, decode_any, in_threads, list_flaws, resize
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.layout import SHOWN, SPLITS, Item, is_litter, normal
@@ -60,7 +61,7 @@ The source is a folder, a .zip, .tar, .tar.gz or .tgz. It holds <Class>/<image> 
 and test (testing), in any capitals. Links are followed. What systems leave among files (Thumbs.db, @eaDir, .DS_Store)
 is left out, and so are other files outside the class folders; both are counted. All else must be an image, whatever its
 name: 8-bit RGB in JPEG, PNG, TIFF, WebP or BMP. Copies of an image go into one split. An image in folders of two
-classes is refused.
+classes is refused, and so are class folders that differ in capitals alone.
 
 --split and --split-lists take the place of the source's own split or one at random. Lists name every image once, with
 or without folders and suffix. Copies go where the lists say. --split-by-place makes blocks by longitude and latitude.
@@ -297,20 +298,13 @@ def _by_content(written: list[Written]) -> list[list[Written]]:
 
 
 def _without_contradictions(written: list[Written], folder: Path) -> tuple[list[Written], list[Skipped]]:
-    """Removes images that are in two classes, of which nobody can tell the right one. Returns the others, and these."""
-    kept: list[Written] = []
-    skipped = []
-    for images in _by_content(written):
-        first = images[0]
-        other = next((image for image in images if image.item.label != first.item.label), None)
-        if other is None:
-            kept += images
-            continue
-        for image in images:
-            twin = first if image.item.label != first.item.label else other
-            skipped.append(Skipped(file=image.item.path, reason=f"the same image as {twin.item.path} of another class"))
+    """Removes images that are in two classes. Returns the others, and these."""
+    flaws = contradictions([image.item for image in images] for images in _by_content(written))
+    for image in written:
+        if image.item.path in flaws:
             (folder / image.path).unlink()
-    return kept, skipped
+    kept = [image for image in written if image.item.path not in flaws]
+    return kept, [Skipped(file=path, reason=reason) for path, reason in flaws.items()]
 
 
 def _tell_of_copies(written: list[Written], spec: str, rule: Rule) -> None:

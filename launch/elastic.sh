@@ -12,10 +12,10 @@
 #   --max-np N         the largest; default: all slots, also of hosts that come later
 #   COMMAND …          a verb of ours (train), or any program
 #
-# Without --hosts or --hostfile it takes the hosts of the Slurm (sbatch --no-kill), PBS, LSF or Grid Engine job. Hosts are
-# reached by ssh without a password and have the project, its .venv included, in the same place. This host must not be
-# lost. When one rank of a host fails, the host is left out for half a minute. SIGTERM ends the job at once; SIGUSR1 to a
-# rank saves first.
+# Without --hosts or --hostfile it takes the hosts of the Slurm (sbatch --no-kill), PBS, LSF, Grid Engine or OAR job.
+# Hosts are reached by ssh without a password and have the project, its .venv included, in the same place. This host
+# must not be lost. When one rank of a host fails, the host is left out for half a minute. SIGTERM ends the job at once;
+# SIGUSR1 to a rank saves first.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

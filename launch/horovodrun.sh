@@ -10,8 +10,8 @@
 #   --interface NAME   the network interface that the hosts share; else horovodrun looks for it
 #   COMMAND …          a verb of ours (train, evaluate, doctor, …) with its arguments, or any program
 #
-# Without --hosts or --hostfile it takes the hosts of the Slurm, PBS, LSF or Grid Engine job, or this host. Hosts are
-# reached by ssh without a password and have the project, its .venv included, in the same place.
+# Without --hosts or --hostfile it takes the hosts of the Slurm, PBS, LSF, Grid Engine or OAR job, or this host. Hosts
+# are reached by ssh without a password and have the project, its .venv included, in the same place.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

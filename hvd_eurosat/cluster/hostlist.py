@@ -3,7 +3,7 @@
 A line has one host or several, with spaces or commas between them. Each is a name, an address or a range of names
 (node[01-04]), and may say how many ranks it takes: node1:8, `node1 8`, slots=8, cpu=8 or count=8, with spaces around
 the = or not, and max_slots=8 beside it or alone. A name without a number takes one rank each time that it stands there,
-which is how PBS and LSF write. Lines of Grid Engine (host, ranks, queue@host, processors) are understood as well.
+which is how PBS, LSF and OAR write. Lines of Grid Engine (host, ranks, queue@host, processors) are understood as well.
 # and // begin a comment. All else is refused by its line: nothing is taken for a host, or for one rank, by guess.
 
 Sources: orte/util/hostfile/hostfile_lex.l and hostfile.c of Open MPI 4.1; sge_pe(5) of Grid Engine.

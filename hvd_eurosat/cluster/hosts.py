@@ -3,10 +3,10 @@
 python -m hvd_eurosat.cluster.hosts --hosts node1:8,node2:8     what launch/*.sh read: lines of NAME=value
 
 Told is the list of --hosts or the file --hostfile (cluster/hostlist.py says what may stand there). Else they are those
-of Slurm, PBS, LSF or Grid Engine, by the variables that these set in a job; else this machine, with --np ranks
+of Slurm, PBS, LSF, Grid Engine or OAR, by the variables that these set in a job; else this machine, with --np ranks
 or as many as it is for.
 
-Sources: sge_pe(5) of Grid Engine, qsub of PBS Professional, the environment variables of LSF.
+Sources: sge_pe(5) of Grid Engine, qsub of PBS Professional, the environment variables of LSF, oarsub(1) of OAR.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from hvd_eurosat.cluster import slurm
 from hvd_eurosat.cluster.hostlist import Host, parse
 from hvd_eurosat.errors import UserError
 
+OAR = "OAR gave no more: ask for oarsub -l nodes=N/core=N, or say --hosts"
 SCHEDULERS = {  # by the variable that names a file of theirs, in which a host stands once for each rank
     "PBS_NODEFILE": "PBS gave no more: ask for mpiprocs=N in each chunk, or say --hosts",
     "LSB_DJOB_HOSTFILE": "LSF gave no more: ask for bsub -n N, or say --hosts",
     "PE_HOSTFILE": "Grid Engine gave no more: ask for qsub -pe NAME N, or say --hosts",
+    "OAR_NODEFILE": OAR,
+    "OAR_NODE_FILE": OAR,
 }
 MCPU = "LSB_MCPU_HOSTS"  # LSF's: host, slots, host, slots, …
 

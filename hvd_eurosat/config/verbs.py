@@ -70,7 +70,8 @@ class PredictSettings(Predictions):
     """Predict the class of each image. Images of another size than the network's are resized."""
 
     input: tuple[UserPath, ...] = ()
-    """images, and folders of images, with their subfolders"""
+    """images, and folders: of images alone, or of class folders, split or not. In a tree of folders every image lies in
+    a class folder, as for train and evaluate; images and folders that are named here themselves may lie anywhere"""
     list: UserPath | None = None
     """a file with the path of an image on each line, or - for standard input; these images are named by their paths,
     without a first slash"""

@@ -17,21 +17,27 @@ from numpy.typing import NDArray
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import Batch
+from hvd_eurosat.data.contradictions import linked, status_of
 from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
 from hvd_eurosat.data.inputs import Inputs
-from hvd_eurosat.data.layout import Listing, check_name, find_files, is_litter, lay_out, list_folder, normal
+from hvd_eurosat.data.layout import Layout, Listing, check_name, find_files, is_litter, lay_out, list_folder, normal
 from hvd_eurosat.data.multispectral import load_bands, shaped
 from hvd_eurosat.errors import UserError
 
+BY_NAME = "or name images and folders themselves: --input a.png b/, or --list FILE"
 FAR_LARGER = 4  # times the side that the network was shown: it hardly knows what it sees
 
 
 @dataclass(frozen=True)
 class Images:
-    """The files that must be images, by the names that predictions have. notes: what was left out, in lines."""
+    """The files that must be images, by the names that predictions have.
+
+    notes: what was left out, in lines. flaws: why files cannot be used, by name, where that is known already.
+    """
 
     paths: dict[str, Path]
     notes: tuple[str, ...] = ()
+    flaws: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -41,18 +47,25 @@ class Seen:
     bad: dict[int, str] = field(default_factory=dict)
     scenes: dict[int, tuple[int, int]] = field(default_factory=dict)
 
+    @staticmethod
+    def before(images: Images) -> Seen:
+        """What is known before any file is read."""
+        return Seen({number: images.flaws[name] for number, name in enumerate(images.paths) if name in images.flaws})
+
 
 def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
-    """The images in files and folders (with their subfolders), sorted by name: the path below its folder, or its own.
+    """The images in files and folders, sorted by name: the path below its folder, or its own.
 
-    listed: more files, which are named as they are written, without a first slash. Raises UserError where there are
-    none, or two of one name.
+    A folder holds class folders, split or not, or images alone. listed: more files, which are named as they are
+    written, without a first slash. Raises UserError where there are none, or two of one name, or for a folder whose
+    images lie in another way.
     """
     found: dict[str, Path] = {}
-    notes: list[str] = []
     named = Listing("the input", lambda spelling: b"")
-    pairs = [*(pair for place in places for pair in _images(place, named, notes)), *_listed(listed, named)]
-    notes = [*named.notes(), *notes]
+    parts = [_images(place, named) for place in places]
+    pairs = [*(pair for part in parts for pair in part.paths.items()), *_listed(listed, named)]
+    notes = [*named.notes(), *(note for part in parts for note in part.notes)]
+    flaws = {name: flaw for part in parts for name, flaw in part.flaws.items()}
     for name, path in pairs:
         check_name(name, "the input")
         if found.get(name) == path:
@@ -66,35 +79,42 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     for name, path in found.items():
         for folder in found.keys() & set(map(str, Path(name).parents)):
             raise UserError(f"{found[folder]} would be an image and the folder of {path} among the predictions")
-    return Images(dict(sorted(found.items(), key=lambda item: item[0].split("/"))), tuple(notes))
+    return Images(dict(sorted(found.items(), key=lambda item: item[0].split("/"))), tuple(notes), flaws)
 
 
 def find_labelled(folder: Path) -> tuple[Images, list[str]]:
     """The images of a folder and the class of each by its folder; none where no image lies in one. Raises UserError."""
-    listing = list_folder(folder, f"--input {shlex.quote(f'{folder}/')}")
-    files = find_files(listing)
-    if files.depth == 0 and not any("/" in name for name in files.images):
-        notes = (*listing.notes(), *files.notes(str(folder)))
-        return Images({name: folder / listing.files[name] for name in files.images}, notes), []
-    layout = lay_out(listing, least=1)
+    listing = _listing(folder)
+    layout = lay_out(listing, least=0)
     if layout.split:
         raise UserError(f"{folder} is split: give one of {', '.join(str(folder / split) for split in layout.splits)}")
-    paths = {item.path: folder / listing.files[item.path] for item in layout.items}
-    return Images(paths, layout.notes), [item.label for item in layout.items]
+    return _laid_out(folder, listing, layout), [item.label for item in layout.items if layout.classes]
 
 
-def _images(place: Path, named: Listing, notes: list[str]) -> Iterator[tuple[str, Path]]:
+def _images(place: Path, named: Listing) -> Images:
     if not place.exists():
         raise UserError(f"no image at {place}: neither a folder nor a file")
     if _is_left_out(Path(place.name) if place.is_dir() else place, named):
-        return
+        return Images({})
     if not place.is_dir():
-        yield normal(place.name), place
-        return
-    listing = list_folder(place)
-    files = find_files(listing)
-    notes += [*listing.notes(), *files.notes(str(place))]
-    yield from ((name, place / listing.files[name]) for name in files.images)
+        return Images({normal(place.name): place})
+    listing = _listing(place)
+    find_files(listing)  # where there are none, the cure below does not help
+    try:
+        layout = lay_out(listing, least=0)
+    except UserError as error:
+        raise UserError(f"{error}; {BY_NAME}") from None
+    return _laid_out(place, listing, layout)
+
+
+def _listing(folder: Path) -> Listing:
+    return list_folder(folder, f"--input {shlex.quote(f'{folder}/')}")
+
+
+def _laid_out(folder: Path, listing: Listing, layout: Layout) -> Images:
+    paths = {item.path: folder / listing.files[item.path] for item in layout.items}
+    flaws = linked(layout.items, {name: status_of(path) for name, path in paths.items()})
+    return Images(paths, layout.notes, flaws)
 
 
 def _is_left_out(path: Path, named: Listing) -> bool:
@@ -154,6 +174,8 @@ def file_batches(
     black = np.zeros((data.image_size, data.image_size, len(inputs.bands)), inputs.dtype)
 
     def pixels(number: int) -> NDArray[Any]:
+        if number in seen.bad:
+            return black
         try:
             content = read_file(files[number])
             if inputs.file:

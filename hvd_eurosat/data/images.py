@@ -139,12 +139,18 @@ def decode_any(data: bytes, size: int | None = None, convert: bool = True) -> tu
         raise BadImageError(_why_unreadable(data)) from None
     _check_header(image, size)
     flaws = _other_than_rgb(image)
-    if flaws and not convert:
-        raise BadImageError(f"{_said(image, flaws)}; 8-bit RGB is wanted (prepare --convert makes it so)")
+    wrong = f"{_said(image, flaws)}; 8-bit RGB is wanted (prepare --convert makes it so)" if flaws else ""
+    may_be_a_band = "alpha" in flaws and image.format == "TIFF"  # its values tell
+    if wrong and not convert and not may_be_a_band:
+        raise BadImageError(wrong)
     try:
         image.load()
     except Exception as error:
         raise BadImageError(f"it does not decode ({error})") from None
+    if may_be_a_band:
+        _check_alpha(image)
+    if wrong and not convert:
+        raise BadImageError(wrong)
     with contextlib.suppress(Exception):  # an EXIF block that cannot be read says nothing of an orientation
         ImageOps.exif_transpose(image, in_place=True)
     return (_to_rgb(image, flaws), " and ".join(flaws)) if flaws else (image, "")
@@ -280,13 +286,18 @@ def _to_rgb(image: Image.Image, flaws: list[str]) -> Image.Image:
     if "alpha" not in flaws:
         return image.convert("RGB")
     whole = image.convert("RGBA")
-    alpha = whole.getchannel("A")
-    # Near infrared, perhaps: GDAL calls a fourth band alpha unless it is told better.
-    if image.format == "TIFF" and set(np.unique(np.asarray(alpha))) - {0, 255}:
-        raise BadImageError(_bands(4))
     white = Image.new("RGB", whole.size, "white")
-    white.paste(whole, mask=alpha)
+    white.paste(whole, mask=whole.getchannel("A"))
     return white
+
+
+def _check_alpha(image: Image.Image) -> None:
+    """Raise BadImageError where a TIFF's alpha does more than hide or show.
+
+    It is near infrared, perhaps: GDAL calls a fourth band alpha unless it is told better.
+    """
+    if set(np.unique(np.asarray(image.convert("RGBA").getchannel("A")))) - {0, 255}:
+        raise BadImageError(_bands(len(image.getbands())))
 
 
 def _why_unreadable(data: bytes) -> str:

@@ -252,13 +252,17 @@ def find_files(listing: Listing) -> Files:
 def lay_out(listing: Listing, least: int = 2) -> Layout:
     """The splits, classes and images of a tree, which may lie in any number of single folders.
 
-    Raises UserError, which names the path, for what fits no such tree, or has fewer classes than `least`.
+    Raises UserError, which names the path, for what fits no such tree, or has fewer classes than `least`. Where `least`
+    is 0, it may also be a folder of images alone: these have no class, and "" for a label.
     """
     where, files = listing.where, find_files(listing)
     homes = _homes_of_splits(files.images)
     if len(homes) > 1:
         raise _several("splits", homes, listing)
     depth = files.depth
+    if depth == 0 and least == 0 and not any("/" in name for name in files.images):
+        notes = (*listing.notes(), *files.notes(where))
+        return Layout(tuple(Item(name, None, "", name) for name in files.images), (), (), notes)
     if depth == 0:
         raise _no_classes(files, listing, "")
     around = {_around(name, depth) for name in files.images}
@@ -268,6 +272,7 @@ def lay_out(listing: Listing, least: int = 2) -> Layout:
         if len(around) > 1:
             raise _splits_inside(classes, around, listing)
         raise _no_classes(files, listing, f" in {_folders(classes)}")
+    _check_capitals(classes, where)
     level = _split_level(around, listing)
     if len(classes) < least:
         raise _no_classes(files, listing, "", classes[0])
@@ -403,6 +408,16 @@ def _no_classes(files: Files, listing: Listing, places: str, only: str = "") -> 
     if loose:
         return UserError(f"{listing.where}: {loose}: move it into one, or elsewhere")
     return UserError(f"{listing.where} has images{places} but no class folders there: make one for each class")
+
+
+def _check_capitals(classes: Sequence[str], where: str) -> None:
+    """Raise UserError for classes that differ in capitals alone: on many systems they are one folder."""
+    known: dict[str, str] = {}
+    for name in classes:
+        other = known.setdefault(name.lower(), name)
+        if other != name:
+            alike = f"{where} has class folders that differ in capitals alone, {_folders((other, name))}"
+            raise UserError(f"{alike}: rename one, or put its images into the other")
 
 
 def _check_depth(files: Files, classes: set[str], level: int | None, listing: Listing) -> None:

@@ -62,9 +62,10 @@ def pack(
     crop = Crop(side=crop.side) if crop.resize == tree.image_size else crop  # the same pixels have one name
     cropped = "" if crop == WHOLE else f"-{crop.resize}-{crop.side}"
     path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}{_chosen(tree)}.npy"
-    if path.exists() and path.with_suffix(".json").exists():
+    files = tree.files(split)
+    if path.exists() and path.with_suffix(".json").exists() and tree.flaws.keys().isdisjoint(files):
         return path
-    shape = (len(tree.files(split)), image_size, image_size, len(tree.inputs.bands))
+    shape = (len(files), image_size, image_size, len(tree.inputs.bands))
     partial = folder / f".{path.stem}.{secrets.token_hex(8)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,8 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
     native = native_size(tree)
 
     def read(name: str) -> bytes | BadImageError:
+        if name in tree.flaws:
+            return BadImageError(tree.flaws[name])
         try:
             return _pixels(tree, name, native, size, crop)
         except BadImageError as error:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hvd_eurosat.data.bands import check_names
+from hvd_eurosat.data.contradictions import linked, status_of
 from hvd_eurosat.data.images import BadImageError, decode, read_file
 from hvd_eurosat.data.inputs import PICTURES, Inputs, inputs_of
 from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS, lay_out, list_folder, normal
@@ -85,7 +86,7 @@ class Tree:
     manifest that of the first training image; None where that one is not square or no image.
     checksums: each file's sha256 (empty where unknown) by its name, split/class/file, in the order of these three.
     inputs: what the numbers in the images are. places: a file's own path below root, where that is not its name.
-    notes: what was left out, a line for each kind.
+    notes: what was left out, a line for each kind. flaws: why files cannot be used, by name, where it is known already.
     """
 
     root: Path
@@ -97,6 +98,7 @@ class Tree:
     inputs: Inputs = PICTURES
     places: dict[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    flaws: dict[str, str] = field(default_factory=dict, repr=False)
 
     def choosing(self, names: Sequence[str]) -> "Tree":
         """With some of its bands, in an order of their own; of no names it is as it was. Raises UserError."""
@@ -238,26 +240,24 @@ def _unzipped(root: Path) -> Tree:
     if not layout.split:
         side = _side(root / listing.files[layout.items[0].path])
         raise UserError(f"{root} has no train/ valid/ test/: split it with {preparing(root, side)}")
-    own = {f"{item.split}/{item.label}/{item.name}": listing.files[item.path] for item in layout.items}
+    statuses = {item.path: status_of(root / listing.files[item.path]) for item in layout.items}
+    contradictory = linked(layout.items, statuses)
+    items = {f"{item.split}/{item.label}/{item.name}": item for item in layout.items}
     digest = hashlib.sha256()
     counts: dict[str, dict[str, int]] = {split: dict.fromkeys(layout.classes, 0) for split in SPLITS}
-    ordered = _ordered(dict.fromkeys(own, ""))
+    ordered = _ordered(dict.fromkeys(items, ""))
     for name in sorted(ordered, key=lambda name: SPLITS.index(name.split("/")[0])):
         split, label, _ = name.split("/")
         counts[split][label] += 1
-        status = _status(root / own[name])
+        status = statuses[items[name].path]
         digest.update(os.fsencode(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
     classes = check_classes(counts, str(root))
+    own = {name: listing.files[item.path] for name, item in items.items()}
     places = {name: path for name, path in own.items() if name != path}
-    tree = Tree(root, classes, digest.hexdigest(), False, None, ordered, inputs_of(classes), places, layout.notes)
+    flaws = {name: contradictory[item.path] for name, item in items.items() if item.path in contradictory}
+    inputs = inputs_of(classes)
+    tree = Tree(root, classes, digest.hexdigest(), False, None, ordered, inputs, places, layout.notes, flaws)
     return replace(tree, image_size=_side(tree.path(tree.files(SPLITS[0])[0])))
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError:  # a link that leads nowhere is a bad image, named with the others
-        return path.lstat()
 
 
 def _side(path: Path) -> int | None:

@@ -202,7 +202,7 @@ def _made_again(trained: Checkpoint, weights: str) -> bytes:
     model = _network(settings, len(trained.classes), trained.config["train"]["seed"], trained.wants.bands)
     try:
         load_weights(model, settings)
-    except UserError as error:
+    except (UserError, RunError) as error:
         raise FrozenLostError(f"the frozen weights are damaged, and cannot be made again: {error}") from None
     return _frozen_file(model.state_dict(), trained.frozen)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.bands import RGB, SENTINEL2
 from hvd_eurosat.data.inputs import REFLECTANCE, Inputs
-from hvd_eurosat.errors import UserError
+from hvd_eurosat.errors import RunError, UserError
 
 FAMILY = "sentinel2-"  # with which the names begin
 HUB = "https://hf.co/torchgeo"
@@ -110,7 +110,10 @@ def grey_scaling(stretch: tuple[float, float], scale: float) -> tuple[float, flo
 
 
 def fetched(weights: str, arch: str) -> Path:
-    """The file of named weights, from torch's cache or the network, its digest checked. Raises UserError."""
+    """The file of named weights, from torch's cache or the network, its digest checked.
+
+    Raises UserError for a damaged file, RunError for a failed download.
+    """
     import torch
 
     url = KNOWN[weights].urls[arch]
@@ -123,7 +126,7 @@ def fetched(weights: str, arch: str) -> Path:
             torch.hub.download_url_to_file(url, str(place), hash_prefix=digest, progress=False)
         found = hashlib.sha256(place.read_bytes()).hexdigest()
     except Exception as error:  # of the network, or of the file system
-        raise UserError(cannot_fetch(f"the weights {weights}", url, place, error)) from None
+        raise RunError(cannot_fetch(f"the weights {weights}", url, place, error)) from None
     finally:
         socket.setdefaulttimeout(None)
     if not found.startswith(digest):

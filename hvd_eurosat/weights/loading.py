@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat.config.schema import Model
-from hvd_eurosat.errors import UserError
+from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.weights.first_layer import fit_first
 from hvd_eurosat.weights.fitting import check_fit, plain_norms
@@ -44,7 +44,7 @@ def load_weights(model: LandCoverResNet, settings: Model) -> Taken:
     """Put the weights of model.weights (a name, none, or a file) into the model, so that its features are the same.
 
     A head of another width, or with a bias that the model has not, is left out. Raises UserError where the file is
-    missing, unreadable or of another network.
+    missing, unreadable or of another network, RunError for a failed download.
     """
     source, arch = settings.weights, settings.arch
     if source == "none":
@@ -162,6 +162,6 @@ def _imagenet(arch: str) -> dict[str, Tensor]:
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
     except Exception as error:  # of the network, the file system, or a damaged file
-        raise UserError(cannot_fetch("the ImageNet weights", weights.url, place, error)) from None
+        raise RunError(cannot_fetch("the ImageNet weights", weights.url, place, error)) from None
     finally:
         socket.setdefaulttimeout(None)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_eurosat.cluster import hosts, node
@@ -141,9 +141,11 @@ WRITINGS: list[Callable[[str, int], str]] = [
     lambda name, slots: ", ".join([name] * slots),
     lambda name, slots: f"{name} {slots} all.q@{name} UNDEFINED",
 ]
+BY_NO_CLOCK = settings(deadline=None, derandomize=True, database=None)
 MEANT = st.dictionaries(NAMES, st.tuples(st.integers(1, 9), st.sampled_from(WRITINGS)), min_size=1, max_size=5)
 
 
+@BY_NO_CLOCK
 @given(MEANT)
 def test_what_is_written_is_what_was_meant(meant: dict[str, tuple[int, Callable[[str, int], str]]]) -> None:
     text = "\n".join(write(name, slots) for name, (slots, write) in meant.items())
@@ -153,6 +155,7 @@ def test_what_is_written_is_what_was_meant(meant: dict[str, tuple[int, Callable[
 FOREIGN = st.text(st.sampled_from("ab1:=[-@^+!;,./ "), min_size=1, max_size=8)
 
 
+@BY_NO_CLOCK
 @given(MEANT, FOREIGN)
 def test_no_host_and_no_slot_is_guessed(meant: dict[str, tuple[int, Callable[[str, int], str]]], line: str) -> None:
     """A line of any signs is refused by its number, or each of its words is a host or the number of one."""
@@ -249,6 +252,8 @@ def listed(environment: dict[str, str], ranks: int | None = None) -> list[tuple[
         ("LSB_DJOB_HOSTFILE", "a\na\nb\nb\n"),
         ("PE_HOSTFILE", "a 2 all.q@a UNDEFINED\nb 2 all.q@b UNDEFINED\n"),
         ("PE_HOSTFILE", "a 2\nb 2\n"),
+        ("OAR_NODEFILE", "a\na\nb\nb\n"),
+        ("OAR_NODE_FILE", "a\na\nb\nb\n"),
     ],
 )
 def test_what_a_scheduler_gave_is_found(tmp_path: Path, variable: str, text: str) -> None:

@@ -16,7 +16,7 @@ from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.bands import EUROSAT13
 from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_CLASSES, PICTURES, REFLECTANCE
 from hvd_eurosat.data.tree import open_tree
-from hvd_eurosat.errors import UserError
+from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.train import settled
@@ -110,7 +110,7 @@ def test_they_come_from_torchs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     model, settings = build("resnet18", 10, "bn+head", seed=0), Model(arch="resnet18", weights=RGB)
     place = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[-1]
-    with pytest.raises(UserError) as error:
+    with pytest.raises(RunError) as error:  # status 1, as where prepare cannot download: nobody's mistake
         load_weights(model, settings)
     said = f"cannot fetch the weights {RGB} (no network): put {url} at {place}, or give --model.weights FILE (or none)"
     assert str(error.value) == said
@@ -124,6 +124,13 @@ def test_they_come_from_torchs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     place.write_bytes(content[:-1])
     with pytest.raises(UserError, match=rf"{place.name} is damaged \(its sha256 does not begin with "):
         load_weights(model, settings)
+
+
+def test_imagenet_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", _no_network)
+    with pytest.raises(RunError, match=r"cannot fetch the ImageNet weights \(no network\): put https://"):
+        load_weights(build("resnet18", 10, "bn+head", seed=0), Model(arch="resnet18", weights="imagenet"))
 
 
 def _no_network(*_: object, **__: object) -> None:

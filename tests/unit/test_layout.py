@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from hvd_eurosat.data.packed import open_packed
 from hvd_eurosat.data.tree import CHECKSUMS, MANIFEST, open_tree
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
-from tests.unit.conftest import Encode, Grow, Run, left, manifest
+from tests.unit.conftest import Encode, Grow, Run, left, manifest, zipped
 
 NFC, NFD = "Forêt", unicodedata.normalize("NFD", "Forêt")
 PIXELS = np.random.default_rng(7).integers(0, 256, (64, 64, 4), dtype=np.uint8)
@@ -242,7 +243,42 @@ def test_a_validation_set_that_is_a_link(grow: Grow) -> None:
     assert len(open_tree(root).files("valid")) == 4
 
 
-# --- Unicode
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_linked_into_two_classes(grow: Grow, run: Run, alone: World, packed: bool) -> None:
+    """In whichever splits: `train` says what `prepare` says, also where it had packed the images before."""
+    root = grow("data", split_counts("A", "B"))
+    (root / "valid" / "B" / "link.jpg").symlink_to(root / "train" / "A" / "A_1.jpg")
+    (root / "test" / "A" / "same.jpg").hardlink_to(root / "test" / "A" / "A_1.jpg")  # twice in one class
+    tree = open_tree(root)
+    if packed:
+        for split in SPLITS:
+            open_packed(replace(tree, flaws={}), split, 64, None)
+    with pytest.raises(UserError) as error:
+        open_images(alone, tree, SPLITS, Data(), Data())
+    said = run(root)[2]
+    one, other = "train/A/A_1.jpg", "valid/B/link.jpg"
+    assert str(error.value).startswith(f"2 of 20 files of {root} cannot be used (python -m hvd_eurosat.prepare ")
+    for flaw in (f"{one}: the same image as {other} of another class", f"{other}: the same image as {one} of another"):
+        assert flaw in said
+        assert flaw in str(error.value)
+
+
+# --- names
+
+
+@pytest.mark.parametrize("counts", [{"Forest": 3, "forest": 3, "A": 3}, split_counts("A", "Forest")])
+def test_classes_that_differ_in_capitals_alone(grow: Grow, run: Run, counts: dict[str, int]) -> None:
+    """Also where each split has but one of them."""
+    root = grow("photos", counts)
+    if (root / "valid").exists():
+        (root / "valid" / "Forest").rename(root / "valid" / "forest")
+    said = f"{root} has class folders that differ in capitals alone, Forest/, forest/: rename one, or put "
+    with pytest.raises(UserError, match=re.escape(said)):
+        open_tree(root)
+    assert said in run(root)[2]
+    with pytest.raises(UserError, match=re.escape(said)):
+        find_images([root])
+    assert said.replace(str(root), str(root.with_suffix(".zip"))) in run(zipped(root.with_suffix(".zip"), root))[2]
 
 
 def test_two_spellings_are_one_class(tmp_path: Path, grow: Grow, encode: Encode, run: Run) -> None:
@@ -381,7 +417,8 @@ def test_the_rules_of_converting() -> None:
 @pytest.mark.parametrize(("bands", "extra"), [(4, 0), (4, 1), (4, 2), (4, None), (5, 0), (6, 0)])
 @pytest.mark.parametrize("convert", [False, True])
 def test_more_bands_are_never_red_green_and_blue_by_accident(bands: int, extra: int | None, convert: bool) -> None:
-    with pytest.raises(BadImageError, match=r"nobody can tell|mode RGBA"):
+    """The cure is named at once: --convert would refuse them as well."""
+    with pytest.raises(BadImageError, match=f"a TIFF of {bands} bands, .*: prepare --bands names them"):
         decode_any(banded(bands, extra), convert=convert)
 
 
@@ -392,6 +429,10 @@ def test_an_alpha_of_a_tiff_is_one_that_hides_or_shows() -> None:
     image, was = decode_any(stream.getvalue())
     assert was == "alpha"
     assert np.array_equal(np.asarray(image), np.where(mask == 255, PIXELS[..., :3], 255))
+    with pytest.raises(
+        BadImageError, match=r"mode RGBA \(alpha\); 8-bit RGB is wanted \(prepare --convert makes it so\)"
+    ):
+        decode(stream.getvalue())
 
 
 def test_tiles_are_fine_up_to_the_limit() -> None:

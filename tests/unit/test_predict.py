@@ -108,6 +108,37 @@ def test_where_all_files_are_bad(asked: Asked, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_folders_is_a_tree(asked: Asked, images: Path, encode: Encode, tmp_path: Path) -> None:
+    """An image beside the class folders is refused as elsewhere; what is named itself may lie anywhere."""
+    (images / "lost.jpg").write_bytes(encode(9))
+    with pytest.raises(UserError) as error:
+        asked(predict, "--input", images)
+    lost = f"{images}: lost.jpg lies outside the class folders: move it into one, or elsewhere"
+    assert str(error.value) == f"{lost}; or name images and folders themselves: --input a.png b/, or --list FILE"
+    asked(predict, "--input", images / "lost.jpg", images / "Forest", "--skip-bad")
+    names = [row["name"] for row in table(tmp_path / "out" / "predictions.csv")]
+    assert names == ["Forest_1.jpg", "Forest_2.jpg", "Forest_3.jpg", "lost.jpg"]
+    (tmp_path / "words").mkdir()
+    (images / "River" / "notes.txt").rename(tmp_path / "words" / "notes.txt")
+    with pytest.raises(UserError, match=r"has no images .*: notes\.txt$"):  # naming it would not help
+        asked(predict, "--input", tmp_path / "words")
+
+
+@pytest.mark.parametrize("verb", [predict, evaluate])
+def test_an_image_that_is_linked_into_two_classes(asked: Asked, grow: Grow, tmp_path: Path, verb: Any) -> None:
+    root = grow("linked", {"Forest": 2, "River": 1})
+    (root / "River" / "hard.jpg").hardlink_to(root / "Forest" / "Forest_1.jpg")
+    (root / "River" / "soft.jpg").symlink_to("River_1.jpg")  # twice in one class
+    with pytest.raises(UserError) as error:
+        asked(verb, "--input", root)
+    for one, other in (("Forest/Forest_1.jpg", "River/hard.jpg"), ("River/hard.jpg", "Forest/Forest_1.jpg")):
+        assert f"{root}/{one}: the same image as {other} of another class" in str(error.value)
+    asked(verb, "--input", root, "--skip-bad")
+    assert [row["name"] for row in table(tmp_path / "out" / "skipped.csv")] == ["Forest/Forest_1.jpg", "River/hard.jpg"]
+    names = [row["name"] for row in table(tmp_path / "out" / "predictions.csv")]
+    assert names == ["Forest/Forest_2.jpg", "River/River_1.jpg", "River/soft.jpg"]
+
+
 def test_flags_that_do_not_fit(saved: Path, asked: Asked, images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--strict goes with --skip-bad"):
         asked(predict, "--input", images, "--strict")

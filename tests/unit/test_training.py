@@ -267,11 +267,20 @@ def test_frozen_weights_are_made_again(
     assert report.endswith("; it was made again from model.weights none")
 
 
-def test_frozen_weights_that_cannot_be_made_again_cost_no_checkpoint(tmp_path: Path, state: Checkpoint) -> None:
+def test_frozen_weights_that_cannot_be_made_again_cost_no_checkpoint(
+    tmp_path: Path, state: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They can be put back."""
+
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     for name, other, message in (
         ("seed", of_seed(state, seed=1), "model.weights gives others now: put either back as it was"),
         ("file", of_seed(state, weights="/nowhere.pt"), r"cannot be made again: model\.weights /nowhere\.pt"),
+        ("net", of_seed(state, weights="imagenet"), "cannot be made again: cannot fetch the ImageNet weights"),
     ):
         folder = CheckpointFolder(tmp_path / name, keep=1)
         folder.folder.mkdir()
