@@ -32,7 +32,7 @@ from hvd_eurosat.run.display import Display
 from hvd_eurosat.run.predictions import INCOMPLETE, check_top, output_folder, tell, write_predictions
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.inference import Values, infer, join, mean_of_views, tempered
+from hvd_eurosat.training.inference import Network, Values, infer, join, mean_of_views, tempered
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.precision import precision_of
 from hvd_eurosat.training.scores import mcnemar
@@ -66,11 +66,11 @@ def main(world: World, settings: EvaluateSettings) -> int:
 def ask(world: World, settings: EvaluateSettings, saved: Checkpoint) -> tuple[Work, Values]:
     """The images, and the checkpoint's log-probabilities of them, without temperature, on rank 0. Collective."""
     work = from_folder(world, settings, saved) if settings.input else from_split(world, settings, saved)
-    model, precision = saved.build_model(world.device), precision_of(settings.precision, saved.precision)
-    views = saved.views(settings.views)
-    mine = infer(world, model, work.batches, saved.data, precision, views)
+    precision, views = precision_of(settings.precision, saved.precision), saved.views(settings.views)
+    network = Network(saved.build_model(world.device), saved.data, precision, views)
+    mine = infer(world, network, work.batches)
     seen = agree_on_bad(world, work.seen, list(work.images.paths.values()), settings.skip_bad)
-    return replace(work, seen=seen), mean_of_views(join(world, mine, model, views))
+    return replace(work, seen=seen), mean_of_views(join(world, network, mine))
 
 
 def ask_other(world: World, settings: EvaluateSettings, classes: list[str]) -> Values:

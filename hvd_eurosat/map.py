@@ -26,12 +26,13 @@ from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.verbs import MapSettings
 from hvd_eurosat.errors import STOPPED, Stopped, UserError
 from hvd_eurosat.run.display import Display
-from hvd_eurosat.scene.mapping import Network, map_blocks
+from hvd_eurosat.scene.mapping import Mapper, map_blocks
 from hvd_eurosat.scene.parts import Parts
 from hvd_eurosat.scene.plan import Plan, make_plan, scenes_in
 from hvd_eurosat.scene.products import write_products
 from hvd_eurosat.scene.result import Area
 from hvd_eurosat.scene.source import Scene, SceneOptions, open_scene
+from hvd_eurosat.scene.windows import cache_bytes
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.precision import precision_of
 from hvd_eurosat.training.stragglers import slow_ranks
@@ -47,7 +48,8 @@ def main(world: World, settings: MapSettings) -> int:
     precision = precision_of(settings.precision, saved.precision)
     views = saved.views(settings.views)
     temperature = 1.0 if settings.raw else saved.temperature(views)
-    network = Network(saved.build_model(world.device).eval(), saved, precision, world.device, views, temperature)
+    model = saved.build_model(world.device).eval()
+    network = Mapper(model, saved.data, precision, views, saved, world.device, temperature)
     scenes = world.on_main(lambda: scenes_in(settings))
     failed = 0
     for out, paths in scenes.items():
@@ -68,7 +70,7 @@ def main(world: World, settings: MapSettings) -> int:
 
 def map_scene(
     world: World,
-    network: Network,
+    network: Mapper,
     settings: MapSettings,
     paths: Sequence[str],
     out: Path,
@@ -78,7 +80,8 @@ def map_scene(
     """One scene into one folder, or what is missing there of its map. Collective. Raises Stopped on all ranks."""
     began = time.perf_counter()
     world.tick(f"opening {paths[0]}")
-    options = SceneOptions(settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask)
+    said = settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask
+    options = SceneOptions(*said, cache_bytes(settings.memory))
     with world.together(lambda: open_scene(paths, network.saved.wants, options)) as scene:
         plan = world.together(lambda: make_plan(scene, network.saved, network.precision.name, settings, paths))
         world.agree("scene", plan.work)
@@ -90,17 +93,20 @@ def map_scene(
             for warning in scene.warnings:
                 display.warn(warning)
             windows = map_windows(world, network, scene, plan, parts, display, stop)
-            run: dict[str, Any] = {"ranks": world.size, "device": world.device.type, "windows": windows}
-            run["seconds"] = time.perf_counter() - began
+
+            def run() -> dict[str, Any]:
+                known = {"ranks": world.size, "device": world.device.type, "windows": windows}
+                return {**known, "seconds": time.perf_counter() - began}
+
             world.tick("writing the map", WRITING_PATIENCE)
             known = world.on_main(lambda: write_products(scene, network.saved, plan, parts, settings, run, world.tick))
-            display.say(summary(known, plan, out, network.precision.name, run))
+            display.say(summary(known, plan, out, network.precision.name, run()))
         finally:
             parts.close()
 
 
 def map_windows(
-    world: World, network: Network, scene: Scene, plan: Plan, parts: Parts, display: Display, stop: Callable[[], bool]
+    world: World, network: Mapper, scene: Scene, plan: Plan, parts: Parts, display: Display, stop: Callable[[], bool]
 ) -> int:
     """All blocks that are not there yet, by whichever rank is free; returns their windows. Collective.
 

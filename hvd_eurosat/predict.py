@@ -25,7 +25,7 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.run.predictions import INCOMPLETE, check_top, output_folder, tell, write_predictions
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.inference import infer, join, mean_of_views, tempered
+from hvd_eurosat.training.inference import Network, infer, join, mean_of_views, tempered
 from hvd_eurosat.training.precision import precision_of
 
 
@@ -41,11 +41,11 @@ def main(world: World, settings: PredictSettings) -> int:
         began, seen = time.perf_counter(), Seen.before(images)
         precision, size = precision_of(settings.precision, saved.precision), saved.config["valid"]["batch_size"]
         batches = file_batches(paths, saved.data, saved.wants, size, world.device, world.rank, world.size, seen, skip)
-        model = saved.build_model(world.device)
         views = saved.views(settings.views)
-        mine = infer(world, model, batches, saved.data, precision, views)
+        network = Network(saved.build_model(world.device), saved.data, precision, views)
+        mine = infer(world, network, batches)
         seen = agree_on_bad(world, seen, paths, skip)
-        values = mean_of_views(join(world, mine, model, views))
+        values = mean_of_views(join(world, network, mine))
         if world.is_main:
             values = values if settings.raw else tempered(values, saved.temperature(views))
             rate = len(paths) / (time.perf_counter() - began)

@@ -28,7 +28,7 @@ from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.calibration import calibrate
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.files import make_folder
-from hvd_eurosat.training.inference import Values, log_probabilities, tempered
+from hvd_eurosat.training.inference import Network, Values, log_probabilities, tempered
 from hvd_eurosat.training.memory import room_for
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision, choose_algorithms, choose_precision, precision_of
@@ -210,7 +210,7 @@ def predict_test(
     if folder:
         world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
-    values = log_probabilities(world, model, batches, config.data, precision, config.valid.views)
+    values = log_probabilities(world, Network(model, config.data, precision, config.valid.views), batches)
     values = tempered(values, temperature)
     names = tree.files("test")
     groups, files = [name.removeprefix("test/") for name in names], [tree.path(name) for name in names]

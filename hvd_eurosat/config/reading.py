@@ -56,10 +56,11 @@ def load(argv: Sequence[str]) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"dir": Path("runs") / name})})
 
 
-def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
+def read(schema: type[S], argv: Sequence[str], verb: str, **lists: Sequence[str]) -> S:
     """The settings that a command line asks for; `--help` prints every key and ends the program.
 
-    Raises UserError, naming the key, on anything unknown or of a wrong type.
+    lists: values of keys that take any text as it is, such as names of files. Raises UserError, naming the key, on
+    anything unknown or of a wrong type.
     """
     parser = _Parser(
         prog=f"python -m hvd_eurosat.{verb}",
@@ -78,7 +79,7 @@ def read(schema: type[S], argv: Sequence[str], verb: str) -> S:
     except SettingsError as error:
         raise UserError(f"{str(error).splitlines()[0]} (a list is written [1, 2, 3])") from None
     try:
-        return schema(_cli_settings_source=source, **values)
+        return schema(_cli_settings_source=source, **{**values, **lists})
     except ValidationError as error:
         raise UserError(_first_problem(error)) from None
     except SettingsError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -167,13 +166,15 @@ def evaluate(argv: Sequence[str]) -> EvaluateSettings:
 
 def predict(argv: Sequence[str]) -> PredictSettings:
     """The settings that a command line of `predict` asks for."""
-    return read(PredictSettings, _as_list("--input", argv), "predict")
+    words, images = _listed("input", argv)
+    return read(PredictSettings, words, "predict", **images)
 
 
 def map_scenes(argv: Sequence[str]) -> MapSettings:
     """The settings that a command line of `map` asks for."""
-    words = [re.sub(r"^--(max|min)-(masked|area)\b", r"--\1_\2", word) for word in argv]
-    return read(MapSettings, _as_list("--scene", _switch("--probabilities", words)), "map")
+    words, scenes = _listed("scene", argv)
+    words = [re.sub(r"^--(max|min)-(masked|area)\b", r"--\1_\2", word) for word in words]
+    return read(MapSettings, _switch("--probabilities", words), "map", **scenes)
 
 
 def export(argv: Sequence[str]) -> ExportSettings:
@@ -191,11 +192,17 @@ def _switch(flag: str, argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _as_list(flag: str, argv: Sequence[str]) -> list[str]:
-    """`flag a b` with its words as a list in JSON, which takes any file name as it is."""
-    words = list(argv)
-    if flag in words:
-        first = words.index(flag) + 1
-        end = next((n for n in range(first, len(words)) if words[n].startswith("--")), len(words))
-        words[first:end] = [json.dumps(words[first:end])] if end > first else []
-    return words
+def _listed(key: str, argv: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The command line without `--key a b`, and {key: [a, b]}, empty where there are none; any file name as it is."""
+    words: list[str] = []
+    found: list[str] = []
+    inside = False
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            inside = flag == f"--{key}"
+        if not inside:
+            words.append(word)
+        elif not word.startswith("--") or equals:
+            found.append(value if word.startswith("--") else word)
+    return words, {key: found} if found else {}

@@ -37,9 +37,8 @@ ZIPPED = re.compile(r"/vsizip/\{(.*)\}/(.*)", re.S)
 MAX_BLOCK = 512 << 20  # bytes of what must be read at once
 MAX_NESTED = 4  # VRTs in VRTs
 LEADS_AWAY = re.compile(r"\w{2,}:|.*/vsi(?!zip/|tar/|gzip/)", re.S)
-# Rasters are local files: nothing is fetched, no code in a VRT runs, and GDAL's cache has a bound (in bytes).
+# Rasters are local files: nothing is fetched, and no code in a VRT runs.
 OPTIONS = {
-    "GDAL_CACHEMAX": 256 << 20,
     "GDAL_VRT_ENABLE_PYTHON": "NO",
     "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
     "CPL_LOG": os.devnull,  # libtiff's chatter
@@ -49,14 +48,20 @@ Dataset = Any  # of rasterio, which has no types
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Around all that touches a raster: what GDAL makes of damaged bytes becomes a UserError that names the file."""
+    """Around all that touches a raster: what GDAL makes of damaged bytes becomes a UserError that names the file.
+
+    Any UserError is one line then, whatever the names of files.
+    """
     try:
         with warnings.catch_warnings(), _undecodable_ignored(), rasterio.Env(**OPTIONS):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             yield
+    except UserError as error:
+        raise UserError("\\n".join(str(error).splitlines())) from None
     except (RasterioError, CPLE_BaseError, ValueError, ArithmeticError, OSError, MemoryError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise UserError(f"{shown(path)} cannot be read: it is damaged or cut short ({reason})") from None
+        name = "\\n".join(shown(path).splitlines())
+        raise UserError(f"{name} cannot be read: it is damaged or cut short ({reason})") from None
 
 
 @contextlib.contextmanager

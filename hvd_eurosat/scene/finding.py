@@ -88,6 +88,8 @@ def find(what: Sequence[str], names: Sequence[str], rasters: Rasters) -> Found:
     for path in paths:
         if not path.exists():
             raise UserError(f"no scene at {path}: it is a raster, files of one band each, or a folder or zip of these")
+        if not _is_text(path):
+            raise UserError(f"{path} has a name that is no text in UTF-8, as GDAL wants it: rename it")
     if len(paths) == 1:
         path = paths[0].parent if METADATA.fullmatch(paths[0].name) else paths[0]
         if path.is_dir() or path.suffix.lower() == ".zip":
@@ -95,6 +97,13 @@ def find(what: Sequence[str], names: Sequence[str], rasters: Rasters) -> Found:
     elif other := next((path for path in paths if not path.is_file()), None):
         raise UserError(f"{other} is no file: several paths of one scene are files of one band each")
     return _of_files(paths, names, rasters)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(str(path.absolute()).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _of_listing(files: Listing, names: Sequence[str], rasters: Rasters) -> Found:

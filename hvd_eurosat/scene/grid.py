@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from affine import Affine
 from rasterio import warp
+from rasterio._err import CPLE_BaseError
 from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 
@@ -63,9 +64,9 @@ def ground_distances(grid: Grid) -> tuple[float, float] | None:
     points = [grid.transform @ at for at in ((column, row), (column + 1, row), (column, row + 1))]
     try:
         longitudes, latitudes = warp.transform(grid.crs, WGS84, *zip(*points, strict=True))
-    except (CRSError, RasterioError):
+    except (CPLE_BaseError, CRSError, RasterioError):
         return None
-    if not np.isfinite([*longitudes, *latitudes]).all():
+    if not np.isfinite([*longitudes, *latitudes]).all() or np.abs(latitudes).max() > 90:
         return None
     # The lengths of a degree, from the ellipsoid's radii of curvature (Snyder 1987, equations 4-18 and 4-20).
     eccentricity, sine = FLATTENING * (2 - FLATTENING), math.sin(math.radians(latitudes[0]))

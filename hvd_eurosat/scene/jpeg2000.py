@@ -5,6 +5,7 @@ Boxes and markers: ISO/IEC 15444-1 (ITU-T T.800), annexes A and I.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 from typing import IO, Any
@@ -12,17 +13,23 @@ from typing import IO, Any
 from hvd_eurosat.errors import UserError
 
 SOC, SIZ, SOT, EOC = 0xFF4F, 0xFF51, 0xFF90, b"\xff\xd9"
-MAX_PARTS = 1 << 18  # a full scene has 121 tiles of some parts each
+CODESTREAM, SUPERBOXES = b"jp2c", (b"jp2h", b"asoc", b"res ", b"uinf")
+MAX_DEPTH = 8
+MAX_PARTS = 1 << 18  # or boxes; a full scene has 121 tiles of some parts each
 
 
 def check(file: IO[bytes], length: int, path: str) -> None:
     """Raise UserError, which names the path, where the sizes differ that the file has, or tiles are missing."""
     try:
-        stated, start = _boxes(file, length)
+        boxes = iter([(CODESTREAM, 0)]) if _read(file, 0, "H")[0] == SOC else _boxes(file, 0, length)
+        boxes = itertools.islice(boxes, MAX_PARTS)
+        stated, start = _header(file, boxes)
         size, tiles, part = _main_header(file, start)
         if stated and stated != size:
             raise UserError(f"{path} is damaged: it says that it has {_shown(stated)} pixels, and {_shown(size)}")
         there = set(_tile_parts(file, part, length))
+        for _ in boxes:  # those behind the codestream: in boxes of no possible size GDAL looks for others without end
+            pass
     except (struct.error, EOFError, OverflowError):
         raise UserError(f"{path} is cut short") from None
     except ValueError as error:
@@ -40,24 +47,34 @@ def _read(file: IO[bytes], at: int, form: str) -> tuple[Any, ...]:
     return struct.unpack(f">{form}", file.read(struct.calcsize(f">{form}")))
 
 
-def _boxes(file: IO[bytes], length: int) -> tuple[tuple[int, int] | None, int]:
-    """Width and height as the image header box says, and where the codestream begins."""
-    if _read(file, 0, "H")[0] == SOC:
-        return None, 0
-    at, size = 0, None
-    while at < length:
+def _boxes(file: IO[bytes], at: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int]]:
+    """The kind of each box, and of those within it, and where its content begins. A codestream may be cut short."""
+    while at + 8 <= end:
         span, kind = _read(file, at, "L4s")
         body = at + 8
         if span == 1:
             (span,), body = _read(file, body, "Q"), body + 8
-        if kind == b"jp2c":
-            return size, body
-        if kind == b"jp2h":
-            height, width = _read(file, body + 8, "LL")  # its first box is the image header
-            size = width, height
-        if span < 8:
-            break
+        elif span == 0 and not depth:  # the last one, to the end
+            span = end - at
+        if span < body - at or (depth and at + span > end) or depth > MAX_DEPTH:
+            raise ValueError("a box of no possible size")
+        yield kind, body
+        if at + span > end and kind != CODESTREAM:
+            raise EOFError
+        if kind in SUPERBOXES:
+            yield from _boxes(file, body, at + span, depth + 1)
         at += span
+
+
+def _header(file: IO[bytes], boxes: Iterator[tuple[bytes, int]]) -> tuple[tuple[int, int] | None, int]:
+    """Width and height as the image header box says, and where the codestream begins."""
+    size = None
+    for kind, body in boxes:
+        if kind == b"ihdr":
+            height, width = _read(file, body, "LL")
+            size = width, height
+        if kind == CODESTREAM:
+            return size, body
     raise ValueError("no codestream")
 
 

@@ -19,14 +19,12 @@ from torch import Tensor
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.data.augment import resized
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.scene.parts import NONE, Parts
 from hvd_eurosat.scene.plan import Plan
 from hvd_eurosat.scene.source import Scene
 from hvd_eurosat.scene.windows import Block, slice_rows
 from hvd_eurosat.training.checkpoint import Checkpoint
-from hvd_eurosat.training.inference import answer, show, temper
-from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.training.inference import Network, answer, temper
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,14 +32,11 @@ TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network in evaluation mode, how it takes images, and what is made of its answers (training/inference.py)."""
+class Mapper(Network):
+    """A network in evaluation mode, and what is made of its answers (training/inference.py)."""
 
-    model: LandCoverResNet
     saved: Checkpoint
-    precision: Precision
     device: torch.device
-    views: int
     temperature: float
 
 
@@ -61,7 +56,7 @@ class Read:
 
 def map_blocks(
     world: World,
-    network: Network,
+    network: Mapper,
     scene: Scene,
     plan: Plan,
     parts: Parts,
@@ -156,7 +151,7 @@ def preview(pixels: NDArray[np.uint8], masked: NDArray[np.bool_], block: Block, 
 
 @torch.no_grad()
 def classify(
-    network: Network,
+    network: Mapper,
     plan: Plan,
     read: Read,
     stop: Callable[[], bool],
@@ -199,16 +194,14 @@ def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
     return every[tops, lefts]
 
 
-def judge(network: Network, images: Tensor) -> Tensor:
+def judge(network: Mapper, images: Tensor) -> Tensor:
     """The class and the percents of each image [N, bands, S, S], as uint8 [N, 1 + classes] on its device.
 
     Images are uint8, or uint16 as int16.
     """
-    data = network.saved.data
     if images.dtype == torch.int16:
         images = images.view(torch.uint16).float()
-    with network.precision.autocast(network.device):
-        each = show(network.model, resized(images, data.image_size), data, network.views)
+    each = network.show(resized(images, network.data.image_size))
     log_probabilities = temper(answer(each.float()), network.temperature)
     percents = (100 * log_probabilities.exp()).round()
     return torch.cat([log_probabilities.argmax(1, keepdim=True).float(), percents], 1).to(torch.uint8)

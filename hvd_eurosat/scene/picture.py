@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from hvd_eurosat.training.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PNG = "map.png"
 INCHES = 6.0  # the longer side of each of both pictures
@@ -29,12 +31,20 @@ LEAST = 0.25  # of a scale bar, of the picture's width
 
 def write_picture(cover: LandCover, areas: Sequence[Area], out: Path) -> None:
     """map.png: the scene at the left, the classes at the right, what the colours mean, how large it is."""
-    height, width = cover.grid.height, cover.grid.width
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # $ is a letter in names of scenes and classes
+        figure = _drawn(cover, [area for area in areas if area.windows])
+    with replacing(out / PNG) as file:
+        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+
+
+def _drawn(cover: LandCover, shown: Sequence[Area]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    height, width = cover.grid.height, cover.grid.width
     wide, high = INCHES * width / max(width, height), INCHES * height / max(width, height)
-    shown = [area for area in areas if area.windows]
     figure = Figure((2 * wide + 2.6, max(high, 0.26 * len(shown) + 0.6) + 0.8), layout="compressed", dpi=DPI)
     left, right = figure.subplots(1, 2)
     left.imshow(brightened(cover.preview), extent=_extent(cover.preview.shape, cover.preview_step, 0))
@@ -50,8 +60,7 @@ def write_picture(cover: LandCover, areas: Sequence[Area], out: Path) -> None:
     _scale_bar(left, cover)
     figure.suptitle(cover.title, fontsize=11, color=INK)
     FigureCanvasAgg(figure)
-    with replacing(out / PNG) as file:
-        figure.savefig(file, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
+    return figure
 
 
 def brightened(preview: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -62,6 +71,12 @@ def brightened(preview: NDArray[np.uint8]) -> NDArray[np.uint8]:
     white = max(1.0, float(np.percentile(preview[there][:, :3], BRIGHT)))
     scaled = 255 * np.clip(preview[..., :3] / white, 0, 1) ** GAMMA
     return np.dstack([scaled.round().astype(np.uint8), preview[..., 3]])
+
+
+def round_length(most: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is no larger."""
+    power = 10.0 ** math.floor(math.log10(most))
+    return max((n * power for n in (2, 5) if n * power <= most), default=power)
 
 
 def painted(cover: LandCover) -> NDArray[np.uint8]:
@@ -97,7 +112,7 @@ def _scale_bar(axes: Axes, cover: LandCover) -> None:
     if distances is None:
         return
     across = cover.grid.width * distances[0]
-    length = max(n * 10.0**e for e in range(-2, 7) for n in (1, 2, 5) if n * 10.0**e <= LEAST * across)
+    length = round_length(LEAST * across)
     pixels, x, y = length / distances[0], 0.04 * cover.grid.width, 0.95 * cover.grid.height
     words = f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
     for colour, line in (("black", 5.0), ("white", 2.5)):

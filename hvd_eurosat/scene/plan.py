@@ -56,7 +56,7 @@ def make_plan(scene: Scene, saved: Checkpoint, precision: str, settings: MapSett
     rows = block_rows(windows, width, len(saved.classes), scene.rows_per_block, settings.memory, scene.path)
     batch_size = settings.batch_size or int(saved.config["valid"]["batch_size"])
     digest = read_record(named(settings.checkpoint)).content.sha256
-    size, changed = fingerprint(paths)
+    size, changed = fingerprint(paths, settings.out)
     work = {
         "checkpoint": digest,
         "scene": scene.name,
@@ -85,17 +85,21 @@ def window_side(data: Data, image_side: int | None) -> int:
     return round(shown * (image_side or file) / file)
 
 
-def fingerprint(paths: Sequence[str]) -> tuple[int, int]:
-    """Bytes in a scene's files, and when the last of them was changed (ns)."""
+def fingerprint(paths: Sequence[str], out: Path) -> tuple[int, int]:
+    """Bytes in a scene's files, and when the last of them was changed (ns). out: the map's folder, if it lies there."""
     files = [Path(path) for path in paths]
     files += [inner for path in files if path.is_dir() for inner in path.rglob("*")]
-    known = [file.stat() for file in files if file.is_file()]
+    own = out.resolve()
+    known = [file.stat() for file in files if file.is_file() and own not in file.resolve().parents]
     return sum(one.st_size for one in known), max((one.st_mtime_ns for one in known), default=0)
 
 
 def scenes_in(settings: MapSettings) -> dict[Path, tuple[str, ...]]:
     """The paths of each scene by the folder of its map. Raises UserError where two would have the same."""
-    split = split_scenes([str(path) for path in settings.scene], settings.bands)
+    names = [str(path) for path in settings.scene]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--scene names {twice[0]} twice")
+    split = split_scenes(names, settings.bands)
     if len(split) == 1:
         return {settings.out: split[0]}
     found: dict[Path, tuple[str, ...]] = {}

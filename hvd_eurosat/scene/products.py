@@ -38,10 +38,10 @@ def write_products(
     plan: Plan,
     parts: Parts,
     settings: MapSettings,
-    run: dict[str, Any],
+    run: Callable[[], dict[str, Any]],
     tick: Callable[[], None],
 ) -> list[Area]:
-    """Everything in the map's folder, map.json last; then the parts go. run: what map.json has of this job.
+    """Everything in the map's folder, map.json last; then the parts go. run: what map.json has of this job so far.
 
     Returns the area of each class. Raises RunError where it cannot be written; the parts are there still.
     """
@@ -56,7 +56,7 @@ def write_products(
     write_page(cover, known, parts.out)
     tick()
     told = document(scene, saved, cover, known, plan, settings)
-    told["run"] = {**run, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    told["run"] = {**run(), "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     write_text(parts.out / DONE, json.dumps(told, indent=2) + "\n")
     parts.finish()
     return known

@@ -39,6 +39,27 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Said:
+    """All that says what a scene's numbers are.
+
+    product: the metadata of the product that it is of; offset, stretch: what the user says; sample: numbers of the
+    scene, [bands, N].
+    """
+
+    path: str
+    bands: Sequence[Band]
+    product: Metadata | None
+    offset: float | None
+    stretch: tuple[float, float] | None
+    sample: Pixels
+
+    @property
+    def kinds(self) -> str:
+        """The dtypes of the bands."""
+        return ", ".join(sorted({str(band.dtype) for band in self.bands}))
+
+
+@dataclass(frozen=True)
 class Rule:
     """For each band the file's numbers that become grey 1 and 255, None where they are what the network takes already.
 
@@ -90,51 +111,30 @@ def _reflectance(values: Pixels, zero: float, one: float) -> Pixels:
 CONVERTED = {"uint8": grey, "uint16": _reflectance}
 
 
-def decide(
-    bands: Sequence[Band],
-    wants: Inputs,
-    product: Metadata | None,
-    offset: float | None,
-    stretch: tuple[float, float] | None,
-    sample: NDArray[Any],
-    path: str,
-) -> Rule:
-    """The rule for a scene's bands.
-
-    offset, stretch: what the user says. sample: numbers of the scene, [bands, N]. Raises UserError, which names the
-    flag that would tell, where it cannot be known.
-    """
+def decide(said: Said, wants: Inputs) -> Rule:
+    """The rule for a scene's bands. Raises UserError, which names the flag that would tell, where it is not known."""
     if wants.dtype == "uint8":
-        return _to_grey(bands, wants, product, offset, stretch, sample, path)
-    if stretch is not None:
+        return _to_grey(said, wants)
+    if said.stretch is not None:
         raise UserError(f"--stretch is for networks that take grey values; this one takes {wants.unit}")
-    kinds = {str(band.dtype) for band in bands}
     if wants.unit != REFLECTANCE:
-        if offset is not None or kinds != {"uint16"}:
+        if said.offset is not None or said.kinds != "uint16":
             raise UserError(
                 f"the network takes {wants.unit} (uint16) as they were in its files: leave --offset out, and give "
-                f"such a scene; {path} holds {', '.join(sorted(kinds))}"
+                f"such a scene; {said.path} holds {said.kinds}"
             )
         return Rule(None, f"{wants.unit} as they are", dtype="uint16")
-    if any(band.is_grey for band in bands):
-        raise UserError(f"{path} has 8-bit bands, and the network takes {wants.unit}: give the digital numbers")
+    if any(band.is_grey for band in said.bands):
+        raise UserError(f"{said.path} has 8-bit bands, and the network takes {wants.unit}: give the digital numbers")
     whole = wants.model_copy(update={"stretch": (0.0, float(QUANTIFICATION))})
-    return replace(_to_grey(bands, whole, product, offset, None, sample, path), dtype="uint16")
+    return replace(_to_grey(said, whole), dtype="uint16")
 
 
-def _to_grey(
-    bands: Sequence[Band],
-    wants: Inputs,
-    product: Metadata | None,
-    offset: float | None,
-    stretch: tuple[float, float] | None,
-    sample: NDArray[Any],
-    path: str,
-) -> Rule:
+def _to_grey(said: Said, wants: Inputs) -> Rule:
     """As `decide`, by wants.stretch."""
-    if stretch is not None:
-        return _by_stretch(len(bands), offset, stretch)
-    kinds = {str(band.dtype) for band in bands}
+    bands, path, offset = said.bands, said.path, said.offset
+    if said.stretch is not None:
+        return _by_stretch(len(bands), offset, said.stretch)
     if all(band.is_grey for band in bands):
         if offset is not None:
             raise UserError(
@@ -145,23 +145,23 @@ def _to_grey(
         raise UserError(f"{path} has 8-bit bands and others: give those of one kind")
     if wants.stretch is None:
         raise UserError(
-            f"{path} holds {', '.join(sorted(kinds))}, and the network knows {wants.name}: "
+            f"{path} holds {said.kinds}, and the network knows {wants.name}: "
             "--stretch LOW,HIGH says which numbers become black and white"
         )
     if offset is not None:
         if offset < 0:
             raise UserError(f"--offset {offset:g}: give {-offset:g}, what the numbers carry (the metadata's, negated)")
-        quantification = product.quantification if product else QUANTIFICATION
+        quantification = said.product.quantification if said.product else QUANTIFICATION
         return _from_digital([offset] * len(bands), quantification, wants, "--offset")
-    if product is not None:
-        return _by_product(bands, product, wants, path)
+    if said.product is not None:
+        return _by_product(bands, said.product, wants, path)
     if any((band.scale, band.offset) != (1, 0) for band in bands):
         limits = [[(dn / QUANTIFICATION - band.offset) / band.scale for dn in wants.stretch] for band in bands]
         return Rule(tuple((low, high) for low, high in limits), "reflectance, by the scale and offset in the file")
     if all(band.dtype.kind == "f" for band in bands):
-        return _by_values(wants, sample, path)
+        return _by_values(wants, said.sample, path)
     raise UserError(
-        f"{path} holds {', '.join(sorted(kinds))} without metadata that say what the numbers are: give --offset 1000 "
+        f"{path} holds {said.kinds} without metadata that say what the numbers are: give --offset 1000 "
         "for digital numbers of a product of January 2022 or later (baseline 04.00), --offset 0 for those of an older "
         "one or with the offset taken off, or --stretch LOW,HIGH"
     )
@@ -196,7 +196,7 @@ def _by_product(bands: Sequence[Band], product: Metadata, wants: Inputs, path: s
     return _from_digital([offsets[band.name] for band in bands], product.quantification, wants, source)
 
 
-def _by_values(wants: Inputs, sample: NDArray[Any], path: str) -> Rule:
+def _by_values(wants: Inputs, sample: Pixels, path: str) -> Rule:
     finite = sample[np.isfinite(sample)]
     if finite.size and np.quantile(finite, 0.99) > MOST_REFLECTANCE:
         raise UserError(

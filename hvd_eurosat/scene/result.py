@@ -10,7 +10,7 @@ import numpy as np
 from affine import Affine
 from numpy.typing import NDArray
 
-from hvd_eurosat.scene.grid import FLATTENING, MAJOR, Grid
+from hvd_eurosat.scene.grid import FLATTENING, MAJOR, TRUE_SCALE, Grid, ground_distances
 from hvd_eurosat.scene.parts import NONE, Parts
 from hvd_eurosat.scene.windows import Block, Windows
 
@@ -78,7 +78,8 @@ class LandCover:
     def pixel_square_metres(self, row: float) -> Floats:
         """The ground of each map pixel in a row, float64 [columns]; 1 where there is no CRS.
 
-        Of projected coordinates in their plane, of degrees on the ellipsoid.
+        Of projected coordinates in their plane, or on the ground where the plane is far from true, as Web Mercator's;
+        of degrees on the ellipsoid.
         """
         crs, turn = self.grid.crs, self.transform
         columns: Floats = np.arange(self.classes.shape[1], dtype=np.float64) + 0.5
@@ -87,7 +88,9 @@ class LandCover:
         unit = abs(turn.determinant)
         if crs.is_geographic:
             return unit * square_metres_per_square_degree(turn.d * columns + turn.e * (row + 0.5) + turn.f)
-        return np.full(len(columns), unit * crs.linear_units_factor[1] ** 2)
+        plane = unit * crs.linear_units_factor[1] ** 2
+        along, down = ground_distances(Grid(crs, turn @ Affine.translation(0, row), len(columns), 1)) or (plane, 1.0)
+        return np.full(len(columns), plane if abs(along * down / plane - 1) < 2 * TRUE_SCALE else along * down)
 
     def square_metres(self, row: int) -> Floats:
         """The same of each window's own part: less where it was moved in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import rasterio
 from numpy.typing import NDArray
 from rasterio.enums import MaskFlags, Resampling
 from rasterio.windows import Window
@@ -22,7 +24,7 @@ from hvd_eurosat.scene.bands import of_file
 from hvd_eurosat.scene.files import Dataset, Rasters, indexes, reading, shown
 from hvd_eurosat.scene.finding import Found, Place, find
 from hvd_eurosat.scene.grid import Grid, grid_of, ground_distances, resampled
-from hvd_eurosat.scene.radiometry import Band, Rule, decide, unlike
+from hvd_eurosat.scene.radiometry import Band, Rule, Said, decide, unlike
 
 WHOLE = slice(None)
 # Of the scene classification (Sentinel-2 L2A): no data, defective, cloud shadow, cloud of medium and high probability,
@@ -36,13 +38,14 @@ OTHER_SCALE, NONSENSE = 1.1, 1.9  # ratio of ground sampling distances that is t
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """What the user says of a scene: see the flags of `map`."""
+    """What the user says of a scene: see the flags of `map`. cache: bytes for decoded blocks of files."""
 
     bands: tuple[str, ...] = ()
     offset: float | None = None
     stretch: tuple[float, float] | None = None
     resolution: float | None = None
     mask: str | None = None
+    cache: int = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Scene:
     """An open scene; close it, or use it in a `with`. One thread at a time may read.
 
     path: as it was given; name: for its folder; grid: that windows count in; bands: read, in the network's order;
-    rule: how values became the network's; warnings: for people; wants: what the network takes.
+    rule: how values became the network's; warnings: for people; wants: what the network takes; cache: see SceneOptions.
     """
 
     path: str
@@ -108,6 +111,7 @@ class Scene:
     mask: Mask | None
     rasters: Rasters
     wants: Inputs
+    cache: int
 
     @property
     def rows_per_block(self) -> int:
@@ -136,15 +140,16 @@ class Scene:
         grey = np.empty((len(self.layers), bottom - top, right - left), self.grey.dtype)
         masked = np.zeros(grey.shape[1:], np.bool_)
         empty = np.ones(grey.shape[1:], np.bool_)
-        for band, layer in enumerate(self.layers):
-            values, valid = layer.read(window)
-            grey[band] = self.grey(values, band)
-            empty &= values == 0
-            if valid is not None:
-                masked |= ~valid
-        masked |= empty  # not one pixel of EuroSAT is
-        if self.mask:
-            masked |= self.mask.read(window)
+        with rasterio.Env(GDAL_CACHEMAX=self.cache):
+            for band, layer in enumerate(self.layers):
+                values, valid = layer.read(window)
+                grey[band] = self.grey(values, band)
+                empty &= values == 0
+                if valid is not None:
+                    masked |= ~valid
+            masked |= empty  # not one pixel of EuroSAT is
+            if self.mask:
+                masked |= self.mask.read(window)
         grey[:, masked] = 0
         return grey, masked
 
@@ -157,7 +162,7 @@ def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Sce
     path = what[0] if len(what) == 1 else f"{what[0]} and {len(what) - 1} more"
     rasters = Rasters()
     try:
-        with reading(path):
+        with reading(path), rasterio.Env(GDAL_CACHEMAX=options.cache):
             return _opened(path, find(what, options.bands, rasters), wants, options, rasters)
     except BaseException:
         rasters.close()
@@ -171,14 +176,15 @@ def _opened(path: str, found: Found, wants: Inputs, options: SceneOptions, raste
     mask = _mask(options.mask, found, grid, rasters) if options.mask else None
     bands = [_band(layer, canonical(name)) for layer, name in zip(layers, wants.bands, strict=True)]
     sample = _sample(layers, grid)
-    grey = decide(bands, wants, found.metadata, options.offset, options.stretch, sample, path)
+    grey = decide(Said(path, bands, found.metadata, options.offset, options.stretch, sample), wants)
     rule = {**grey.facts(bands), "level": found.level, "inputs": wants.name}
     warnings = [
         *_of_kind(path, bands, layers, wants, options, found),
         *_of_place(path, grid, layers, wants, options.resolution),
         *_of_sample(path, sample, grey, wants, given=bool(options.bands)),
     ]
-    return Scene(path, found.name, grid, wants.bands, rule, warnings, grey, layers, mask, rasters, wants)
+    name = os.fsencode(found.name).decode(errors="replace")
+    return Scene(path, name, grid, wants.bands, rule, warnings, grey, layers, mask, rasters, wants, options.cache)
 
 
 def _wanted(found: Found, name: str, path: str) -> Place:
@@ -260,9 +266,10 @@ def _of_kind(
         )
     if wants.stretch and bands[0].is_grey and any(of_file(Path(layer.path).stem) == "TCI" for layer in layers):
         yield f"{path} is ESA's true-colour picture, whose grey values are others: give the product's bands"
-    known = found.metadata.offsets if found.metadata else None
-    if options.offset is not None and known and any(known.get(b.name) not in (None, options.offset) for b in bands):
-        yield f"{path}: --offset {options.offset:g} is not what its metadata say ({known[bands[0].name]:g})"
+    known = (found.metadata and found.metadata.offsets) or {}
+    others = sorted({known[band.name] for band in bands if band.name in known} - {options.offset})
+    if options.offset is not None and others:
+        yield f"{path}: --offset {options.offset:g} is not what its metadata say ({others[0]:g})"
 
 
 def _of_place(path: str, grid: Grid, layers: Sequence[Layer], wants: Inputs, resolution: float | None) -> Iterator[str]:
@@ -272,7 +279,12 @@ def _of_place(path: str, grid: Grid, layers: Sequence[Layer], wants: Inputs, res
         yield f"{path} has no coordinate system, {points}: the map is in pixels"
         return
     distances = ground_distances(grid)
-    if distances is None or wants.gsd is None:
+    if distances is None:
+        raise UserError(
+            f"{path} lies at no place on Earth by its coordinate system, {_of_crs(grid)}: gdal_translate -a_srs gives "
+            "it the right one"
+        )
+    if wants.gsd is None:
         return
     ratio = math.sqrt(distances[0] * distances[1]) / wants.gsd
     size = f"pixels of {distances[0]:.3g} x {distances[1]:.3g} m, and the network learned from {wants.gsd:g} m"

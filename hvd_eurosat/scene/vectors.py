@@ -20,6 +20,7 @@ from hvd_eurosat.training.files import replacing
 
 GEOJSON = "map.geojson"
 STEP = 16  # map pixels at most between two points of an edge, which bends where the CRS does
+GROWTH = 1.2
 DECIMALS = 7  # of degrees: a centimetre
 Ring = NDArray[np.float64]
 
@@ -39,10 +40,12 @@ def write_polygons(cover: LandCover, out: Path, min_area: float) -> None:
 
 
 def _sieved(classes: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
-    if pixels < 2:
-        return classes
-    sieved: NDArray[np.uint8] = features.sieve(classes, size=pixels, mask=classes != NONE)
-    return sieved
+    """Polygons of fewer pixels go, the smallest first: GDAL leaves one all of whose neighbours are as small."""
+    size, most = 2, min(pixels, classes.size - 1)  # GDAL takes no more
+    while size <= most:
+        classes = features.sieve(classes, size=size, mask=classes != NONE)
+        size = max(size + 1, min(most, math.ceil(GROWTH * size)))
+    return classes
 
 
 def _features(cover: LandCover, classes: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:

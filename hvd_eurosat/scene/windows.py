@@ -113,6 +113,11 @@ def blocks(windows: Windows, rows: int) -> list[Block]:
     return found
 
 
+def cache_bytes(memory: float) -> int:
+    """Of `memory` (in GB), what is for decoded blocks of the file."""
+    return int(memory * GIGABYTE * CACHE)
+
+
 def slice_rows(file_rows: int) -> int:
     """Pixel rows that are read at a time: whole blocks of the file, of so many rows each."""
     return file_rows * math.ceil(SLICE / file_rows)

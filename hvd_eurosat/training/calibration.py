@@ -16,7 +16,7 @@ from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.augment import VIEWS
 from hvd_eurosat.data.batches import Images, ordered_batches
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.training.inference import Values, every_view, mean_of_views, tempered
+from hvd_eurosat.training.inference import Network, Values, every_view, mean_of_views, tempered
 from hvd_eurosat.training.metrics import Evaluation
 from hvd_eurosat.training.optimiser import uncompiled
 from hvd_eurosat.training.precision import Precision
@@ -40,7 +40,7 @@ def calibrate(
     """
     labels = images.labels.cpu().numpy()
     batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
-    values = every_view(world, model, batches, config.data, precision, VIEWS, stop)
+    values = every_view(world, Network(model, config.data, precision, VIEWS), batches, stop)
 
     def fit() -> Calibration:
         by_views = {n: mean_of_views(values[:, :n]) for n in (1, VIEWS)}

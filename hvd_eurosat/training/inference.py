@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,55 +20,57 @@ from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.precision import Precision
 
 Values = NDArray[np.float32]
+Stop = Callable[[], bool]
 
 
-def log_probabilities(
-    world: World, model: LandCoverResNet, batches: Iterable[Batch], data: Data, precision: Precision, views: int
-) -> Values:
+def never() -> bool:
+    """Whether to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and how it is shown images. views: 1 or 8, as valid.views."""
+
+    model: LandCoverResNet
+    data: Data
+    precision: Precision
+    views: int
+
+    def show(self, images: Tensor) -> Tensor:
+        """Log-probabilities of images [B, C, S, S] in each view: [B, views, classes]."""
+        with self.precision.autocast(images.device):
+            return torch.stack([self.model(plain_input(view_of(images, n), self.data)) for n in range(self.views)], 1)
+
+
+def log_probabilities(world: World, network: Network, batches: Iterable[Batch]) -> Values:
     """Of all samples that count, float32 [N, classes] on rank 0, [0, classes] on others. Collective.
 
     batches: this rank's share, every world.size-th one from its rank on. A UserError on one rank is raised on all.
-    views: 1 or 8, as valid.views.
     """
-    return mean_of_views(every_view(world, model, batches, data, precision, views))
+    return mean_of_views(every_view(world, network, batches))
 
 
-def every_view(
-    world: World,
-    model: LandCoverResNet,
-    batches: Iterable[Batch],
-    data: Data,
-    precision: Precision,
-    views: int,
-    stop: Callable[[], bool] = lambda: False,
-) -> Values:
+def every_view(world: World, network: Network, batches: Iterable[Batch], stop: Stop = never) -> Values:
     """As log_probabilities, of each view: float32 [N, views, classes]. Collective.
 
     Raises Stopped on every rank if `stop` came true on one before its last batch.
     """
-    return join(world, infer(world, model, batches, data, precision, views, stop), model, views)
+    return join(world, network, infer(world, network, batches, stop))
 
 
-def infer(
-    world: World,
-    model: LandCoverResNet,
-    batches: Iterable[Batch],
-    data: Data,
-    precision: Precision,
-    views: int,
-    stop: Callable[[], bool] = lambda: False,
-) -> list[Values | None]:
+def infer(world: World, network: Network, batches: Iterable[Batch], stop: Stop = never) -> list[Values | None]:
     """The log-probabilities of each of this rank's batches, of each view; None last, if it was to stop. Collective."""
-    return world.together(lambda: list(_infer(world, model, batches, data, precision, views, stop)))
+    return world.together(lambda: list(_infer(world, network, batches, stop)))
 
 
-def join(world: World, mine: list[Values | None], model: LandCoverResNet, views: int) -> Values:
+def join(world: World, network: Network, mine: list[Values | None]) -> Values:
     """Those of all ranks' batches, in order: float32 [N, views, classes], on rank 0. Collective."""
     every = world.gather(mine)
     if any(batch is None for rank in every for batch in rank):
         raise Stopped
     count = sum(map(len, every)) if world.is_main else 0
-    none = np.empty((0, views, model.fc.out_features), np.float32)
+    none = np.empty((0, network.views, network.model.fc.out_features), np.float32)
     found = [every[n % world.size][n // world.size] for n in range(count)]
     return np.concatenate([none, *(values for values in found if values is not None)])
 
@@ -82,11 +85,6 @@ def tempered(values: Values, temperature: float) -> Values:
     return temper(torch.from_numpy(values), temperature).numpy()
 
 
-def show(model: LandCoverResNet, images: Tensor, data: Data, views: int) -> Tensor:
-    """Log-probabilities of the first `views` views of images [B, C, S, S]: float32 [B, views, classes]."""
-    return torch.stack([model(plain_input(view_of(images, view), data)) for view in range(views)], 1)
-
-
 def answer(each: Tensor) -> Tensor:
     """The logarithm of the mean probability over the views: [B, views, classes] to [B, classes]."""
     return torch.logsumexp(each, 1) - math.log(each.shape[1])
@@ -98,24 +96,14 @@ def temper(log_probabilities: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def _infer(
-    world: World,
-    model: LandCoverResNet,
-    batches: Iterable[Batch],
-    data: Data,
-    precision: Precision,
-    views: int,
-    stop: Callable[[], bool],
-) -> Iterator[Values | None]:
+def _infer(world: World, network: Network, batches: Iterable[Batch], stop: Stop) -> Iterator[Values | None]:
     """Of each batch; None, and no more, once it is to stop."""
-    was_training = model.training
-    model.eval()
+    was_training = network.model.training
+    network.model.eval()
     for batch in batches:
         if stop():
             yield None
             break
-        with precision.autocast(batch.images.device):
-            each = show(model, batch.images, data, views)
-        yield each[: batch.total].cpu().numpy()
+        yield network.show(batch.images)[: batch.total].cpu().numpy()
         world.tick()
-    model.train(was_training)
+    network.model.train(was_training)

@@ -18,7 +18,7 @@ from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Batch, Images, ordered_batches
 from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet
-from hvd_eurosat.training.inference import answer, show, temper
+from hvd_eurosat.training.inference import Network, answer, temper
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.scores import BINS, calibration_error, reliability
 
@@ -153,7 +153,8 @@ def evaluate(
     batches = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
     was_training = model.training
     model.eval()
-    work = partial(_evaluate, model, batches, config, precision, world, stop, temperature)
+    network = Network(model, config.data, precision, config.valid.views)
+    work = partial(_evaluate, world, network, batches, stop, temperature)
     loss, confusion, bins, stopped = map(world.sum, world.together(work))
     model.train(was_training)
     if stopped:
@@ -163,28 +164,20 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate(
-    model: LandCoverResNet,
-    batches: Iterable[Batch],
-    config: Config,
-    precision: Precision,
-    world: World,
-    stop: Callable[[], bool],
-    temperature: float,
+    world: World, network: Network, batches: Iterable[Batch], stop: Callable[[], bool], temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's sum of the losses (float64 []), confusion matrix (int64 [C, C]), sums of the bins (float64 [3, BINS])
 
     and whether it stopped (0 or 1).
     """
-    classes = model.fc.out_features
+    classes = network.model.fc.out_features
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=world.device)
     for batch in batches:
         if stop():
             return loss, confusion, bins, torch.ones(())
-        with precision.autocast(world.device):
-            each = show(model, batch.images, config.data, config.valid.views)
-        log_probabilities = temper(answer(each), temperature)
+        log_probabilities = temper(answer(network.show(batch.images)), temperature)
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
         count(confusion, log_probabilities, batch.labels, batch.weights)

@@ -63,12 +63,12 @@ def run(arguments: list[str], timeout: float = HANGS, **environment: str) -> Job
     return job
 
 
-def wait_for(condition: Callable[[], object], seconds: float = HANGS) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = HANGS, pause: float = 0.1) -> None:
     """Until it holds."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 def survivors(run_dir: Path) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from affine import Affine
 
 from hvd_eurosat.scene.parts import FOLDER
 from tests.parallel.conftest import LAUNCHERS, Job, Launch, checkpoint_file, run
+from tests.parallel.mapped import differing
 
 HEIGHT, WIDTH, STRIDE = 900, 260, 16
 # A rank gets a signal after so many of its blocks; the others are slow, so that some are left.
@@ -34,6 +34,22 @@ def faulty(parts, *of):
 Parts.write = faulty
 sys.argv[1:] = sys.argv[2:]
 runpy.run_module("hvd_eurosat.map", run_name="__main__", alter_sys=True)
+"""
+# Maps one scene after the other without a network; prints the most memory, in KiB, that there was after each.
+WITHOUT_NETWORK = """
+import resource, sys, torch
+from hvd_eurosat import map as maps
+from hvd_eurosat.cluster.node import keep_freed_memory
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config import verbs
+from hvd_eurosat.scene import mapping
+mapping.judge = lambda mapper, images: torch.zeros(len(images), 1 + mapper.model.fc.out_features, dtype=torch.uint8)
+keep_freed_memory()  # as every job does
+alone = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+words, scenes = sys.argv[1:-2], sys.argv[-2:]
+for number, scene in enumerate(scenes):
+    maps.main(alone, verbs.map_scenes([*words, "--scene", scene, "--out", f"{scene}-map"]))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 Map = Callable[..., Path]
 
@@ -75,25 +91,13 @@ def interrupted(warm: str, ranks: int, number: int, rank: int, blocks: int, *wor
     return run([*launcher, warm, "-c", FAULTY, f"{number},{rank},{blocks}", *map(str, words)])
 
 
-def same(first: Path, second: Path) -> bool:
-    """All files byte by byte, but for the job in map.json."""
-    names = [sorted(path.name for path in folder.iterdir()) for folder in (first, second)]
-    assert names[0] == names[1]
-    for name in names[0]:
-        contents = [(folder / name).read_bytes() for folder in (first, second)]
-        if name == "map.json":
-            contents = [json.dumps({**json.loads(content), "run": None}).encode() for content in contents]
-        assert contents[0] == contents[1], name
-    return True
-
-
 @pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2), ("gloo", 2)])
 def test_any_number_of_ranks_makes_the_same_bytes(
     launch: Launch, words: list[object], alone: Path, tmp_path: Path, launcher: str, ranks: int
 ) -> None:
     job = launch(launcher, ranks, "map", *words, "--out", tmp_path / "map")
     assert job.returncode == 0, job.stderr
-    assert same(tmp_path / "map", alone)
+    assert differing(tmp_path / "map", alone) == []
 
 
 def parts(out: Path) -> set[str]:
@@ -112,7 +116,7 @@ def test_a_map_is_killed_five_times_and_goes_on(
         assert not (out / "map.json").exists()
     job = launch("mpirun", 3, "map", *words, "--out", out)
     assert job.returncode == 0, job.stderr
-    assert same(out, alone)
+    assert differing(out, alone) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -127,7 +131,7 @@ def test_a_map_is_asked_to_stop(
     assert parts(out)
     job = launch("python", 1, "map", *words, "--out", out)
     assert job.returncode == 0, job.stderr
-    assert same(out, alone)
+    assert differing(out, alone) == []
 
 
 def test_bad_scenes_are_said_once_and_the_others_mapped(
@@ -144,3 +148,25 @@ def test_bad_scenes_are_said_once_and_the_others_mapped(
     assert job.returncode == 2
     assert len([line for line in job.stderr.splitlines() if "error: " in line]) == 1
     assert not (tmp_path / "one").exists()
+
+
+def test_a_scene_takes_no_more_than_memory_beside_what_any_takes(warm: str, trained: Path, tmp_path: Path) -> None:
+    """Decoded, it would fill that memory: GDAL's cache is a part of it."""
+    scenes, memory = [], 0.12
+    rng, kind = np.random.default_rng(0), {"driver": "GTiff", "count": 3, "dtype": "uint16", "crs": "EPSG:32632"}
+    tiles = {"tiled": True, "blockxsize": 128, "blockysize": 128, "compress": "deflate", "zlevel": 1}
+    for side in (1000, 5000):  # with pictures of the same size
+        path = tmp_path / f"{side}.tif"
+        with rasterio.open(
+            path, "w", width=side, height=side, transform=Affine(10, 0, 6e5, 0, -10, 5.2e6), **kind, **tiles
+        ) as file:
+            plots = rng.integers(1, 3000, (3, side // 100, side // 100), np.uint16)
+            file.write(plots.repeat(100, 1).repeat(100, 2))
+        scenes.append(str(path))
+    assert 3 * 2 * side**2 > memory * 1e9
+    best = str(checkpoint_file(trained, "best.json"))
+    words = ["--checkpoint", best, "--bands", "B04,B03,B02", "--offset", "0", "--memory", str(memory)]
+    job = run([warm, "-c", WITHOUT_NETWORK, *words, *scenes])
+    assert job.returncode == 0, job.stderr
+    peaks = [int(line) * 1024 for line in job.stdout.splitlines() if line.isdigit()]
+    assert peaks[1] - peaks[0] < memory * 1e9

@@ -82,6 +82,20 @@ def test_help_says_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["S\u00fcd.tif", 'a "b", c.tif', "[a].tif", "a\\b.tif", "a\nb.tif", "\udcff.tif", "1", "null"]
+)
+def test_files_may_have_any_name(name: str) -> None:
+    rest = ["--checkpoint", "c", "--out", "o"]
+    assert verbs.map_scenes(["--scene", name, "b.tif", *rest, f"--scene={name}"]).scene == tuple(
+        map(Path, (name, "b.tif", name))
+    )
+    assert verbs.predict(["--input", name, "b", *rest]).input == (Path(name), Path("b"))
+    for words in ([], ["--scene"]):
+        with pytest.raises(UserError, match="--scene is required"):
+            verbs.map_scenes([*rest, *words])
+
+
 def test_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HVD_EUROSAT_OPTIM__MILESTONES", "[3, 4]")
     assert load([]).optim.milestones == (3, 4)

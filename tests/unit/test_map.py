@@ -34,17 +34,20 @@ from hvd_eurosat.scene import mapping, products, windows
 from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.mapping import cut, masked_counts
 from hvd_eurosat.scene.parts import FOLDER, NONE, Parts
+from hvd_eurosat.scene.picture import round_length
 from hvd_eurosat.scene.plan import window_side
 from hvd_eurosat.scene.rasters import write_rasters
 from hvd_eurosat.scene.result import LandCover, areas
 from hvd_eurosat.scene.vectors import write_polygons
 from hvd_eurosat.scene.windows import Windows, block_rows, blocks, check
 from tests.unit.conftest import saved_checkpoint
+from tests.unit.scenes import write_raster
 
 UTM = CRS.from_epsg(32632)
 NORTH_UP = Affine(10, 0, 600_000, 0, -10, 5_200_000)
 CLASSES = ["Forest", "River", "Sea"]
 SIDE = 32
+NAME = 'Süd$t_{irol$, "neu".tif'
 Map = Callable[..., int]
 
 
@@ -296,7 +299,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, network: Path) -> Path:
         patch.setattr(maps, "StopRequest", lambda: lambda: False)
         patch.setattr(World, "watch", lambda world, seconds: None)
         world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
-        scene = scene_file(folder / "scene.tif", noise(200, 300))
+        scene = scene_file(folder / NAME, noise(200, 300))
         words = ["--checkpoint", network, "--scene", scene, "--out", folder / "map", "--probabilities"]
         assert maps.main(world, verbs.map_scenes([*map(str, words)])) == 0
     return folder / "map"
@@ -386,12 +389,25 @@ def test_polygons_have_the_places_and_areas_of_the_classes(tmp_path: Path, cover
         assert feature["geometry"]["coordinates"][0][0] == feature["geometry"]["coordinates"][0][-1]
 
 
+def test_areas_where_the_plane_is_far_from_true_are_those_on_the_ground() -> None:
+    """Web Mercator's pixels are larger than the ground by the square of 1 / cos(latitude), but for the flattening."""
+    found = areas(cover_of(CRS.from_epsg(3857), Affine(10, 0, 1_260_000, 0, -10, 5_860_000)))
+    expected = 500 * 700 * 100 * np.cos(np.radians(46.5)) ** 2
+    assert sum(area.hectares or 0 for area in found) * 10_000 == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize(("most", "length"), [(3e-5, 2e-5), (0.99, 0.5), (1000, 1000), (7.1e6, 5e6)])
+def test_a_scale_bar_has_a_round_length(most: float, length: float) -> None:
+    assert round_length(most) == pytest.approx(length)
+
+
 def test_small_polygons_go_to_their_neighbours(tmp_path: Path, cover: LandCover) -> None:
-    window = 0.64**2 * 100  # hectares
-    features = polygons(cover, tmp_path, 3 * window)
-    assert len(features) < len(polygons(cover, tmp_path, 0))
-    assert min(feature["properties"]["windows"] for feature in features) >= 3
-    assert sum(feature["properties"]["windows"] for feature in features) == cover.classes.size - 1
+    window, before = 0.64**2 * 100, len(polygons(cover, tmp_path, 0))  # hectares
+    for least in (3, 20, 10**6):  # more than any has, and than all have
+        features = polygons(cover, tmp_path, least * window)
+        assert len(features) < before
+        assert min(feature["properties"]["windows"] for feature in features) >= min(least, cover.classes.size // 2)
+        assert sum(feature["properties"]["windows"] for feature in features) == cover.classes.size - 1
 
 
 def test_the_page_needs_nothing_from_outside_and_holds_the_map(finished: Path) -> None:
@@ -449,6 +465,20 @@ def test_a_finished_map_is_not_made_again_and_another_not_over_it(
     with pytest.raises(SharedError, match=r"holds a map with another .*of the scene"):
         map_of(*words)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "map").iterdir()} == before
+
+
+def test_a_map_may_lie_in_its_scenes_folder(tmp_path: Path, map_of: Map, capsys: pytest.CaptureFixture[str]) -> None:
+    for n, band in enumerate(("B04", "B03", "B02")):
+        write_raster(tmp_path / "scene" / f"{band}.tif", noise(64, 64, n)[..., 0])
+    for said in ("windows in", "is finished"):
+        assert map_of("--scene", tmp_path / "scene", "--out", tmp_path / "scene" / "map") == 0
+        assert said in capsys.readouterr().out
+
+
+def test_a_scene_that_is_named_twice_is_refused(tmp_path: Path, map_of: Map) -> None:
+    scene = scene_file(tmp_path / "scene.tif", noise(64, 64))
+    with pytest.raises(SharedError, match=r"--scene names .*scene.tif twice"):
+        map_of("--scene", scene, scene, "--out", tmp_path / "maps")
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, map_of: Map) -> None:
