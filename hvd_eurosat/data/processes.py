@@ -1,6 +1,7 @@
 """Work on many items in processes of their own: what Python does of it, threads would do one after the other."""
 
 import ctypes
+import gc
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -100,6 +101,7 @@ def _serve(function: Callable[[range], Result], pipe: Connection, others: list[C
     """A process: works off what comes through the pipe, until that is closed, be it by the parent's death."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)  # at once, and not after a last chunk
+    gc.freeze()  # a collection would touch all that is shared, and so copy it
     for other in others:  # which would not be closed while it is open here
         other.close()
     try:
