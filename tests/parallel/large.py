@@ -3,7 +3,8 @@
 python -m tests.parallel.large --images 1000000 --out DIR --eurosat data/EuroSAT_RGB
 
 DIR gets the patches (4 KB of disk each), links to them, and the packed images (12 KB each); what is there already is
-taken as it is. Both sets are trained on in turn, for as many steps, and then `benchmark data` measures both.
+taken as it is. Both sets are trained on in turn, for as many steps, and then `benchmark data` measures both. More
+keys are those of `train`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from PIL import Image
 
 from hvd_eurosat.data.inputs import EUROSAT_CLASSES
 from hvd_eurosat.data.processes import cores, in_processes
+from hvd_eurosat.errors import STOPPED
 from tests.parallel.conftest import command, variables
 
 MB = 1e6
 PATTERNS = 50  # of a class
 PERIOD = 1.0  # seconds between two looks at a process, which cost it a hundredth of that
 COMMENT = 0xFFFE  # JPEG's marker of a segment that nobody shows
+KEYS = ("--model.weights", "none")
 ENVIRONMENT = {**variables(OMP_NUM_THREADS=str(cores())), **os.environ}
 
 
@@ -103,8 +106,10 @@ def train(data: Path, folder: Path, steps: int, keys: list[str]) -> dict[str, fl
             process.send_signal(signal.SIGUSR1)
 
     began = time.time()
-    words = command("python", 1, "train", "--data.root", data, "--run.dir", folder, *keys)
-    return watch(words, tell) | found
+    words = command("python", 1, "train", "--data.root", data, "--run.dir", folder, *KEYS, *keys)
+    done = watch(words, tell)
+    assert done["status"] == STOPPED
+    return done | found
 
 
 def main() -> int:
@@ -124,22 +129,23 @@ def main() -> int:
     if not data.exists():
         words = command("python", 1, "prepare", "--source", source, "--out", data, "--link")
         print("prepare --link:", _said(watch(words)), flush=True)
-    print("first start, which packs:", _said(train(data, out / "first", 1, keys)), flush=True)
+    first = train(data, out / "first", 1, keys)
+    print("first start, which packs:", _said({**first, "rate": 0.0}), flush=True)
     for _ in range(2):
         for name, folder in (("EuroSAT", options.eurosat), (f"{options.images:,} patches", data)):
             print(
                 f"{options.steps} steps on {name}:", _said(train(folder, out / "run", options.steps, keys)), flush=True
             )
-    for folder in (options.eurosat, data):
-        words = command("python", 1, "benchmark", "data", "--data.root", folder, "--run.dir", out / "benchmark")
-        subprocess.run([*words, "--steps", str(options.steps), *keys], env=ENVIRONMENT, check=True)
+    for name, folder in (("eurosat", options.eurosat), ("many", data)):
+        words = command("python", 1, "benchmark", "data", "--data.root", folder, "--run.dir", out / f"benchmark-{name}")
+        subprocess.run([*words, "--steps", str(options.steps), *KEYS, *keys], env=ENVIRONMENT, check=True)
     return 0
 
 
 def _said(found: dict[str, float]) -> str:
     parts = [f"status {found['status']:.0f}, {found['seconds']:,.0f} s"]
     parts += [f"start-up {found['start']:,.1f} s"] if "start" in found else []
-    parts += [f"{found['rate']:,.1f} images/s"] if "rate" in found else []
+    parts += [f"{found['rate']:,.1f} images/s"] if found.get("rate") else []
     parts.append(f"a process's own memory {found['rank']:,.0f} MB at its peak, of all together {found['all']:,.0f} MB")
     return "; ".join(parts)
 
