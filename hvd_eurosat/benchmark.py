@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hvd_eurosat.benchmarks import memory, project, results, scaling, step
+from hvd_eurosat.benchmarks import data, memory, project, results, scaling, step
 from hvd_eurosat.benchmarks.launcher import Launcher
-from hvd_eurosat.benchmarks.settings import MemorySettings, ProjectSettings, ScalingSettings, StepSettings
+from hvd_eurosat.benchmarks.settings import DataSettings, MemorySettings, ProjectSettings, ScalingSettings, StepSettings
 from hvd_eurosat.cluster import environment
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.errors import RunError, UserError
@@ -28,6 +28,7 @@ SUBCOMMANDS: dict[str, tuple[type[StepSettings], Measure, str]] = {
     "scaling": (ScalingSettings, scaling.measure, "1 to N ranks, weak and strong"),
     "project": (ProjectSettings, project.measure, "a model of the step's time, checked, and up to 1,024 ranks"),
     "memory": (MemorySettings, memory.measure, "memory of 1 and of 4 ranks"),
+    "data": (DataSettings, data.measure, "the way of the data, from memory and from a cold disk"),
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 
+from hvd_eurosat.benchmarks import reading
 from hvd_eurosat.benchmarks.settings import JobSettings
 from hvd_eurosat.cluster import environment, job
 from hvd_eurosat.cluster.world import SharedError, World
@@ -99,18 +100,23 @@ class Loop:
             self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
             self.state.optimiser.register_step_post_hook(lambda *_: self.clock.begin("step"))
         train = config.train
-        batches = TrainBatches(images, train.batch_size, world.rank, world.size, train.seed, mixes(train))
-        self._batches = self._endless(batches)
+        self.batches = TrainBatches(images, train.batch_size, world.rank, world.size, train.seed, mixes(train))
+        self.feed(self.endless())
 
-    def _endless(self, batches: TrainBatches) -> Iterator[Batch | Draw]:
+    def feed(self, batches: Iterator[Batch | Draw]) -> None:
+        """What the next steps work on."""
+        self._fed = batches
+
+    def endless(self) -> Iterator[Batch | Draw]:
+        """All epochs, from the beginning of this one on."""
         while True:
-            yield from batches.epoch(self.state.epoch)
+            yield from self.batches.epoch(self.state.epoch)
             self.state.end_epoch()
 
     def __next__(self) -> int:
         """Images of the step, on all ranks. Collective."""
         self.clock.begin("data")
-        batch = next(self._batches)
+        batch = next(self._fed)
         self.clock.begin("step")
         self.world.tick("measuring")
         self.step(batch, LEARNING_RATE, False)
@@ -213,6 +219,9 @@ def main(world: World, settings: JobSettings, number: int) -> None:
             raise SharedError(f"train.compile: {loop.step.obstacle}")
         found["precision"] = loop.state.precision.name
         found["modes"][mode] = measure(loop, settings, number)
+        if settings.reading:
+            found |= {"reading": reading.measure(world, loop, images["train"], settings.steps)}
+            found["images_file"] = images["train"].images.nbytes / MB
         if settings.validation:
             found["modes"][mode]["validation"] = time_validation(loop, settings, images["valid"])
         if settings.messages:

@@ -117,7 +117,37 @@ def _memory_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         }
 
 
-ROWS = {"step": _step_rows, "scaling": _scaling_rows, "project": _project_rows, "memory": _memory_rows}
+def _data_rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    for mode, of in found.items():
+        for place, rate in of["alone"].items():
+            yield _of_data(mode, f"alone, from {place}", rate) | {"was in memory": _percent(of["cached"][place])}
+        for place, rate in of["beside"].items():
+            what = "beside a step, one batch" if place == "none" else f"beside a step, from {place}"
+            yield _of_data(mode, what, rate) | {
+                "of one batch": _percent(rate["kept"]),
+                "wait in a step, ms": f"{1000 * rate['wait']:,.2f}",
+            }
+
+
+def _of_data(mode: str, what: str, rate: Mapping[str, float]) -> dict[str, str]:
+    rates = f"{rate['median']:,.1f} ({rate['min']:,.1f} to {rate['max']:,.1f})"
+    return {
+        "mode": mode,
+        "what": what,
+        "images/s": rates,
+        "of one batch": "",
+        "wait in a step, ms": "",
+        "was in memory": "",
+    }
+
+
+ROWS = {
+    "data": _data_rows,
+    "step": _step_rows,
+    "scaling": _scaling_rows,
+    "project": _project_rows,
+    "memory": _memory_rows,
+}
 
 
 def _percent(share: float | None) -> str:
@@ -179,4 +209,18 @@ def _draw_memory(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_title("proportional set size, MB", fontsize=10)
 
 
-PANELS = {"step": _draw_step, "scaling": _draw_scaling, "project": _draw_project, "memory": _draw_memory}
+def _draw_data(axes: Axes, found: Mapping[str, Any]) -> None:
+    for offset, place in enumerate(("memory", "disk")):
+        there = [(n, of["beside"][place]) for n, of in enumerate(found.values()) if place in of["beside"]]
+        axes.bar([n + 0.4 * offset for n, _ in there], [100 * of["kept"] for _, of in there], 0.35, label=place)
+    axes.set_xticks(range(len(found)), list(found))
+    axes.set_title("data beside a step, % of its rate with one batch", fontsize=9)
+
+
+PANELS = {
+    "data": _draw_data,
+    "step": _draw_step,
+    "scaling": _draw_scaling,
+    "project": _draw_project,
+    "memory": _draw_memory,
+}

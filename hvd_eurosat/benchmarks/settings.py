@@ -63,6 +63,13 @@ class MemorySettings(StepSettings):
     once."""
 
 
+class DataSettings(StepSettings):
+    """Images per second of the way of the data: batches alone, and beside the step that trains. They come from memory
+    and from a cold disk, of which the packed images are dropped before. "none" is the same step with one batch over and
+    over. Measure on an idle machine, and let nobody else map the same packed images: what is mapped stays in memory.
+    """
+
+
 class JobSettings(Config):
     """One job that a subcommand starts."""
 
@@ -86,3 +93,5 @@ class JobSettings(Config):
     """sample the memory meanwhile"""
     validation: bool = False
     """time a validation, too"""
+    reading: bool = False
+    """time the way of the data, too"""

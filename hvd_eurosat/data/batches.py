@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
+from hvd_eurosat.data.ahead import Reader, ahead
 from hvd_eurosat.data.augment import mix
 from hvd_eurosat.data.images import BadFilesError, Crop
 from hvd_eurosat.data.mixing import partners
@@ -72,13 +72,18 @@ class Draw:
 
 
 class Images:
-    """A packed split for a device: a resident copy on a GPU that has room for it, else the memory-mapped file."""
+    """A packed split for a device: a resident copy on a GPU that has room for it, else the memory-mapped file.
+
+    reader: of that file, from disk; None of a copy.
+    """
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
         self.device = device
         resident = device.type == "cuda" and packed.images.nbytes < torch.cuda.mem_get_info(device)[0] // 2
         self.storage = device if resident else torch.device("cpu")
         self.checksum = packed.checksum
+        mapped = packed.images if isinstance(packed.images, np.memmap) and len(packed.images) else None
+        self.reader = Reader(mapped) if mapped is not None and not resident else None
         self.images = torch.from_numpy(packed.images).to(self.storage)
         self._is_wide = self.images.dtype == torch.uint16
         self.labels = torch.from_numpy(packed.labels).to(self.storage)
@@ -90,6 +95,11 @@ class Images:
     def on_device(self) -> bool:
         """Whether taking some of them is the device's work, which a graph can do."""
         return self.storage.type == "cuda"
+
+    def want(self, rows: Sequence[int]) -> None:
+        """Images at these places are needed before long."""
+        if self.reader:
+            self.reader.want(rows)
 
     def sample(self, count: int) -> NDArray[Any]:
         """So many images, or fewer, spread evenly: uint8 or uint16 [n, S, S, bands]."""
@@ -150,7 +160,7 @@ def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, pla
 
 def is_checked(tree: Tree) -> bool:
     """Whether the digest is of the files' bytes, as `prepare` found them, and not of their sizes and times."""
-    return all(tree.checksums.values())
+    return tree.checksums.are_known
 
 
 def by_content(tree: Tree, images: dict[str, Images]) -> Tree:
@@ -162,14 +172,17 @@ def by_content(tree: Tree, images: dict[str, Images]) -> Tree:
 
 
 def _names(tree: Tree) -> str:
-    return hashlib.sha256("\0".join(tree.checksums).encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256()
+    for number, name in enumerate(tree.checksums):
+        digest.update(f"{chr(0) if number else ''}{name}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 class TrainBatches:
     """One rank's batches of an epoch: its DistributedSampler shard in whole batches, from any sample on.
 
     The order is that of DistributedSampler, and so is the interleaving: of the epoch's position p on, rank r of W has
-    p + r, p + W + r, ... A DistributedSampler of W ranks knows no offset, so one of a single rank gives the order.
+    p + r, p + W + r, ... It is drawn here as there, for a DistributedSampler knows no offset, and makes lists.
     The last batch goes on from the order's beginning with samples of weight 0: every step has the same shape and
     well-filled BatchNorm statistics. A global batch is the same set of samples whatever the number of ranks, and with
     `mixes` each sample has the same partner.
@@ -193,11 +206,8 @@ class TrainBatches:
             )
         self._images, self._seed, self._mixes = images, seed, mixes
         self._rank, self._world_size, self._batch_size = rank, world_size, batch_size
-        # It adds the epoch to its seed: seed s + 1 would have the orders of seed s, an epoch earlier.
-        seed = int(mix(seed, torch.zeros((), dtype=torch.int64)))
-        self._order: DistributedSampler[Tensor] = DistributedSampler(
-            _Length(self.length), num_replicas=1, rank=0, shuffle=True, seed=seed
-        )
+        # The epoch is added to it: seed s + 1 would have the orders of seed s, an epoch earlier.
+        self._order_seed = int(mix(seed, torch.zeros((), dtype=torch.int64)))
 
     def steps(self, samples: int = 0) -> int:
         """Steps of an epoch of which `samples` have been seen."""
@@ -205,19 +215,33 @@ class TrainBatches:
 
     def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch | Draw]:
         """The batches of an epoch in its own order, from the sample at position `samples` on."""
-        self._order.set_epoch(epoch)
-        order = torch.tensor(list(self._order), device=self._images.storage)
-        order = order[torch.arange(self.length + self.global_batch, device=order.device) % self.length]
+        order = self._order(epoch)
         full = self._images.weights(self._batch_size, self._batch_size)
-        for first in range(samples, self.length, self.global_batch):
+
+        def choose(first: int) -> Tensor:
+            return order[first + self._rank : first + self.global_batch : self._world_size]
+
+        def want(first: int) -> None:
+            rows = choose(first)
+            others = partners(self._seed, rows, epoch, self.length) if self._mixes else rows[:0]
+            self._images.want([*rows.tolist(), *others.tolist()])
+
+        starts = range(samples, self.length, self.global_batch)
+        for first in ahead(starts, want if self._images.reader else None):
             real = min(self._batch_size, len(range(first + self._rank, self.length, self._world_size)))
             total = min(self.global_batch, self.length - first)
-            chosen = order[first + self._rank : first + self.global_batch : self._world_size]
+            chosen = choose(first)
             weights = full if real == self._batch_size else self._images.weights(self._batch_size, real)
             if self._images.on_device:
                 yield Draw(chosen, weights, total, self)
             else:
                 yield self.take(chosen, weights, total, epoch)
+
+    def _order(self, epoch: int) -> Tensor:
+        """What DistributedSampler makes a list of: int64 [N + B], the first samples again at the end for padding."""
+        drawn = torch.randperm(self.length, generator=torch.Generator().manual_seed(self._order_seed + epoch))
+        places = torch.arange(self.length + self.global_batch) % self.length
+        return drawn[places].to(self._images.storage)
 
     def take(self, chosen: Tensor, weights: Tensor, total: int, epoch: int | Tensor) -> Batch:
         """The batch of the samples at `chosen`, int64 [B]."""
@@ -228,22 +252,17 @@ class TrainBatches:
         return replace(batch, partners=self._images.partners(others))
 
 
-class _Length(Dataset[Tensor]):
-    """All that a DistributedSampler asks of its data set."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-
 def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int = 1) -> Iterator[Batch]:
     """A split in file order, in batches of one fixed size; shard i of n gets every n-th batch, from the i-th on.
 
     Batches are the same whatever the number of shards, and so is the arithmetic of each.
     """
-    for first in range(shard * batch_size, len(images), shards * batch_size):
+
+    def want(first: int) -> None:
+        images.want(range(first, min(first + batch_size, len(images))))
+
+    starts = range(shard * batch_size, len(images), shards * batch_size)
+    for first in ahead(starts, want if images.reader else None):
         real = min(batch_size, len(images) - first)
         indices = torch.arange(first, first + batch_size, device=images.storage).clamp(max=len(images) - 1)
         yield images.batch(indices, images.weights(batch_size, real), real)

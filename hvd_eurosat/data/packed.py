@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -33,12 +33,12 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Packed:
     """A split's images: uint8 or uint16 [N, size, size, bands], mapped copy-on-write; labels: int64 [N].
 
-    files: N paths. checksum: the sha256 of the packed file, as it was written.
+    files: N names. checksum: the sha256 of the packed file, as it was written.
     """
 
     images: NDArray[Any]
     labels: NDArray[np.int64]
-    files: tuple[str, ...]
+    files: Sequence[str]
     checksum: str = ""
 
 
@@ -63,7 +63,8 @@ def pack(
     cropped = "" if crop == WHOLE else f"-{crop.resize}-{crop.side}"
     path = folder / f"{tree.digest[:16]}-{split}-{image_size}{cropped}{_chosen(tree)}.npy"
     files = tree.files(split)
-    if path.exists() and path.with_suffix(".json").exists() and tree.flaws.keys().isdisjoint(files):
+    flawed = any(name.startswith(f"{split}/") for name in tree.flaws)
+    if path.exists() and path.with_suffix(".json").exists() and not flawed:
         return path
     shape = (len(files), image_size, image_size, len(tree.inputs.bands))
     partial = folder / f".{path.stem}.{secrets.token_hex(8)}.partial"
@@ -102,7 +103,7 @@ def open_packed(
     Raises RunError for a packed file that is not as it was written; its content is left to verify_packed.
     """
     path = pack(tree, split, image_size, cache_dir, crop, tick)
-    files = tuple(tree.files(split))
+    files = tree.files(split)
     images = _map(path)
     inputs = tree.inputs
     if images.shape != (len(files), image_size, image_size, len(inputs.bands)) or images.dtype != inputs.dtype:
@@ -132,12 +133,14 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
     """Writes the .npy file and returns its sha256."""
     size = shape[1]
     native = native_size(tree)
+    files, sums = tree.files(split), tree.sums(split)
 
-    def read(name: str) -> bytes | BadImageError:
+    def read(number: int) -> bytes | BadImageError:
+        name = files[number]
         if name in tree.flaws:
             return BadImageError(tree.flaws[name])
         try:
-            return _pixels(tree, name, native, size, crop)
+            return _pixels(tree, name, sums[number], native, size, crop)
         except BadImageError as error:
             return error
 
@@ -147,11 +150,10 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
     # Not through a memory map: there a full disk is a bus error.
     with path.open("xb") as file:
         file.write(header.getvalue())
-        files = tree.files(split)
-        for name, pixels in zip(files, in_threads(read, files, f"packing {split}"), strict=True):
+        for number, pixels in enumerate(in_threads(read, range(len(files)), f"packing {split}")):
             tick()
             if isinstance(pixels, BadImageError):
-                flaws[str(tree.path(name))] = str(pixels)
+                flaws[str(tree.path(files[number]))] = str(pixels)
             elif not flaws:
                 digest.update(pixels)
                 file.write(pixels)
@@ -162,8 +164,8 @@ def _write(path: Path, tree: Tree, split: str, shape: tuple[int, ...], crop: Cro
     return digest.hexdigest()
 
 
-def _pixels(tree: Tree, name: str, native: int, size: int, crop: Crop) -> bytes:
-    data, checksum = read_file(tree.path(name)), tree.checksums[name]
+def _pixels(tree: Tree, name: str, checksum: str, native: int, size: int, crop: Crop) -> bytes:
+    data = read_file(tree.path(name))
     if checksum and hashlib.sha256(data).hexdigest() != checksum:
         raise UserError(f"{tree.path(name)} has changed since it was prepared: prepare the data again")
     return read_pixels(data, tree.inputs, native, size, crop).tobytes()
@@ -179,7 +181,7 @@ def _chosen(tree: Tree) -> str:
 
 
 def _cure(tree: Tree, side: int) -> str:
-    if any(tree.checksums.values()):
+    if tree.checksums.are_known:
         return "prepare the data again"
     return f"{preparing(tree.root, side)} --skip-bad leaves them out"
 

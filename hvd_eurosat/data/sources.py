@@ -1,7 +1,10 @@
 """Where images come from: a zip, a tar, a class-folder tree, the synthetic sample, or the network."""
 
 import bz2
+import errno
 import gzip
+import io
+import os
 import re
 import stat
 import struct
@@ -11,11 +14,13 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from rich.console import Console
 
 from hvd_eurosat.data.images import MAX_BYTES, BadImageError, read_file
 from hvd_eurosat.data.layout import Layout, Listing, lay_out, list_folder, list_names
@@ -46,7 +51,7 @@ OTHER_ARCHIVES = {
 class Source:
     """read: the bytes of the file at an item's path, from any thread. It raises BadImageError.
 
-    extras: other files that come with it, by name.
+    extras: other files that come with it, by name. locate: the file at an item's path, where that stays.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Source:
     layout: Layout
     read: Callable[[str], bytes]
     extras: Mapping[str, bytes] = field(default_factory=dict)
+    locate: Callable[[str], Path] | None = None
 
 
 @contextmanager
@@ -70,7 +76,7 @@ def open_source(spec: str, seed: int, inside: str = "") -> Iterator[Source]:
         yield replace(source, extras=draw_scene(seed))
     elif spec == "download":
         with tempfile.TemporaryDirectory(prefix="eurosat-") as folder:
-            yield _folder(_download(Path(folder)), "EuroSAT_RGB", inside)
+            yield replace(_folder(_download(Path(folder)), "EuroSAT_RGB", inside), locate=None)
     elif _is_folder(path):
         yield _folder(path, path.resolve().name, inside)
     else:
@@ -84,7 +90,13 @@ def open_source(spec: str, seed: int, inside: str = "") -> Iterator[Source]:
 
 def _source(name: str, listing: Listing, inside: str, read: Callable[[str], bytes], synthetic: bool = False) -> Source:
     listing = listing.inside(inside) if inside else listing
-    return Source(name, synthetic, lay_out(listing), lambda path: read(listing.files[path]))
+    spelt = _spelt(listing)
+    return Source(name, synthetic, lay_out(listing), lambda path: read(spelt.get(path, path)))
+
+
+def _spelt(listing: Listing) -> dict[str, str]:
+    """The source's own spelling of names where that is another, so that of a million names not all are kept twice."""
+    return {name: own for name, own in listing.files.items() if name != own}
 
 
 def _is_folder(path: Path) -> bool:
@@ -99,7 +111,17 @@ def _is_folder(path: Path) -> bool:
 
 
 def _folder(root: Path, name: str, inside: str) -> Source:
-    return _source(name, list_folder(root), inside, lambda path: read_file(root / path))
+    console = Console(stderr=True)
+    with console.status(f"listing {root}") if console.is_terminal else nullcontext():
+        listing = list_folder(root)
+        listing = listing.inside(inside) if inside else listing
+        spelt = _spelt(listing)
+        layout = lay_out(listing)
+
+    def locate(path: str) -> Path:
+        return root / spelt.get(path, path)
+
+    return Source(name, False, layout, lambda path: read_file(locate(path)), locate=locate)
 
 
 def _download(folder: Path) -> Path:
@@ -124,7 +146,37 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     with file:
-        yield file
+        yield _own_place(file)
+
+
+class _OwnPlace(io.RawIOBase):
+    """An open file with a place of its own to read at: processes that are forked share that of the file itself."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._place = file, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: os.fstat(self._file.fileno()).st_size}
+        place = start[whence] + offset
+        if place < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._place = place
+        return place
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self._file.fileno(), [buffer], self._place)
+        self._place += count
+        return count
+
+
+def _own_place(file: BinaryIO) -> BinaryIO:
+    return io.BufferedReader(_OwnPlace(file))
 
 
 def _is_zip(file: BinaryIO, path: Path) -> bool:
@@ -265,13 +317,13 @@ def _uncompressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
             while piece := packed.read(1 << 20):
                 whole.write(piece)
                 _check_total(whole.tell(), path)
-            whole.seek(0)
+            whole.flush()
         except (OSError, EOFError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno:
                 room = f"{tempfile.gettempdir()} (TMPDIR)"
                 raise RunError(f"no room to unpack {path} in {room}: {error.strerror}") from None
             raise _not_whole(path, error) from None
-        yield whole
+        yield _own_place(whole)
 
 
 def _tar(file: BinaryIO, path: Path, inside: str) -> Source:

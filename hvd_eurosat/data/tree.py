@@ -17,6 +17,7 @@ from hvd_eurosat.data.contradictions import linked, status_of
 from hvd_eurosat.data.images import BadImageError, decode, read_file
 from hvd_eurosat.data.inputs import PICTURES, Inputs, inputs_of
 from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS, lay_out, list_folder, normal
+from hvd_eurosat.data.names import Checksums, Names
 from hvd_eurosat.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -84,7 +85,7 @@ class Tree:
 
     digest: names this data, 64 hexadecimal digits. image_size: side in pixels that every image must have, without a
     manifest that of the first training image; None where that one is not square or no image.
-    checksums: each file's sha256 (empty where unknown) by its name, split/class/file, in the order of these three.
+    checksums: each file's sha256 by its name.
     inputs: what the numbers in the images are. places: a file's own path below root, where that is not its name.
     notes: what was left out, a line for each kind. flaws: why files cannot be used, by name, where it is known already.
     """
@@ -94,7 +95,7 @@ class Tree:
     digest: str
     synthetic: bool
     image_size: int | None
-    checksums: dict[str, str] = field(repr=False)
+    checksums: Checksums = field(repr=False)
     inputs: Inputs = PICTURES
     places: dict[str, str] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
@@ -115,14 +116,18 @@ class Tree:
         """Where the file of this name is."""
         return self.root / self.places.get(name, name)
 
-    def files(self, split: str) -> list[str]:
+    def files(self, split: str) -> Names:
         """Names of the split's files, ordered by class and name."""
-        return [path for path in self.checksums if path.startswith(f"{split}/")]
+        return self.checksums.names[self.checksums.part(split)]
+
+    def sums(self, split: str) -> Names:
+        """The sha256 of each of files(split), empty where it is not known."""
+        return self.checksums.sums[self.checksums.part(split)]
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """int64 [N]: the index in `classes` of each of files(split)."""
-        index = {name: i for i, name in enumerate(self.classes)}
-        return np.array([index[path.split("/")[1]] for path in self.files(split)], dtype=np.int64)
+        index, files = {name: i for i, name in enumerate(self.classes)}, self.files(split)
+        return np.fromiter((index[path.split("/")[1]] for path in files), np.int64, len(files))
 
 
 def open_tree(root: Path) -> Tree:
@@ -212,16 +217,19 @@ def _how(manifest: Manifest) -> str:
 def _prepared(root: Path) -> Tree:
     manifest = read_manifest(root)
     text = (root / CHECKSUMS).read_bytes()
-    checksums = {line[66:]: line[:64] for line in text.decode(errors="replace").splitlines()}
+    checksums = Checksums.of_lines(text)
     folders = {f"{split}/{label}" for split in SPLITS for label in manifest.classes}
     whole = {path.rpartition("/")[0] for path in checksums} == folders
     if not whole or hashlib.sha256(text).hexdigest() != manifest.digest:
         raise UserError(f"{root / CHECKSUMS} does not fit {MANIFEST} beside it: prepare the data again")
-    named = {normal(path): checksum for path, checksum in _ordered(checksums).items()}
-    places = {} if text.isascii() else _spellings(root)
+    checksums = checksums.sorted()
+    places: dict[str, str] = {}
+    if not text.isascii():
+        places = _spellings(root)
+        checksums = checksums if all(path == normal(path) for path in checksums) else checksums.respelt(normal)
     classes = tuple(map(normal, manifest.classes))
     inputs = manifest.inputs or inputs_of(classes)
-    return Tree(root, classes, manifest.digest, manifest.synthetic, manifest.image_size, named, inputs, places)
+    return Tree(root, classes, manifest.digest, manifest.synthetic, manifest.image_size, checksums, inputs, places)
 
 
 def _spellings(root: Path) -> dict[str, str]:
@@ -245,8 +253,8 @@ def _unzipped(root: Path) -> Tree:
     items = {f"{item.split}/{item.label}/{item.name}": item for item in layout.items}
     digest = hashlib.sha256()
     counts: dict[str, dict[str, int]] = {split: dict.fromkeys(layout.classes, 0) for split in SPLITS}
-    ordered = _ordered(dict.fromkeys(items, ""))
-    for name in sorted(ordered, key=lambda name: SPLITS.index(name.split("/")[0])):
+    checksums = Checksums.of(dict.fromkeys(items, ""))
+    for name in (name for split in SPLITS for name in checksums.names[checksums.part(split)]):
         split, label, _ = name.split("/")
         counts[split][label] += 1
         status = statuses[items[name].path]
@@ -256,7 +264,7 @@ def _unzipped(root: Path) -> Tree:
     places = {name: path for name, path in own.items() if name != path}
     flaws = {name: contradictory[item.path] for name, item in items.items() if item.path in contradictory}
     inputs = inputs_of(classes)
-    tree = Tree(root, classes, digest.hexdigest(), False, None, ordered, inputs, places, layout.notes, flaws)
+    tree = Tree(root, classes, digest.hexdigest(), False, None, checksums, inputs, places, layout.notes, flaws)
     return replace(tree, image_size=_side(tree.path(tree.files(SPLITS[0])[0])))
 
 
@@ -266,7 +274,3 @@ def _side(path: Path) -> int | None:
     except BadImageError:  # whoever needs its pixels says so
         return None
     return width if width == height else None
-
-
-def _ordered(checksums: dict[str, str]) -> dict[str, str]:
-    return dict(sorted(checksums.items(), key=lambda item: item[0].split("/")))

@@ -70,4 +70,4 @@ def _name(digest: str) -> str:
 
 def _keys(tree: Tree, split: str) -> NDArray[np.uint64]:
     """uint64 [N]: the first eight bytes of each image's sha256."""
-    return np.fromiter((int(tree.checksums[name][:16], 16) for name in tree.files(split)), np.uint64)
+    return np.fromiter((int(checksum[:16], 16) for checksum in tree.sums(split)), np.uint64)

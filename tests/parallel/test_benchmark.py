@@ -46,15 +46,16 @@ def flags(data: Path, folder: Path, steps: int) -> list[str]:
 
 
 @pytest.mark.long
-def test_step_and_memory(benchmark: list[str], data: Path, tmp_path: Path) -> None:
+def test_step_memory_and_data(benchmark: list[str], data: Path, tmp_path: Path) -> None:
     words = [*LAUNCHERS["mpirun"], "2", *benchmark, "step", *flags(data, tmp_path, 1)]
     job = run(words, HVD_EUROSAT_TRAIN__BATCH_SIZE="999")  # flags win
     assert job.returncode == 0, job.stderr
-    job = run([*benchmark, "memory", *flags(data, tmp_path, 1)])
-    assert job.returncode == 0, job.stderr
+    for what in ("memory", "data"):
+        job = run([*benchmark, what, *flags(data, tmp_path, 1)])
+        assert job.returncode == 0, job.stderr
     assert (tmp_path / "benchmark.png").exists()
     found = json.loads((tmp_path / "benchmark.json").read_text())
-    assert sorted(found) == ["memory", "step"]
+    assert sorted(found) == ["data", "memory", "step"]
     for mode in ("bn+head", "all"):
         of = found["step"][mode]
         assert of["ranks"] == 2
@@ -65,6 +66,9 @@ def test_step_and_memory(benchmark: list[str], data: Path, tmp_path: Path) -> No
     one, four = (found["memory"][ranks] for ranks in ("1", "4"))
     assert four["images_mb"] < 1.2 * one["images_mb"]
     assert four["peak_pss_mb"] > 50
+    read = found["data"]["bn+head"]
+    assert read["cached"]["memory"] == 1
+    assert all(read["beside"][place]["kept"] > 0 for place in ("none", "memory", "disk"))
 
 
 def test_a_rank_of_a_job_is_killed(benchmark: list[str], data: Path, tmp_path: Path) -> None:
