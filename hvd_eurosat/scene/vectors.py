@@ -22,6 +22,7 @@ GEOJSON = "map.geojson"
 STEP = 16  # map pixels at most between two points of an edge, which bends where the CRS does
 GROWTH = 1.2
 DECIMALS = 7  # of degrees: a centimetre
+AT_ONCE = 1000  # polygons that are placed on Earth together: a call of GDAL takes longer than a ring
 Ring = NDArray[np.float64]
 
 
@@ -51,20 +52,26 @@ def _sieved(classes: NDArray[np.uint8], pixels: int) -> NDArray[np.uint8]:
 def _features(cover: LandCover, classes: NDArray[np.uint8]) -> Iterator[dict[str, Any]]:
     """One for each polygon."""
     ends = np.array(cover.windows.ends)[::-1]
-    for shape, value in features.shapes(classes, mask=classes != NONE):  # in (column, row)
-        rings = [np.array(ring) for ring in shape["coordinates"]]
-        own = [np.minimum(ring, ends) for ring in rings]
-        column, row = own[0][:-1].mean(0)
-        ground = cover.pixel_square_metres(row - 0.5)
-        yield {
-            "type": "Feature",
-            "properties": {
-                "class": cover.names[int(value)],
-                "windows": round(_area(rings)),
-                "hectares": round(_area(own) * ground[int(column)] / HECTARE, 2),
-            },
-            "geometry": {"type": "Polygon", "coordinates": [_placed(cover, ring, n > 0) for n, ring in enumerate(own)]},
-        }
+    ground = [cover.pixel_square_metres(row) for row in range(len(classes))]
+    shapes = features.shapes(classes, mask=classes != NONE)  # in (column, row)
+    while some := list(itertools.islice(shapes, AT_ONCE)):
+        whole = [[np.array(ring) for ring in shape["coordinates"]] for shape, _ in some]
+        own = [[np.minimum(ring, ends) for ring in rings] for rings in whole]
+        placed = _placed(cover, [ring for rings in own for ring in rings])
+        for (_, value), windows, rings in zip(some, whole, own, strict=True):
+            column, row = rings[0][:-1].mean(0).astype(int)
+            yield {
+                "type": "Feature",
+                "properties": {
+                    "class": cover.names[int(value)],
+                    "windows": round(_area(windows)),
+                    "hectares": round(_area(rings) * ground[row][column] / HECTARE, 2),
+                },
+                "geometry": {
+                    "type": "Polygon",
+                    "coordinates": [_wound(next(placed), is_hole=n > 0) for n in range(len(rings))],
+                },
+            }
 
 
 def _area(rings: list[Ring]) -> float:
@@ -78,16 +85,21 @@ def _signed(ring: Ring) -> float:
     return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
 
 
-def _placed(cover: LandCover, ring: Ring, is_hole: bool) -> list[list[float]]:
-    """A ring in longitudes and latitudes, against the clock, holes with it."""
-    points = _densified(ring)
-    longitudes, latitudes = warp.transform(cover.grid.crs, WGS84, *(cover.transform @ points.T))
-    if np.ptp(longitudes) > 180:  # across the date line, where they go on beyond 180
-        longitudes = np.mod(longitudes, 360)
-    placed = np.stack([longitudes, latitudes], 1)
-    if (_signed(placed) < 0) != is_hole:
-        placed = placed[::-1]
-    found: list[list[float]] = placed.round(DECIMALS).tolist()
+def _placed(cover: LandCover, rings: list[Ring]) -> Iterator[Ring]:
+    """Each ring in longitudes and latitudes."""
+    pieces = [_densified(ring) for ring in rings]
+    points = warp.transform(cover.grid.crs, WGS84, *(cover.transform @ np.concatenate(pieces).T))
+    for ring in np.split(np.stack(points, 1), np.cumsum([len(piece) for piece in pieces])[:-1]):
+        if np.ptp(ring[:, 0]) > 180:  # across the date line, where they go on beyond 180
+            ring[:, 0] %= 360
+        yield ring
+
+
+def _wound(ring: Ring, is_hole: bool) -> list[list[float]]:
+    """Against the clock, holes with it."""
+    if (_signed(ring) < 0) != is_hole:
+        ring = ring[::-1]
+    found: list[list[float]] = ring.round(DECIMALS).tolist()
     return found
 
 
