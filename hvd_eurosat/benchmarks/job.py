@@ -269,6 +269,8 @@ def time_messages(world: World, size: int, dtype: torch.dtype) -> list[float]:
         parameter.sum().backward()
         began = time.perf_counter()
         buckets.wait()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # for Horovod does not wait (cluster/backend.py)
         seconds.append(time.perf_counter() - began)
     return seconds[1:]  # in the first the ranks agree on the tensor
 

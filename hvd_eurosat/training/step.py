@@ -95,7 +95,7 @@ class Step:
         if self.captured:
             graphs = capture.Graphs(world)
             self._learn, self._improve = (capture.Captured(work, graphs) for work in (self._learn, self._improve))
-        self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
+        self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0, world.waiting)
         self._skipped_in_a_row = 0
         self.stopwatch = Stopwatch(world.device)
 
@@ -232,10 +232,13 @@ class Step:
 
 
 class _Findings:
-    """Numbers on their way from the device to the host, which reads them `lag` steps later and so never waits."""
+    """Numbers on their way from the device to the host, which reads them `lag` steps later and so never waits.
 
-    def __init__(self, lag: int) -> None:
-        self._lag = lag
+    But where another rank hangs: this is then the place at which a GPU's host waits for it, within `waiting()`.
+    """
+
+    def __init__(self, lag: int, waiting: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._lag, self._waiting = lag, waiting
         self._queue: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, numbers: Tensor) -> None:
@@ -253,6 +256,7 @@ class _Findings:
         while len(self._queue) > self._lag:
             numbers, event = self._queue.popleft()
             if event:
-                event.synchronize()
+                with self._waiting():
+                    event.synchronize()
             read.append(numbers.tolist())
         return read
