@@ -22,8 +22,8 @@ DEFAULTS = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 GLOO_DEFAULTS = {"HOROVOD_CONTROLLER": "gloo", "HOROVOD_CPU_OPERATIONS": "gloo"}
-# Of GPUs: a sum is done for the host once NCCL's kernel is in its queue, and the default stream waits for it there. That
-# is right as long as all that reads a sum is on the default stream, or behind it (training/capture.py).
+# Of GPUs: a sum is done for the host once NCCL's kernel is queued, and the default stream waits for it on the device.
+# That is right as long as all that reads a sum is on the default stream, or behind it (training/capture.py).
 GPU_DEFAULTS = {"HOROVOD_ENABLE_ASYNC_COMPLETION": "1", "HOROVOD_CYCLE_TIME": "0.2"}
 NICE = 12  # of Horovod's thread over MPI on CPUs: what trains on its core goes first, 15 to 1
 

@@ -1,4 +1,4 @@
-"""How Horovod is told to add up what lies on GPUs: nothing waits but the device, and all that reads a sum is behind it."""
+"""How Horovod adds up what lies on GPUs: nothing waits but the device, and all that reads a sum is behind it."""
 
 from __future__ import annotations
 
