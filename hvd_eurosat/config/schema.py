@@ -250,6 +250,9 @@ class Train(Section):
     fp32 whose products keep 10 bits of their factors"""
     deterministic: bool = False
     """on GPUs: take algorithms that give the same bits every time, though they may be slower. CPUs always do"""
+    graphs: bool = True
+    """on GPUs: make a step two CUDA graphs, which takes the host two calls instead of hundreds. false: launch kernel by
+    kernel, which is slower with small batches. Try it where a step on a GPU fails or gives wrong numbers"""
     compile: bool = False
     """compile the network with torch.compile, and on GPUs the augmentation. The first step is slow. On CPUs all steps
     are slower. It needs Python.h and gcc (CC) on GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train

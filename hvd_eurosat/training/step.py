@@ -74,7 +74,7 @@ class Step:
         self._epochs = schedule_epochs(config.optim, config.train)
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self.uncaptured = capture.obstacle(world, config.optim)  # why; None if the step is captured
+        self.uncaptured = capture.obstacle(world, config)  # why; None if the step is captured
         self.captured = self.uncaptured is None
         wire = WIRE[config.optim.compression]
         self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=wire, at_once=self.captured)
@@ -166,7 +166,8 @@ class Step:
         sizes = image_sizes(self._config.data.input_side, self._config.train.start_size)
         torch._dynamo.config.recompile_limit = RECOMPILES * len(sizes)  # torch.compile takes it from 2.12 on alone
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False)
-        self._network = compiled(self._state.model, mode="default" if self.captured else "reduce-overhead")
+        graphs = self._config.train.graphs and not self.captured  # torch's own, of the network alone
+        self._network = compiled(self._state.model, mode="reduce-overhead" if graphs else "default")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
             self._input = compiled(self._input)
             with self._state.precision.autocast(self._device):
