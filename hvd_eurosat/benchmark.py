@@ -15,9 +15,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hvd_eurosat.benchmarks import memory, project, results, scaling, step
+from hvd_eurosat.benchmarks import gpu, memory, project, results, scaling, step
 from hvd_eurosat.benchmarks.launcher import Launcher
-from hvd_eurosat.benchmarks.settings import MemorySettings, ProjectSettings, ScalingSettings, StepSettings
+from hvd_eurosat.benchmarks.settings import GpuSettings, MemorySettings, ProjectSettings, ScalingSettings, StepSettings
 from hvd_eurosat.cluster import environment
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.errors import RunError, UserError
@@ -28,6 +28,7 @@ SUBCOMMANDS: dict[str, tuple[type[StepSettings], Measure, str]] = {
     "scaling": (ScalingSettings, scaling.measure, "1 to N ranks, weak and strong"),
     "project": (ProjectSettings, project.measure, "a model of the step's time, checked, and up to 1,024 ranks"),
     "memory": (MemorySettings, memory.measure, "memory of 1 and of 4 ranks"),
+    "gpu": (GpuSettings, gpu.measure, "one GPU: batches, graphs, compiled code, and what bounds them"),
 }
 
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the job
     try:
         settings = read(schema, arguments[1:], f"benchmark {name}")
+        if name == "gpu":
+            gpu.check(settings.hosts)
         results.read_results(settings.folder)  # a damaged file is refused before anything is measured
         launcher = Launcher.of(settings)
         for found in measure(launcher, settings, lambda text: print(text, file=sys.stderr, flush=True)):

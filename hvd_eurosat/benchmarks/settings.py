@@ -63,6 +63,13 @@ class MemorySettings(StepSettings):
     once."""
 
 
+class GpuSettings(StepSettings):
+    """Images per second of one GPU: bn+head, all and head; 32 to 1,024 images a step; kernel by kernel, as CUDA graphs,
+    and compiled. Beside each: how often the host launches something in a step, how busy the GPU is, which share of its
+    own bf16 and memory rates the step takes, and the seconds of an epoch that are not steps.
+    """
+
+
 class JobSettings(Config):
     """One job that a subcommand starts."""
 
@@ -86,3 +93,10 @@ class JobSettings(Config):
     """sample the memory meanwhile"""
     validation: bool = False
     """time a validation, too"""
+
+
+class GpuJobSettings(JobSettings):
+    """The job of `benchmark gpu`."""
+
+    sizes: tuple[int, ...]
+    """images of a step, in turn"""
