@@ -63,7 +63,7 @@ def measure(launcher: Launcher, settings: GpuSettings, say: Callable[[str], None
     for number, task in enumerate(tasks, start=1):
         say(f"{number} of {len(tasks)}: {task.mode}, {task.kind}")
         keys = {"modes": json.dumps([task.mode]), "sizes": json.dumps(task.sizes), **KINDS[task.kind]}
-        (of,) = launcher.ours(1, settings.steps, launcher.threads(1), "gpu_job", **keys)
+        (of,) = launcher.measured("gpu_job", 1, settings.steps, launcher.threads(1), keys)
         found |= {"GPU": of["GPU"], "precision": of["precision"], "peaks": of["peaks"]}
         found["cases"] += [case | {"mode": task.mode, "kind": task.kind} for case in of["cases"]]
         yield found
@@ -80,7 +80,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         steps = rate / case["size"]
         figures = (
             f"{case['launches']:,.0f}",
-            f"{100 * case['busy']:.0f} %",
+            "" if case["busy"] is None else f"{100 * case['busy']:.0f} %",
             f"{100 * case['flops'] * steps / found['peaks']['flops']:.0f} %",
             f"{100 * case['bytes'] * steps / found['peaks']['bytes']:.0f} %" if case["kind"] != "compiled" else "",
             f"{case['peak_mb']:,.0f}",

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,12 @@ class Launcher:
         """Whether a job may have so many."""
         return not self.places or ranks <= self.places
 
-    def ours(self, ranks: int, steps: int, threads: int, module: str = "job", **keys: object) -> Results:
+    def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> Results:
         """What each rank of a job of ours measured."""
+        return self.measured("job", ranks, steps, threads, keys)
+
+    def measured(self, module: str, ranks: int, steps: int, threads: int, keys: Mapping[str, object]) -> Results:
+        """What each rank of a job of this module measured."""
         flags = [f"--{key}={value}" for key, value in {"train.precision": self.precision, **keys}.items()]
         found = self._run(module, ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
         self.precision = found[0]["precision"]

@@ -33,7 +33,7 @@ class Traffic(TorchDispatchMode):
     """Counts the bytes of what operations take and give; views cost nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,11 +109,14 @@ def launches(events: Iterable[Event]) -> int:
     return sum(not event.on_device and event.name.startswith(LAUNCHES) for event in events)
 
 
-def busy(events: Iterable[Event]) -> float:
-    """The share of the time, from the first thing that the device did to the end of the last, in which it did any."""
+def busy(events: Iterable[Event]) -> float | None:
+    """The share of the time, from the first thing that the device did to the end of the last, in which it did any.
+
+    None where the profile does not show the device, which some sites forbid.
+    """
     spans = sorted((event.begin, event.end) for event in events if event.on_device)
     if not spans:
-        return 0.0
+        return None
     total, until = 0.0, spans[0][0]
     for begin, end in spans:
         total += max(0.0, end - max(begin, until))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -149,7 +149,7 @@ def _pinned(count: int, like: Tensor) -> Tensor:
     return torch.empty((count, *like.shape[1:]), dtype=like.dtype, pin_memory=True)
 
 
-def ahead(works: Iterable[Callable[[], T]]) -> Iterator[T]:
+def ahead(works: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
     """What each of `works` gives, in order, by a thread that is AHEAD of whoever takes it. Their errors are raised."""
     with ThreadPoolExecutor(1, "batches") as thread:
         begun: deque[Future[T]] = deque()

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from hvd_eurosat import benchmark
-from hvd_eurosat.benchmarks import gpu, gpu_job, results, roofline
+from hvd_eurosat.benchmarks import gpu, gpu_job, job, results, roofline
 from hvd_eurosat.benchmarks.gpu import KINDS, MODES, SIZES
 from hvd_eurosat.benchmarks.roofline import Event
 from hvd_eurosat.benchmarks.settings import GpuJobSettings, GpuSettings
 from hvd_eurosat.cluster import device
 from hvd_eurosat.config.schema import Config
+from hvd_eurosat.errors import UserError
 from tests.unit.conftest import Grow
+from tests.unit.test_keys import grow_tree, here
 
 
 def test_the_plan() -> None:
@@ -47,7 +49,7 @@ def test_a_profile() -> None:
     ]
     assert roofline.launches(events) == 4
     assert roofline.busy(events) == pytest.approx(25 / 30)
-    assert roofline.busy(events[:6]) == 0
+    assert roofline.busy(events[:6]) is None
 
 
 def test_what_torch_says_of_a_profile() -> None:
@@ -89,7 +91,7 @@ class Planted:
     def threads(self, ranks: int) -> int:
         return 1
 
-    def ours(self, ranks: int, steps: int, threads: int, module: str, **keys: Any) -> list[dict[str, Any]]:
+    def measured(self, module: str, ranks: int, steps: int, threads: int, keys: dict[str, Any]) -> list[dict[str, Any]]:
         assert (ranks, module) == (1, "gpu_job")
         self.keys.append(keys)
         cases = [
@@ -131,6 +133,8 @@ def test_the_table(
         "bn+head", "graphs", "32", "32,000", "840", "25 %", "10 %", "50 %", "1,234", "0.20", "10",
     ]  # fmt: skip
     assert next(row for row in gpu.rows(found) if row["what"] == "compiled")["of memory"] == ""
+    found["cases"][1]["busy"] = None
+    assert list(gpu.rows(found))[1]["GPU busy"] == ""
     found["cases"].append({"size": 1024, "mode": "all", "kind": "eager"})
     results.draw(results.merge(tmp_path, "gpu", found), tmp_path / "benchmark.png")
     results.show("gpu", results.read_results(tmp_path)["gpu"])
@@ -153,7 +157,7 @@ def test_cores_are_refused_in_a_line(
 def test_too_few_images(monkeypatch: pytest.MonkeyPatch, grow: Grow) -> None:
     monkeypatch.setattr(device, "visible", lambda: (1, ""))
     few = grow("few", {f"{split}/{name}": 1 for split in ("train", "valid", "test") for name in "AB"})
-    with pytest.raises(benchmark.UserError, match="few has 2 training images, fewer than the 32 of the smallest step"):
+    with pytest.raises(UserError, match="few has 2 training images, fewer than the 32 of the smallest step"):
         list(gpu.measure(Planted(), GpuSettings(data={"root": few}), print))
 
 
@@ -176,3 +180,33 @@ def test_a_size_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, t
     found = json.loads((tmp_path / "0.json").read_text())
     assert found["precision"] == "bf16"
     assert [case.get("images_per_second") for case in found["cases"]] == [3.0, None, 3.0]
+
+
+def test_a_case_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On cores, in place of the GPU: the loop, its profile and what an epoch costs once."""
+    nothing = {
+        "synchronize": lambda *_: None,
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: 5e6,
+    }
+    for name, stand_in in nothing.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    profile = [Event("cudaLaunchKernel", False, 0, 1)] * 10
+    monkeypatch.setattr(roofline, "profiled", lambda task: (task(), profile)[1])
+    keys = {"arch": "resnet18", "weights": "none"}
+    given = GpuJobSettings(
+        modes=("head",),
+        sizes=(4,),
+        steps=2,
+        warm_up=1,
+        out=tmp_path,
+        model=keys,
+        data={"root": grow_tree(tmp_path / "tree", 32), "image_size": 32},
+    )
+    settings, opened, images = job.opened(here(), given, ["train", "valid"])
+    found = gpu_job.measured(here(), settings, opened, images, "head", 4)
+    assert found["images_per_second"] > 0
+    assert (found["launches"], found["busy"], found["peak_mb"]) == (10 / gpu_job.PROFILED, None, 5)
+    assert found["flops"] == roofline.work(settings, "head", 2, 4).flops
+    assert found["fixed"].keys() == {"order", "validation", "snapshot"}
+    assert not found["captured"]
