@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,3 +101,12 @@ def test_a_gpus_host_that_waits_for_a_number_waits_for_the_others(monkeypatch: p
         findings.add(torch.tensor([number, 0.0]))
     assert findings.read() == [[0, 0], [1, 0]]
     assert waits == 2 * ["begins", "waits", "ends"]
+
+
+def test_the_drivers_library_is_opened_by_the_name_that_it_has() -> None:
+    """By the Horovod that is installed: drivers and containers have libcuda.so.1; built without CUDA it opens none."""
+    found = find_spec("horovod")
+    assert found
+    assert found.origin
+    (library,) = Path(found.origin).parent.glob("torch/mpi_lib_v2*.so")
+    assert b"libcuda.so\0" not in library.read_bytes()
