@@ -48,20 +48,21 @@ done
 [[ -z $EUROSAT || -f $EUROSAT ]] || die "--eurosat $EUROSAT is not there"
 [[ -x $PYTHON ]] || die "there is no $PYTHON: make setup"
 
-WORK=$(mktemp -d)
-trap 'rm -rf "$WORK"' EXIT
-PACK=$WORK/offline
-mkdir -p "$PACK/project" "$PACK/wheels"
-git -C "$ROOT" archive HEAD hvd_eurosat tests/__init__.py tests/gpu launch recipes pyproject.toml LICENSE |
-  tar x -C "$PACK/project"
-cp "$ROOT/tests/gpu/there.sh" "$PACK/run.sh"
-printf '%s\n' "${NEEDED[@]}" >"$PACK/requirements.txt"
+# As one command: bash reads a script as it goes, and this one may be edited meanwhile.
+{
+  WORK=$(mktemp -d)
+  trap 'rm -rf "$WORK"' EXIT
+  PACK=$WORK/offline
+  mkdir -p "$PACK/project" "$PACK/wheels"
+  git -C "$ROOT" archive HEAD hvd_eurosat tests/__init__.py tests/gpu launch recipes pyproject.toml LICENSE |
+    tar x -C "$PACK/project"
+  cp "$PACK/project/tests/gpu/there.sh" "$PACK/run.sh"
+  printf '%s\n' "${NEEDED[@]}" >"$PACK/requirements.txt"
 
-# Not those versions alone that this clone was tested with: what is left out there must go with what is there.
-fetch() { "$PYTHON" -m pip download --quiet --disable-pip-version-check --dest "$PACK/wheels" "$@"; }
-PLATFORMS=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
-pinned() { # those of launch/constraints.txt, for that Python
-  "$PYTHON" - "$ROOT/launch/constraints.txt" "$VERSION" <<'END'
+  fetch() { "$PYTHON" -m pip download --quiet --disable-pip-version-check --dest "$PACK/wheels" "$@"; }
+  PLATFORMS=(--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
+  pinned() { # those of launch/constraints.txt, for that Python
+    "$PYTHON" - "$ROOT/launch/constraints.txt" "$VERSION" <<'END'
 import sys
 from packaging.requirements import Requirement
 wanted = {"python_version": sys.argv[2], "python_full_version": f"{sys.argv[2]}.0"}
@@ -71,16 +72,16 @@ for line in open(sys.argv[1]):
         if not requirement.marker or requirement.marker.evaluate(wanted):
             print(f"{requirement.name}{requirement.specifier}")
 END
-}
-pinned >"$WORK/constraints.txt"
-fetch --only-binary :all: --python-version "$VERSION" --implementation cp "${PLATFORMS[@]}" \
-  --constraint "$WORK/constraints.txt" "${NEEDED[@]}"
-horovod=$(grep '^horovod==' "$WORK/constraints.txt")
-fetch --no-binary :all: --no-deps --no-build-isolation "$horovod"
-mv "$PACK"/wheels/horovod-*.tar.gz "$PACK"
+  }
+  pinned >"$WORK/constraints.txt"
+  fetch --only-binary :all: --python-version "$VERSION" --implementation cp "${PLATFORMS[@]}" \
+    --constraint "$WORK/constraints.txt" "${NEEDED[@]}"
+  horovod=$(grep '^horovod==' "$WORK/constraints.txt")
+  fetch --no-binary :all: --no-deps --no-build-isolation "$horovod"
+  mv "$PACK"/wheels/horovod-*.tar.gz "$PACK"
 
-if [[ -n $EUROSAT ]]; then
-  "$PYTHON" - "$EUROSAT" "$WORK/part.zip" "$PATCHES" <<'END'
+  if [[ -n $EUROSAT ]]; then
+    "$PYTHON" - "$EUROSAT" "$WORK/part.zip" "$PATCHES" <<'END'
 import sys, zipfile
 from collections import defaultdict
 whole, count = zipfile.ZipFile(sys.argv[1]), int(sys.argv[3])
@@ -93,11 +94,11 @@ with zipfile.ZipFile(sys.argv[2], "w") as part:
         for name in names[:count]:
             part.writestr(name, whole.read(name))
 END
-  (cd "$ROOT" && "$PYTHON" -m hvd_eurosat.prepare --source "$WORK/part.zip" --out "$PACK/EuroSAT_2000" >/dev/null)
-fi
+    (cd "$ROOT" && "$PYTHON" -m hvd_eurosat.prepare --source "$WORK/part.zip" --out "$PACK/EuroSAT_2000" >/dev/null)
+  fi
 
-# A third smaller than with what is compressed in each wheel, file by file.
-"$PYTHON" - "$PACK"/wheels/*.whl <<'END'
+  # A third smaller than with what is compressed in each wheel, file by file.
+  "$PYTHON" - "$PACK"/wheels/*.whl <<'END'
 import os, sys, zipfile
 for path in sys.argv[1:]:
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(path + ".new", "w") as new:
@@ -107,8 +108,10 @@ for path in sys.argv[1:]:
             new.writestr(info, content)
     os.replace(path + ".new", path)
 END
-XZ_OPT="-9 -T0" tar cJ -C "$WORK" offline >"$OUT"
-SIZE=$(wc -c <"$OUT")
-COMMIT=$(git -C "$ROOT" rev-parse --short HEAD)
-printf '%s: %s, %d MB, for Python %s\n' "$OUT" "$COMMIT" "$((SIZE / 1000000))" "$VERSION"
-((SIZE <= MOST)) || die "$OUT is larger than $((MOST / 1000000)) MB"
+  XZ_OPT="-T0 --lzma2=preset=6,dict=64MiB" tar cJ -C "$WORK" offline >"$OUT"
+  SIZE=$(wc -c <"$OUT")
+  COMMIT=$(git -C "$ROOT" rev-parse --short HEAD)
+  printf '%s: %s, %d MB, for Python %s\n' "$OUT" "$COMMIT" "$((SIZE / 1000000))" "$VERSION"
+  ((SIZE <= MOST)) || die "$OUT is larger than $((MOST / 1000000)) MB"
+  exit
+}

@@ -41,6 +41,7 @@ def test_a_pack_is_enough_beside_torch(tmp_path: Path) -> None:
     torch.mkdir()
     link("torch", torch, set())
     alone = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(torch), "PYTHON": sys.executable}
+    alone["PIP_IGNORE_INSTALLED"] = "1"  # whatever this Python has beside torch
 
     def run(*words: str) -> tuple[int, list[str]]:
         done = subprocess.run([tmp_path / "offline/run.sh", *words], env=alone, capture_output=True, text=True)
@@ -49,8 +50,10 @@ def test_a_pack_is_enough_beside_torch(tmp_path: Path) -> None:
     status, said = run("-m", "pytest", "--collect-only", "-q", "tests/gpu")
     assert status == 0, said
     assert any(line.startswith("tests/gpu/test_") for line in said)
-    status, said = run("-c", "import numpy, hvd_eurosat.train, hvd_eurosat.benchmarks.gpu_job, h5py, matplotlib.pyplot")
+    names = "numpy, h5py, matplotlib.pyplot, hvd_eurosat.train, hvd_eurosat.benchmarks.gpu_job"
+    status, said = run("-c", f"import {names}; print(numpy.__file__)")
     assert status == 0, said
+    assert said[-1].startswith(str(tmp_path / "offline/venv"))
     status, said = run("-m", "hvd_eurosat.benchmark", "gpu", "--data.root", "../sample")
     assert (status, len(said)) == (2, 1), said
     assert "no NVIDIA GPU" in said[0]

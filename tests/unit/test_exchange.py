@@ -50,6 +50,13 @@ def test_on_gpus_the_host_waits_for_no_sum(
     assert (os.environ.get(ASYNC), os.environ.get(CYCLE)) == (asynchronous, cycle)
 
 
+def test_over_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"OMPI_COMM_WORLD_RANK": "0"})
+    on_gpus, on_cores = backend.defaults(True), backend.defaults(False)
+    assert (on_gpus[ASYNC], on_gpus[CYCLE]) == ("1", "0.2")
+    assert on_cores == backend.DEFAULTS
+
+
 def test_a_step_lies_between_two_waits_of_the_default_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which alone waits for a sum: what runs aside waits for it before and is waited for after; a replay is on it."""
     tape.install(monkeypatch)
