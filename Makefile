@@ -14,7 +14,7 @@ NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
 BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
 SIDE    = --numprocesses 3 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
-SCRIPTS = .ci/run $(shell find launch docker -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
+SCRIPTS = .ci/run $(shell find launch docker tests/gpu -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
 export OMPI_ALLOW_RUN_AS_ROOT := 1

@@ -48,9 +48,9 @@ and so is a value of the wrong kind. Every run writes all its keys to `config.to
 file repeats the run. The JSON of rmldnn, another trainer, is a recipe, too: see [formats](formats.md#rmldnns-json).
 
 A run that goes on must have the configuration that it began with. Only `train.epochs`, `train.device`,
-`train.deterministic`, `data.cache_dir` and the sections `valid` and `run` may change. `data.root` and the files of
-`model.weights` and `model.layers` may be elsewhere, with the same content. All *ranks* (processes of the job) must have
-the same configuration; else the job ends and names the key.
+`train.graphs`, `train.deterministic`, `data.cache_dir` and the sections `valid` and `run` may change. `data.root` and
+the files of `model.weights` and `model.layers` may be elsewhere, with the same content. All *ranks* (processes of the
+job) must have the same configuration; else the job ends and names the key.
 """
 
 

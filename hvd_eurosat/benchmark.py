@@ -15,9 +15,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from hvd_eurosat.benchmarks import data, memory, project, results, scaling, step
+from hvd_eurosat.benchmarks import data, gpu, memory, project, results, scaling, step
 from hvd_eurosat.benchmarks.launcher import Launcher
-from hvd_eurosat.benchmarks.settings import DataSettings, MemorySettings, ProjectSettings, ScalingSettings, StepSettings
+from hvd_eurosat.benchmarks.settings import (
+    DataSettings,
+    GpuSettings,
+    MemorySettings,
+    ProjectSettings,
+    ScalingSettings,
+    StepSettings,
+)
 from hvd_eurosat.cluster import environment
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.errors import RunError, UserError
@@ -29,6 +36,7 @@ SUBCOMMANDS: dict[str, tuple[type[StepSettings], Measure, str]] = {
     "project": (ProjectSettings, project.measure, "a model of the step's time, checked, and up to 1,024 ranks"),
     "memory": (MemorySettings, memory.measure, "memory of 1 and of 4 ranks"),
     "data": (DataSettings, data.measure, "the way of the data, from memory and from a cold disk"),
+    "gpu": (GpuSettings, gpu.measure, "one GPU: batches, graphs, compiled code, and what bounds them"),
 }
 
 
@@ -50,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without ending the job
     try:
         settings = read(schema, arguments[1:], f"benchmark {name}")
+        if name == "gpu":
+            gpu.check(settings.hosts)
         results.read_results(settings.folder)  # a damaged file is refused before anything is measured
         launcher = Launcher.of(settings)
         for found in measure(launcher, settings, lambda text: print(text, file=sys.stderr, flush=True)):

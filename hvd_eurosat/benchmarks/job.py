@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -36,6 +36,8 @@ from hvd_eurosat.training.precision import choose_algorithms, choose_precision
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import WIRE, Step, class_weights
 from hvd_eurosat.training.stragglers import Stopwatch
+
+S = TypeVar("S", bound=JobSettings)
 
 LEARNING_RATE = 1e-5
 MESSAGES = [2**power for power in range(12, 25, 2)]  # bytes
@@ -201,11 +203,7 @@ def load(argv: Sequence[str]) -> JobSettings:
 def main(world: World, settings: JobSettings, number: int) -> None:
     """Measure each mode. number: this rank's, or that of the job among those beside it. Collective."""
     world.watch(settings.run.watchdog_seconds)
-    tree = world.together(lambda: open_tree(settings.data.root).choosing(settings.data.bands))
-    data = world.together(lambda: resolve_normalisation(tree, settings.data))
-    settings = settings.model_copy(update={"data": data})
-    splits = ["train", *(["valid"] if settings.validation else [])]
-    images = open_images(world, tree, splits, settings.data, settings.data)
+    settings, tree, images = opened(world, settings, ["train", *(["valid"] if settings.validation else [])])
     found: dict[str, Any] = {
         "device": world.device.type,
         "threads": world.threads,
@@ -234,6 +232,13 @@ def main(world: World, settings: JobSettings, number: int) -> None:
         found |= sampler.stop()
         world.gather(None)  # whoever leaves no longer shares its pages
     (settings.out / f"{number}.json").write_text(json.dumps(found))
+
+
+def opened(world: World, settings: S, splits: Sequence[str]) -> tuple[S, Tree, dict[str, Images]]:
+    """The settings with what the data decide, the data, and their images. Collective."""
+    tree = world.together(lambda: open_tree(settings.data.root).choosing(settings.data.bands))
+    data = world.together(lambda: resolve_normalisation(tree, settings.data))
+    return settings.model_copy(update={"data": data}), tree, open_images(world, tree, splits, data, data)
 
 
 def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
@@ -278,6 +283,8 @@ def time_messages(world: World, size: int, dtype: torch.dtype) -> list[float]:
         parameter.sum().backward()
         began = time.perf_counter()
         buckets.wait()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # for Horovod does not wait (cluster/backend.py)
         seconds.append(time.perf_counter() - began)
     return seconds[1:]  # in the first the ranks agree on the tensor
 

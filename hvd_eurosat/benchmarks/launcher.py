@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hvd_eurosat.training.files import make_folder, write_text
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 RANK_LABEL = re.compile(r"^\[\d+\]<stderr>:\s*")  # horovodrun's
+ALONE = "gpu_job"  # a process by itself, which no launcher starts
 Results = list[dict[str, Any]]
 
 
@@ -92,8 +94,12 @@ class Launcher:
 
     def ours(self, ranks: int, steps: int, threads: int, **keys: object) -> Results:
         """What each rank of a job of ours measured."""
+        return self.measured("job", ranks, steps, threads, keys)
+
+    def measured(self, module: str, ranks: int, steps: int, threads: int, keys: Mapping[str, object]) -> Results:
+        """What each rank of a job of this module measured."""
         flags = [f"--{key}={value}" for key, value in {"train.precision": self.precision, **keys}.items()]
-        found = self._run("job", ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
+        found = self._run(module, ranks, threads, ["--config", self.recipe, f"--steps={steps}", *flags])
         self.precision = found[0]["precision"]
         return found
 
@@ -114,6 +120,8 @@ class Launcher:
         begin: list[object] = [LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh"), "--np", ranks]
         for option, value in {"--hosts": self.settings.hosts, "--interface": self.settings.interface}.items():
             begin += [option, value] if value else []
+        if module == ALONE:
+            begin = []
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         variables = {**inherited, "OMP_NUM_THREADS": str(threads)}  # what was configured is in the recipe
         if self.settings.train.device == "cpu":

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hvd_eurosat.benchmarks import gpu
 from hvd_eurosat.config.jsonfile import read_json
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.training.files import replacing, write_text
@@ -143,6 +144,7 @@ def _of_data(mode: str, what: str, rate: Mapping[str, float]) -> dict[str, str]:
 
 ROWS = {
     "data": _data_rows,
+    "gpu": gpu.rows,
     "step": _step_rows,
     "scaling": _scaling_rows,
     "project": _project_rows,
@@ -201,6 +203,18 @@ def _draw_project(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.set_title(f"efficiency, % ({NOTE})", fontsize=8)
 
 
+def _draw_gpu(axes: Axes, found: Mapping[str, Any]) -> None:
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for case in found["cases"]:
+        if "images_per_second" in case:
+            lines.setdefault((case["mode"], case["kind"]), []).append((case["size"], case["images_per_second"]))
+    for (mode, kind), points in lines.items():
+        axes.plot([size for size, _ in points], [rate for _, rate in points], "o-", label=f"{mode}, {kind}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("images a step")
+    axes.set_title(f"{found.get('GPU', 'GPU')}, images/s", fontsize=10)
+
+
 def _draw_memory(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.bar(list(found), [of["peak_pss_mb"] for of in found.values()], 0.5, label="a rank's peak")
     images = [of["images_mb"] / int(ranks) for ranks, of in found.items()]
@@ -219,6 +233,7 @@ def _draw_data(axes: Axes, found: Mapping[str, Any]) -> None:
 
 PANELS = {
     "data": _draw_data,
+    "gpu": _draw_gpu,
     "step": _draw_step,
     "scaling": _draw_scaling,
     "project": _draw_project,

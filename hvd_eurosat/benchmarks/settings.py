@@ -70,6 +70,13 @@ class DataSettings(StepSettings):
     """
 
 
+class GpuSettings(StepSettings):
+    """Images per second of one GPU: bn+head, all and head; 32 to 1,024 images a step; kernel by kernel, as CUDA graphs,
+    and compiled. Beside each: how often the host launches something in a step, how busy the GPU is, which share of its
+    own bf16 and memory rates the step takes, and the seconds of an epoch that are not steps.
+    """
+
+
 class JobSettings(Config):
     """One job that a subcommand starts."""
 
@@ -95,3 +102,10 @@ class JobSettings(Config):
     """time a validation, too"""
     reading: bool = False
     """time the way of the data, too"""
+
+
+class GpuJobSettings(JobSettings):
+    """The job of `benchmark gpu`."""
+
+    sizes: tuple[int, ...]
+    """images of a step, in turn"""

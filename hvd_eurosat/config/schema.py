@@ -251,6 +251,9 @@ class Train(Section):
     deterministic: bool = False
     """on GPUs: take algorithms that are meant to give the same bits every time, which nobody has tried yet; they may be
     slower. On CPUs the bits are the same anyway"""
+    graphs: bool = True
+    """on GPUs: make a step two CUDA graphs, which takes the host two calls instead of hundreds. false: launch kernel by
+    kernel, which is slower with small batches. Try it where a step on a GPU fails or gives wrong numbers"""
     compile: bool = False
     """compile the network with torch.compile, and on GPUs the augmentation. The first step is slow. On CPUs all steps
     are slower. It needs Python.h and gcc (CC) on GPUs, g++ (CXX) on CPUs; if a rank has none, all ranks train

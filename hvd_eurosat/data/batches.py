@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +25,10 @@ from hvd_eurosat.data.mixing import partners
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import UserError
+
+T = TypeVar("T")
+
+IN_HAND = 2  # batches that are ready, or being made, when one is taken
 
 
 @dataclass(frozen=True)
@@ -109,27 +116,59 @@ class Images:
         """Of a batch whose first `real` samples count: float32 [size]."""
         return (torch.arange(size, device=self.device) < real).float()
 
-    def batch(self, indices: Tensor, weights: Tensor, total: int) -> Batch:
-        """The samples at `indices` (int64 [B], on the storage's device)."""
-        return Batch(*self._take(indices), weights, total)
+    @property
+    def travels(self) -> bool:
+        """Whether each batch goes from this host's memory to a GPU."""
+        return self.storage != self.device
 
-    def partners(self, indices: Tensor) -> Partners:
-        """The samples at `indices` (int64 [B], on the storage's device) as such."""
-        return Partners(*self._take(indices))
+    def batch(self, indices: Tensor, weights: Tensor, total: int, others: Tensor | None = None) -> Batch:
+        """The samples at `indices`, mixed with those at `others` (both int64 [B], on the storage's device)."""
+        return self.send(self.hold(indices, weights, total, others))
 
-    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def hold(self, indices: Tensor, weights: Tensor, total: int, others: Tensor | None = None) -> Batch:
+        """As `batch`, but images are as the split has them, and where that is; pinned if they are to travel."""
+        partners = None if others is None else Partners(*self._chosen(others))
+        return Batch(*self._chosen(indices), weights, total, partners)
+
+    def send(self, held: Batch) -> Batch:
+        """What is held, on the device; from pinned memory, so that the host does not wait for it."""
+        partners = held.partners and Partners(*self._sent(held.partners))
+        return Batch(*self._sent(held), held.weights, held.total, partners)
+
+    def _chosen(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Indices, images and labels."""
         stored = self.images.view(torch.int16) if self._is_wide else self.images  # CUDA does not index uint16
-        images, labels = (self._send(all_of.index_select(0, indices)) for all_of in (stored, self.labels))
+        if not self.travels:
+            return indices, stored.index_select(0, indices), self.labels.index_select(0, indices)
+        count = len(indices)
+        images, labels = (torch.index_select(one, 0, indices, out=_pinned(count, one)) for one in (stored, self.labels))
+        return _pinned(count, indices).copy_(indices), images, labels
+
+    def _sent(self, held: Batch | Partners) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices, images and labels."""
+        indices, images, labels = held.indices, held.images, held.labels
+        if self.travels:
+            indices, images, labels = (t.to(self.device, non_blocking=True) for t in (indices, images, labels))
         if self._is_wide:
             images = images.view(torch.uint16).float()
-        return self._send(indices), images.permute(0, 3, 1, 2), labels
+        return indices, images.permute(0, 3, 1, 2), labels
 
-    def _send(self, chosen: Tensor) -> Tensor:
-        """To the device; from pinned memory, so that the host does not wait for it."""
-        if self.storage == self.device:
-            return chosen
-        return chosen.pin_memory().to(self.device, non_blocking=True)
+
+def _pinned(count: int, like: Tensor) -> Tensor:
+    """Room for so many samples, from which a GPU can copy by itself; torch hands the same out again."""
+    return torch.empty((count, *like.shape[1:]), dtype=like.dtype, pin_memory=True)
+
+
+def in_a_thread(works: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """What each of `works` gives, in order, by a thread that has IN_HAND more of them. Their errors are raised."""
+    with ThreadPoolExecutor(1, "batches") as thread:
+        begun: deque[Future[T]] = deque()
+        for work in works:
+            begun.append(thread.submit(work))
+            if len(begun) > IN_HAND:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, place: Place) -> dict[str, Images]:
@@ -215,6 +254,16 @@ class TrainBatches:
 
     def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch | Draw]:
         """The batches of an epoch in its own order, from the sample at position `samples` on."""
+        images, drawn = self._images, self._drawn(epoch, samples)
+        if images.on_device:
+            yield from (Draw(*one, self) for one in drawn)
+        elif images.travels:
+            yield from map(images.send, in_a_thread(partial(self._hold, *one, epoch) for one in drawn))
+        else:
+            yield from (self.take(*one, epoch) for one in drawn)
+
+    def _drawn(self, epoch: int, samples: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Of each step the positions of its samples, their weights, and how many count on all ranks."""
         order = self._order(epoch)
         full = self._images.weights(self._batch_size, self._batch_size)
 
@@ -232,10 +281,7 @@ class TrainBatches:
             total = min(self.global_batch, self.length - first)
             chosen = choose(first)
             weights = full if real == self._batch_size else self._images.weights(self._batch_size, real)
-            if self._images.on_device:
-                yield Draw(chosen, weights, total, self)
-            else:
-                yield self.take(chosen, weights, total, epoch)
+            yield chosen, weights, total
 
     def _order(self, epoch: int) -> Tensor:
         """What DistributedSampler makes a list of: int64 [N + B], the first samples again at the end for padding."""
@@ -245,11 +291,11 @@ class TrainBatches:
 
     def take(self, chosen: Tensor, weights: Tensor, total: int, epoch: int | Tensor) -> Batch:
         """The batch of the samples at `chosen`, int64 [B]."""
-        batch = self._images.batch(chosen, weights, total)
-        if not self._mixes:
-            return batch
-        others = partners(self._seed, chosen, epoch, self.length)
-        return replace(batch, partners=self._images.partners(others))
+        return self._images.send(self._hold(chosen, weights, total, epoch))
+
+    def _hold(self, chosen: Tensor, weights: Tensor, total: int, epoch: int | Tensor) -> Batch:
+        others = partners(self._seed, chosen, epoch, self.length) if self._mixes else None
+        return self._images.hold(chosen, weights, total, others)
 
 
 def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int = 1) -> Iterator[Batch]:
@@ -261,8 +307,14 @@ def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int
     def want(first: int) -> None:
         images.want(range(first, min(first + batch_size, len(images))))
 
-    starts = range(shard * batch_size, len(images), shards * batch_size)
-    for first in ahead(starts, want if images.reader else None):
-        real = min(batch_size, len(images) - first)
-        indices = torch.arange(first, first + batch_size, device=images.storage).clamp(max=len(images) - 1)
-        yield images.batch(indices, images.weights(batch_size, real), real)
+    def drawn() -> Iterator[tuple[Tensor, Tensor, int]]:
+        starts = range(shard * batch_size, len(images), shards * batch_size)
+        for first in ahead(starts, want if images.reader else None):
+            real = min(batch_size, len(images) - first)
+            indices = torch.arange(first, first + batch_size, device=images.storage).clamp(max=len(images) - 1)
+            yield indices, images.weights(batch_size, real), real
+
+    if images.travels:
+        yield from map(images.send, in_a_thread(partial(images.hold, *one) for one in drawn()))
+    else:
+        yield from (images.batch(*one) for one in drawn())

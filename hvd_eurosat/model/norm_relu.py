@@ -45,8 +45,10 @@ def uncounted(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
 
 
 def count(norms: Iterable[nn.BatchNorm2d]) -> None:
-    """One more batch for each that trains, in one kernel."""
-    torch._foreach_add_([cast(Tensor, norm.num_batches_tracked) for norm in norms if norm.training], 1)
+    """One more batch for each that trains, in one kernel; none may."""
+    counts = [cast(Tensor, norm.num_batches_tracked) for norm in norms if norm.training]
+    if counts:
+        torch._foreach_add_(counts, 1)
 
 
 def is_available() -> bool:

@@ -22,19 +22,21 @@ from torch import Tensor
 
 from hvd_eurosat.cluster.failures import say
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Optim
+from hvd_eurosat.config.schema import Config
 
 WARM_UP = 3  # steps before a capture, in which libraries set themselves up, cuDNN tries its algorithms, torch compiles
 KEPT = 4  # graphs of a function: images grow from size to size, and none of these comes back
 NOT_CAPTURED = ("adagrad", "rmsprop")  # torch's ask the host whether a step is to be skipped
 
 
-def obstacle(world: World, optim: Optim) -> str | None:
+def obstacle(world: World, config: Config) -> str | None:
     """Why steps are not captured, "" where nobody would expect it; None if they are. The same on all ranks."""
     if world.device.type != "cuda":
         return ""
-    if optim.name in NOT_CAPTURED:
-        return f"optim.name {optim.name} cannot be captured"
+    if not config.train.graphs:
+        return "train.graphs is false"
+    if config.optim.name in NOT_CAPTURED:
+        return f"optim.name {config.optim.name} cannot be captured"
     if "capture_error_mode" not in inspect.signature(torch.cuda.graph).parameters:
         return f"torch {torch.__version__} is too old"
     return None

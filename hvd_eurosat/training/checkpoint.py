@@ -28,7 +28,8 @@ from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_r
 
 FORMAT = 2
 # The images' digest decides, wherever they are.
-MAY_DIFFER = ("train.epochs", "train.device", "train.deterministic", "valid.", "run.", "data.cache_dir", "data.root")
+ON_GPUS = ("train.device", "train.graphs", "train.deterministic")
+MAY_DIFFER = ("train.epochs", *ON_GPUS, "valid.", "run.", "data.cache_dir", "data.root")
 VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 

@@ -74,7 +74,7 @@ class Step:
         self._epochs = schedule_epochs(config.optim, config.train)
         self._device, self._ranks = world.device, world.size
         self._trainable = [p for p in state.model.parameters() if p.requires_grad]
-        self.uncaptured = capture.obstacle(world, config.optim)  # why; None if the step is captured
+        self.uncaptured = capture.obstacle(world, config)  # why; None if the step is captured
         self.captured = self.uncaptured is None
         wire = WIRE[config.optim.compression]
         self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=wire, at_once=self.captured)
@@ -95,7 +95,7 @@ class Step:
         if self.captured:
             graphs = capture.Graphs(world)
             self._learn, self._improve = (capture.Captured(work, graphs) for work in (self._learn, self._improve))
-        self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0)
+        self._findings = _Findings(GPU_LAG if world.device.type == "cuda" else 0, world.waiting)
         self._skipped_in_a_row = 0
         self.stopwatch = Stopwatch(world.device)
 
@@ -166,7 +166,8 @@ class Step:
         sizes = image_sizes(self._config.data.input_side, self._config.train.start_size)
         torch._dynamo.config.recompile_limit = RECOMPILES * len(sizes)  # torch.compile takes it from 2.12 on alone
         compiled: Callable[..., Any] = partial(torch.compile, dynamic=False)
-        self._network = compiled(self._state.model, mode="default" if self.captured else "reduce-overhead")
+        graphs = self._config.train.graphs and not self.captured  # torch's own, of the network alone
+        self._network = compiled(self._state.model, mode="reduce-overhead" if graphs else "default")
         if self._device.type == "cuda":  # a CPU needs half a minute for it and gains nothing
             self._input = compiled(self._input)
             with self._state.precision.autocast(self._device):
@@ -232,10 +233,13 @@ class Step:
 
 
 class _Findings:
-    """Numbers on their way from the device to the host, which reads them `lag` steps later and so never waits."""
+    """Numbers on their way from the device to the host, which reads them `lag` steps later and so never waits.
 
-    def __init__(self, lag: int) -> None:
-        self._lag = lag
+    But where another rank hangs: this is then the place at which a GPU's host waits for it, within `waiting()`.
+    """
+
+    def __init__(self, lag: int, waiting: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._lag, self._waiting = lag, waiting
         self._queue: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, numbers: Tensor) -> None:
@@ -253,6 +257,7 @@ class _Findings:
         while len(self._queue) > self._lag:
             numbers, event = self._queue.popleft()
             if event:
-                event.synchronize()
+                with self._waiting():
+                    event.synchronize()
             read.append(numbers.tolist())
         return read

@@ -122,6 +122,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(capture, "obstacle", lambda world, optim: None)
+    monkeypatch.setattr(capture, "obstacle", lambda world, config: None)
     monkeypatch.setattr(Images, "on_device", True)
     return tapes

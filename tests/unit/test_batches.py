@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ import torch
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
+from hvd_eurosat.data import batches
 from hvd_eurosat.data.augment import (
     augment,
     mix,
@@ -26,7 +31,7 @@ from hvd_eurosat.data.augment import (
     turn_and_flip,
     view_of,
 )
-from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, open_images, ordered_batches
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, in_a_thread, open_images, ordered_batches
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.mixing import mix_pairs, mixed_input, quantiles
 from hvd_eurosat.data.packed import Packed
@@ -80,6 +85,51 @@ def test_an_epoch_goes_on_where_it_was_left(count: int, size: int) -> None:
             seen += [index for batch in step for index in counted(batch)]
             samples += step[0].total
     assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_batches_that_travel_are_made_ahead(monkeypatch: pytest.MonkeyPatch, mixes: bool) -> None:
+    """To a GPU from this host's memory: by a thread, the same ones; simulated by the CPU's own memory."""
+    images = make_images(23)
+    expected = list(TrainBatches(images, 4, 0, 1, seed=3, mixes=mixes).epoch(1, 4))
+    makers, hold = set(), Images.hold
+
+    def spied(self: Images, *arguments: Any) -> Batch:
+        makers.add(threading.current_thread().name)
+        return hold(self, *arguments)
+
+    monkeypatch.setattr(Images, "travels", True)
+    monkeypatch.setattr(Images, "hold", spied)
+    monkeypatch.setattr(batches, "_pinned", lambda count, like: like.new_empty(count, *like.shape[1:]))
+    found = list(TrainBatches(images, 4, 0, 1, seed=3, mixes=mixes).epoch(1, 4))
+    assert makers == {"batches_0"}
+    assert len(found) == len(expected) == 5
+    for one, other in zip(map(dataclasses.asdict, found), map(dataclasses.asdict, expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    shown = list(ordered_batches(images, 5))
+    assert torch.equal(torch.cat([batch.images for batch in shown])[:23], images.images.permute(0, 3, 1, 2))
+    assert [batch.total for batch in shown] == [5, 5, 5, 5, 3]
+
+
+def test_a_thread_that_is_ahead_is_so_by_two() -> None:
+    """And no further, for each holds memory; its error is raised where the batch would be; left early, it ends."""
+    begun: list[int] = []
+
+    def make(number: int) -> int:
+        begun.append(number)
+        if number == 4:
+            raise OSError("the disk is gone")
+        return number
+
+    threads = threading.active_count()
+    coming = in_a_thread(partial(make, number) for number in itertools.count())
+    assert next(coming) == 0
+    assert next(coming) == 1
+    assert len(begun) <= 4
+    coming.close()
+    assert threading.active_count() == threads
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(in_a_thread(partial(make, number) for number in range(5)))
 
 
 def test_each_epoch_has_its_own_order() -> None:

@@ -204,11 +204,17 @@ ALONE = on("cpu")
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "why"),
-    [("cpu", "adam", ""), ("cuda", "adam", None), ("cuda", "rmsprop", "optim.name rmsprop cannot be captured")],
+    ("kind", "keys", "why"),
+    [
+        ("cpu", {}, ""),
+        ("cpu", {"train__graphs": False}, ""),
+        ("cuda", {}, None),
+        ("cuda", {"train__graphs": False}, "train.graphs is false"),
+        ("cuda", {"optim__name": "rmsprop"}, "optim.name rmsprop cannot be captured"),
+    ],
 )
-def test_why_a_step_is_not_captured(kind: str, name: str, why: str | None) -> None:
-    assert capture.obstacle(on(kind), Optim(name=name)) == why
+def test_why_a_step_is_not_captured(kind: str, keys: dict[str, Any], why: str | None) -> None:
+    assert capture.obstacle(on(kind), configuration(**keys)) == why
 
 
 @pytest.mark.parametrize(
@@ -242,6 +248,7 @@ def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyP
     [
         {"optim__name": "lars", "train__mixup": 0.2, "train__ema": 0.9},
         {"optim__name": "lamb", "model__trainable": "all"},
+        {"optim__name": "lars", "model__trainable": "head"},
     ],
 )
 def test_all_that_is_captured_is_on_the_device(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,14 +195,19 @@ def here() -> World:
 
 
 def test_the_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    compiled: list[tuple[object, str]] = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **_: compiled.append((model, mode)) or model)
     monkeypatch.setattr(step, "obstacle", lambda _: None)
-    for asked in (False, True):
-        config = configuration(BASE | {"train.compile": asked})
+    for keys, mode in (
+        ({}, None),
+        ({"train.compile": True}, "reduce-overhead"),  # with graphs of its own where the step is none
+        ({"train.compile": True, "train.graphs": False}, "default"),
+    ):
+        compiled.clear()
+        config = configuration(BASE | keys)
         model = build("resnet18", 3, "head", seed=0)
         Step(TrainingState(here(), config, None, model, Precision("fp32")), here(), config, None)
-        assert compiled == [model] * asked
+        assert compiled == ([(model, mode)] if mode else [])
 
 
 def test_where_a_network_strides() -> None:
@@ -426,6 +431,7 @@ ELSEWHERE = {
     "model.layers": "tests/unit/test_keys.py::test_a_layers_json_is_read",
     "train.device": "tests/unit/test_devices.py::test_the_device_of_a_rank",
     "train.deterministic": "tests/unit/test_devices.py::test_algorithms_that_repeat",
+    "train.graphs": "tests/unit/test_capture.py::test_why_a_step_is_not_captured",
     "train.compile": "tests/unit/test_keys.py::test_the_network_is_compiled",
     "valid.calibrate": "tests/unit/test_keys.py::test_a_run_is_calibrated",
     "valid.views": "tests/unit/test_keys.py::test_validation_shows_each_image_in_so_many_views",

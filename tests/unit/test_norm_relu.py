@@ -160,6 +160,7 @@ def test_batches_are_counted_once_for_all_layers() -> None:
     frozen.eval()
     assert torch.equal(module.uncounted(ours, images), theirs(images))
     module.count([ours, frozen])
+    module.count([frozen])
     for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert torch.equal(mine, other)
     assert frozen.num_batches_tracked == 0
