@@ -18,6 +18,7 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, mixes
 from hvd_eurosat.data.augment import augment, network_input
 from hvd_eurosat.data.batches import Images, TrainBatches
+from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model.resnet import build
@@ -29,7 +30,7 @@ from tests.gpu.conftest import Note
 
 CLASSES, SIDE = 10, 64
 NAMES = tuple(map(str, range(CLASSES)))
-TREE = Tree(Path("nowhere"), NAMES, "d", synthetic=True, image_size=SIDE, checksums={})
+TREE = Tree(Path("nowhere"), NAMES, "d", synthetic=True, image_size=SIDE, checksums=Checksums.of({}))
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 OPTIMISERS = {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3, "lars": 1.0, "lamb": 1e-3}
 

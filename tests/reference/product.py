@@ -24,6 +24,7 @@ from hvd_eurosat import train
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config, Model, mixes
 from hvd_eurosat.data.batches import Batch, Draw, Images, TrainBatches
+from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import Stopped, UserError
@@ -242,7 +243,7 @@ def _train(
     faults: dict[int, int],
 ) -> Trained:
     names = tuple(f"class{n}" for n in range(classes))
-    tree = Tree(Path("nowhere"), names, "d", synthetic=True, image_size=None, checksums={})
+    tree = Tree(Path("nowhere"), names, "d", synthetic=True, image_size=None, checksums=Checksums.of({}))
     images = {name: Images(Packed(s.images, s.labels, ()), world.device) for name, s in splits.items()}
     model = copy.deepcopy(network(classes, config.model))
     model.load_state_dict(weights)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, mixes
 from hvd_eurosat.data.batches import Draw, Images, TrainBatches
+from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model.resnet import LandCoverResNet, build
@@ -192,7 +193,7 @@ def packed() -> Packed:
     return Packed(split.images, split.labels, ())
 
 
-TREE = Tree(Path("nowhere"), ("a", "b", "c"), "d", synthetic=True, image_size=None, checksums={})
+TREE = Tree(Path("nowhere"), ("a", "b", "c"), "d", synthetic=True, image_size=None, checksums=Checksums.of({}))
 
 
 def on(kind: str) -> World:

@@ -161,7 +161,7 @@ def test_prediction_files(tmp_path: Path) -> None:
 def test_several_inputs_after_one_flag() -> None:
     settings = verbs.predict(["--checkpoint", "c.pt", "--input", "a,b.jpg", "c", "--out", "o"])
     assert (settings.input, settings.out) == ((Path("a,b.jpg"), Path("c")), Path("o"))
-    with pytest.raises(UserError, match="expected one argument"):
+    with pytest.raises(UserError, match="--input or --list is required"):
         verbs.predict(["--checkpoint", "c.pt", "--out", "o", "--input"])
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from hvd_eurosat.config.schema import Model
-from hvd_eurosat.errors import UserError
+from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, build, count_parameters
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.weights.loading import load_weights
@@ -192,7 +192,7 @@ def test_imagenet_weights_come_from_torchvisions_cache(tmp_path: Path, monkeypat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     model = build("resnet18", 10, "bn+head", seed=0)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(RunError) as error:
         load_weights(model, Model(arch="resnet18"))
     place = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     assert f"put https://download.pytorch.org/models/resnet18-f37072fd.pth at {place}" in str(error.value)

@@ -23,6 +23,7 @@ from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, Model, Optim, Train
 from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.convolution import Convolution
@@ -138,7 +139,7 @@ def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Chec
 
 def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
     config = load(["--run.dir", str(tmp_path), "--model.arch", "resnet18"])
-    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=48, checksums={})
+    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=48, checksums=Checksums.of({}))
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
     model = build("resnet18", 2, "head", seed=0)
     state = TrainingState(world, config, tree, model, Precision("fp32"))
@@ -551,7 +552,7 @@ def test_a_run_goes_on_in_place_from_its_newest_checkpoint(
             dataclasses.replace(at(state, epoch, accuracy), config=config.model_dump(mode="json"))
         )
     (folder / "metrics.jsonl").touch()
-    tree = Tree(folder, tuple(state.classes), state.digest, synthetic=False, image_size=64, checksums={})
+    tree = Tree(folder, tuple(state.classes), state.digest, synthetic=False, image_size=64, checksums=Checksums.of({}))
     assert directory.start(config, tree) is not None
     directory.close()
     assert (folder / "metrics.jsonl").exists() == stays
@@ -561,7 +562,7 @@ def test_a_run_goes_on_in_place_from_its_newest_checkpoint(
 def a_run(tmp_path: Path, *words: str) -> tuple[Config, RunDirectory, Tree]:
     """A run directory, opened, and what its runs are of."""
     config = load(["--run.dir", str(tmp_path / "run"), "--model.arch", "resnet18", *words])
-    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums=Checksums.of({}))
     return config, RunDirectory(config, lambda _: None, 0.0, lambda: None), tree
 
 
@@ -719,7 +720,7 @@ def one_network_each(ranks: int) -> list[TrainingState]:
     for rank in range(ranks):
         world = Rank(rank, ranks, rank, ranks, torch.device("cpu"), threads=1)
         model = build("resnet18", 2, "head", seed=0)
-        tree = Tree(Path("tree"), ("a", "b"), "d", synthetic=False, image_size=64, checksums={})
+        tree = Tree(Path("tree"), ("a", "b"), "d", synthetic=False, image_size=64, checksums=Checksums.of({}))
         state = TrainingState(world, Config(), tree, model, Precision("bf16"))
         state.seal()
         with state.precision.autocast(world.device):
