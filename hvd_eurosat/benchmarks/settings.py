@@ -20,8 +20,8 @@ class StepSettings(Config):
     """
 
     steps: PositiveInt = 50
-    """measured steps of each contender and mode, in up to five equal rounds; fewer take less time. project: in three
-    rounds, and as many steps again without exchange of gradients"""
+    """measured steps of each case (ours or the example, bn+head or all), in up to five equal rounds; fewer take less
+    time. project: in three rounds, and as many steps again in which no gradients are exchanged"""
     hosts: str = ""
     """hosts to run on, as name:slots,name:slots, where slots are ranks; default: this machine"""
     interface: str = ""
