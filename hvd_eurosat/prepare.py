@@ -15,7 +15,8 @@ from hvd_eurosat.data.appearing import appearing
 from hvd_eurosat.data.copying import Copies, Options, copy, measure, split, without_contradictions
 from hvd_eurosat.data.images import MAX_SIDE
 from hvd_eurosat.data.inputs import REFLECTANCE, UNITS, Inputs
-from hvd_eurosat.data.layout import SHOWN, SPLITS, is_litter, normal
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.listing import SHOWN, is_litter, normal
 from hvd_eurosat.data.multispectral import recognise
 from hvd_eurosat.data.packed import verify_packed
 from hvd_eurosat.data.processes import cores, in_processes
