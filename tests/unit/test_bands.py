@@ -36,11 +36,11 @@ from hvd_eurosat.data.tree import Tree, open_tree, read_manifest
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
 from tests.unit.conftest import EUROSAT as RGB_ZIP
+from tests.unit.conftest import EUROSAT_13 as MS_ZIP
 from tests.unit.conftest import Grow, Run
 from tests.unit.patches import SIDE, grow_bands, noise
 from tests.unit.scenes import write_raster
 
-MS_ZIP = RGB_ZIP.with_name("EuroSAT_MS_100.zip")
 needs_ms = pytest.mark.skipif(not MS_ZIP.exists(), reason=f"the multispectral patches are not at {MS_ZIP}")
 FOUR = ("B04", "B03", "B02", "B08")
 
