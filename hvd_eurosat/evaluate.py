@@ -24,7 +24,7 @@ from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import EvaluateSettings
 from hvd_eurosat.data.batches import Batch, open_images, ordered_batches
 from hvd_eurosat.data.folder import Images, Seen, agree_on_bad, class_numbers, file_batches, find_labelled
-from hvd_eurosat.data.layout import normal
+from hvd_eurosat.data.listing import normal
 from hvd_eurosat.data.tree import Tree, open_tree, split_of
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.model.resnet import Details

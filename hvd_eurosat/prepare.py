@@ -14,8 +14,9 @@ from hvd_eurosat.data import telling
 from hvd_eurosat.data.appearing import appearing
 from hvd_eurosat.data.copying import Copies, Options, copy, measure, split, without_contradictions
 from hvd_eurosat.data.images import MAX_SIDE
-from hvd_eurosat.data.inputs import Inputs
-from hvd_eurosat.data.layout import SHOWN, SPLITS, is_litter, normal
+from hvd_eurosat.data.inputs import REFLECTANCE, UNITS, Inputs
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.listing import SHOWN, is_litter, normal
 from hvd_eurosat.data.multispectral import recognise
 from hvd_eurosat.data.packed import verify_packed
 from hvd_eurosat.data.processes import cores, in_processes
@@ -192,6 +193,8 @@ def _recognised(source: Source, spec: str, options: Options) -> Inputs:
     if options.convert and not options.bands:
         paths = []
     inputs = recognise(source.read, paths, source.layout.classes, options.bands, spec)
+    if options.unit:
+        inputs = inputs.in_unit(options.unit, spec)
     if inputs.file and (options.resize or options.convert):
         raise UserError(f"--resize and --convert are for 8-bit RGB, and {spec} has {len(inputs.file)} bands")
     if inputs.file:
@@ -277,6 +280,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=(),
         help="what the bands of TIFFs are, in their order; EuroSAT's 13 are known, and so are those that files name",
     )
+    add("--unit", choices=UNITS, help=f"what the numbers of TIFFs are; 16-bit ones may be {REFLECTANCE}")
     add("--resize", action="store_true", help="resize images of other sizes (to PNG), do not refuse them")
     add("--convert", action="store_true", help="make images of other modes 8-bit RGB (to PNG), do not refuse them")
     add(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hvd_eurosat.data.contradictions import contradictions
 from hvd_eurosat.data.images import BadImageError, decode_any, in_threads, resize
-from hvd_eurosat.data.inputs import Inputs
+from hvd_eurosat.data.inputs import Inputs, Unit
 from hvd_eurosat.data.layout import SPLITS, Item
 from hvd_eurosat.data.multispectral import measured, read_bands, read_pixels
 from hvd_eurosat.data.processes import in_processes, progress
@@ -40,7 +40,7 @@ class Options(Wish):
     image_size: pixels a side; images of other sizes are refused or, with resize, resized. convert: images of other
     modes are made 8-bit RGB. skip_bad: unusable files, and images that are in two classes, are left out, with a
     warning, instead of refused. inside: the source's folder. bands: of TIFFs, in their order, where nothing else
-    says it. link: to the source's files, instead of copies. jobs: processes.
+    says it; unit: of their numbers, likewise. link: to the source's files, instead of copies. jobs: processes.
     """
 
     image_size: int = 64
@@ -49,6 +49,7 @@ class Options(Wish):
     skip_bad: bool = False
     inside: str = ""
     bands: tuple[str, ...] = ()
+    unit: Unit | None = None
     link: bool = False
     jobs: int = 1
 

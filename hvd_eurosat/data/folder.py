@@ -20,7 +20,8 @@ from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.data.contradictions import linked, status_of
 from hvd_eurosat.data.images import BadFilesError, BadImageError, Crop, decode, in_threads, read_file, to_array
 from hvd_eurosat.data.inputs import Inputs
-from hvd_eurosat.data.layout import Layout, Listing, check_name, find_files, is_litter, lay_out, list_folder, normal
+from hvd_eurosat.data.layout import Layout, find_files, lay_out
+from hvd_eurosat.data.listing import Listing, by_folders, check_name, is_litter, list_folder, normal
 from hvd_eurosat.data.multispectral import load_bands, shaped
 from hvd_eurosat.errors import UserError
 
@@ -79,7 +80,7 @@ def find_images(places: Sequence[Path], listed: Sequence[str] = ()) -> Images:
     for name, path in found.items():
         for folder in found.keys() & set(map(str, Path(name).parents)):
             raise UserError(f"{found[folder]} would be an image and the folder of {path} among the predictions")
-    return Images(dict(sorted(found.items(), key=lambda item: item[0].split("/"))), tuple(notes), flaws)
+    return Images(dict(sorted(found.items(), key=lambda item: by_folders(item[0]))), tuple(notes), flaws)
 
 
 def find_labelled(folder: Path) -> tuple[Images, list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ EUROSAT_CLASSES = (
     "River",
     "SeaLake",
 )
+Unit = Literal["grey", "reflectance x 10,000", "digital numbers"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+GREY, REFLECTANCE, DIGITAL_NUMBERS = UNITS
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)  # of the quantiles
@@ -43,7 +47,7 @@ class Inputs(BaseModel):
 
     name: str
     bands: tuple[str, ...]
-    unit: Literal["grey", "reflectance x 10,000", "digital numbers"] = "grey"
+    unit: Unit = "grey"
     dtype: Literal["uint8", "uint16"] = "uint8"
     stretch: tuple[float, float] | None = None
     level: Literal["L1C", "L2A"] | None = None
@@ -96,10 +100,20 @@ class Inputs(BaseModel):
             rule = {"unit": "grey", "dtype": "uint8", "stretch": wants.stretch}
             return chosen.model_copy(update={**rule, "quantiles": None, "mean": None, "std": None})
         known = f"the network was trained on {wants.unit} ({wants.dtype})"
-        cure = (
-            f": if they are {wants.unit}, let inputs.unit of its manifest say so" if self.dtype == wants.dtype else ""
-        )
+        is_told = (chosen.unit, wants.unit) == (DIGITAL_NUMBERS, REFLECTANCE)
+        cure = f": if they are that, prepare them with --unit {shlex.quote(REFLECTANCE)}" if is_told else ""
         raise UserError(f"{where} holds {chosen.unit} ({chosen.dtype}), and {known}{cure}")
+
+    def in_unit(self, unit: Unit, where: str) -> Inputs:
+        """The same where a user says their unit. Raises UserError where that contradicts what is known."""
+        if not self.file:
+            raise UserError(f"--unit is for TIFFs of bands, and {where} is taken for RGB: --bands names bands")
+        if (self.unit, unit) == (DIGITAL_NUMBERS, REFLECTANCE):
+            return self.model_copy(update={"unit": unit})
+        if self.unit != unit:
+            only = ", and only 8-bit numbers are grey" if unit == GREY else ""
+            raise UserError(f"--unit says {unit}, and {where} holds {self.unit}: {self.name}, {self.dtype}{only}")
+        return self
 
     def normalisation(self, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """data.mean and data.std by default: ImageNet's of RGB, else those of the training images. Raises UserError."""
@@ -135,7 +149,6 @@ class Inputs(BaseModel):
         return grey
 
 
-REFLECTANCE = "reflectance x 10,000"
 PICTURES = Inputs(name="8-bit RGB pictures as they are", bands=("red", "green", "blue"))
 # The stretch was measured on 100 patches of which the digital numbers are known, too; the quantiles on 1,000.
 EUROSAT = Inputs(
@@ -149,7 +162,7 @@ EUROSAT = Inputs(
 EUROSAT_MS = Inputs(
     name="EuroSAT's 13 bands, known by its ten classes",
     bands=EUROSAT13,
-    unit="reflectance x 10,000",
+    unit=REFLECTANCE,
     dtype="uint16",
     level="L1C",
     gsd=10,
@@ -166,5 +179,5 @@ def inputs_of_bands(classes: Collection[str], bands: tuple[str, ...], dtype: Lit
     """Those of TIFFs with these bands, in the files' order."""
     if dtype == "uint16" and bands == EUROSAT13 and inputs_of(classes) is EUROSAT:
         return EUROSAT_MS
-    unit: Literal["grey", "digital numbers"] = "grey" if dtype == "uint8" else "digital numbers"
+    unit = GREY if dtype == "uint8" else DIGITAL_NUMBERS
     return Inputs(name=f"{len(bands)} bands by name", bands=bands, unit=unit, dtype=dtype, file=bands)

@@ -9,6 +9,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_eurosat.data.listing import by_folders
+
 STRIDE = 1 << 14  # names whose places are Python's numbers at a time
 Places = NDArray[np.int64]
 
@@ -77,7 +79,7 @@ class Checksums(Mapping[str, str]):
     @staticmethod
     def of(found: Mapping[str, str]) -> Checksums:
         """A copy, sorted."""
-        names = sorted(found, key=_parts)
+        names = sorted(found, key=by_folders)
         return Checksums(Names.of(names), Names.of(found[name] for name in names))
 
     @staticmethod
@@ -97,7 +99,7 @@ class Checksums(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         names = self.names
-        place = bisect_left(names, _parts(name), key=_parts) if self._are_sorted else _place(names, name)
+        place = bisect_left(names, by_folders(name), key=by_folders) if self._are_sorted else _place(names, name)
         if place == len(names) or names[place] != name:
             raise KeyError(name)
         return self.sums[place]
@@ -121,19 +123,15 @@ class Checksums(Mapping[str, str]):
             if run.stop != place or (run and name < last):  # written by hand
                 return Checksums.of(dict(zip(self.names, self.sums, strict=True)))
             folders[folder], last = range(run.start, place + 1), name
-        runs = [np.asarray(folders[folder], np.int64) for folder in sorted(folders, key=_parts)]
+        runs = [np.asarray(folders[folder], np.int64) for folder in sorted(folders, key=by_folders)]
         order = np.concatenate([np.zeros(0, np.int64), *runs])
         return Checksums(self.names.in_order(order), self.sums.in_order(order))
 
     def part(self, split: str) -> slice:
         """Where a split's files are."""
-        first, last = (bisect_left(self.names, bound, key=_parts) for bound in ([split], [f"{split}\0"]))
+        first, last = (bisect_left(self.names, bound, key=by_folders) for bound in (f"{split}\0", f"{split}\1"))
         return slice(first, last)
 
 
 def _place(names: Names, name: str) -> int:
     return next((n for n, other in enumerate(names) if other == name), len(names))
-
-
-def _parts(name: str) -> list[str]:
-    return name.split("/")

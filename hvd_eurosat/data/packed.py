@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_eurosat.data.images import WHOLE, BadFilesError, BadImageError, Crop, decode, in_threads, read_file
-from hvd_eurosat.data.layout import PACKED, SPLITS
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.listing import PACKED
 from hvd_eurosat.data.multispectral import read_pixels
 from hvd_eurosat.data.tree import Tree, preparing, sha256_of
 from hvd_eurosat.errors import RunError, UserError

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, TiffImagePlugin, TiffTags
 
+from hvd_eurosat.data.inputs import EUROSAT_CLASSES
+
 SIZE = 64
 SCENE_ROWS, SCENE_COLUMNS = 12, 16  # patches
 
@@ -211,18 +213,19 @@ def _sea_lake(rng: np.random.Generator) -> Array:
     return _blend(image, shore, _country(rng))
 
 
-SCENES: dict[str, Callable[[np.random.Generator], Array]] = {
-    "AnnualCrop": _annual_crop,
-    "Forest": _forest,
-    "HerbaceousVegetation": _herbaceous,
-    "Highway": _highway,
-    "Industrial": _industrial,
-    "Pasture": _pasture,
-    "PermanentCrop": _permanent_crop,
-    "Residential": _residential,
-    "River": _river,
-    "SeaLake": _sea_lake,
-}
+_DRAW: tuple[Callable[[np.random.Generator], Array], ...] = (
+    _annual_crop,
+    _forest,
+    _herbaceous,
+    _highway,
+    _industrial,
+    _pasture,
+    _permanent_crop,
+    _residential,
+    _river,
+    _sea_lake,
+)
+SCENES = dict(zip(EUROSAT_CLASSES, _DRAW, strict=True))
 
 
 def _observe(rng: np.random.Generator, ground: Array) -> Image.Image:

@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 from rich.console import Console
 
 from hvd_eurosat.data.images import MAX_BYTES, BadImageError, read_file
-from hvd_eurosat.data.layout import Layout, Listing, lay_out, list_folder, list_names
+from hvd_eurosat.data.layout import Layout, lay_out
+from hvd_eurosat.data.listing import Listing, list_folder, list_names
 from hvd_eurosat.data.sample import draw_scene, generate
 from hvd_eurosat.errors import RunError, UserError
 

@@ -9,7 +9,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from hvd_eurosat.data.layout import SPLITS, SUFFIXES, Item, normal, some
+from hvd_eurosat.data.layout import SPLITS, SUFFIXES, Item
+from hvd_eurosat.data.listing import normal, some
 from hvd_eurosat.data.places import places_of, share_out
 from hvd_eurosat.data.sources import Source
 from hvd_eurosat.data.split import Ratios

@@ -16,7 +16,8 @@ from hvd_eurosat.data.bands import check_names
 from hvd_eurosat.data.contradictions import linked, status_of
 from hvd_eurosat.data.images import BadImageError, decode, read_file
 from hvd_eurosat.data.inputs import PICTURES, Inputs, inputs_of
-from hvd_eurosat.data.layout import PACKED, PREPARE, SPLITS, lay_out, list_folder, normal
+from hvd_eurosat.data.layout import SPLITS, lay_out
+from hvd_eurosat.data.listing import PACKED, PREPARE, list_folder, normal
 from hvd_eurosat.data.names import Checksums, Names
 from hvd_eurosat.errors import UserError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from hvd_eurosat.data.bands import SENTINEL2, canonical
-from hvd_eurosat.data.layout import is_litter
+from hvd_eurosat.data.listing import is_litter
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.files import zipped
 from hvd_eurosat.scene.markup import MAX_BYTES, elements

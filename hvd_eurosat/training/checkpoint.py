@@ -19,7 +19,7 @@ from torch import Tensor
 from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, Valid, flatten, schedule_epochs
 from hvd_eurosat.data.inputs import Inputs, inputs_of
-from hvd_eurosat.data.layout import normal
+from hvd_eurosat.data.listing import normal
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text

@@ -7,13 +7,14 @@ with the first digits of its sha256.
 from __future__ import annotations
 
 import hashlib
+import shlex
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.bands import RGB, SENTINEL2
-from hvd_eurosat.data.inputs import REFLECTANCE, Inputs
+from hvd_eurosat.data.inputs import DIGITAL_NUMBERS, REFLECTANCE, Inputs
 from hvd_eurosat.errors import RunError, UserError
 
 FAMILY = "sentinel2-"  # with which the names begin
@@ -95,7 +96,9 @@ def normalised(data: Data, weights: str, inputs: Inputs | None) -> Data:
         mean, std = grey_scaling(inputs.stretch, scale)
     else:
         what = "which one the numbers of the images mean is not known: give data.mean and data.std"
-        raise UserError(f"model.weights {weights} wants reflectance, and {what}")
+        told = inputs is not None and inputs.unit == DIGITAL_NUMBERS
+        flag = f", or prepare them with --unit {shlex.quote(REFLECTANCE)} if they are that" if told else ""
+        raise UserError(f"model.weights {weights} wants reflectance, and {what}{flag}")
     return data.model_copy(update={"mean": (mean,) * bands, "std": (std,) * bands})
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,9 @@ def survivors(run_dir: Path) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Python for ranks, which starts them already imported (warm.py): for all tests but those of the start itself."""
+@contextmanager
+def warm_python() -> Iterator[str]:
+    """A Python for ranks, which starts them already imported (warm.py)."""
     with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{name}/ranks")  # a short name, which sockets need, in a folder of this user alone
         listener.listen(64)
@@ -99,6 +100,13 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ):
             listener.close()
             yield str(python)  # and then its standard input ends, and with it the server
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[str]:
+    """Of `warm_python`, for all tests but those of the start itself."""
+    with warm_python() as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from hvd_eurosat import prepare
-from hvd_eurosat.model.resnet import BLOCKS, build
+from hvd_eurosat.data.inputs import EUROSAT_CLASSES
+from hvd_eurosat.data.tree import open_tree
+from hvd_eurosat.model.resnet import BLOCKS
 from hvd_eurosat.training import checkpoint
+from tests.parallel import bands as whole_way
 from tests.parallel.conftest import Launch, checkpoint_file, small, summary
+from tests.unit.conftest import EUROSAT_13
 from tests.unit.patches import grow_bands
 
 BANDS = ("B02", "B03", "B04", "B08", "B8A")
@@ -19,6 +22,8 @@ CHANNELS = 16  # of the first convolution of ranks' networks (warm.py)
 PARAMETERS = 703_920  # of a resnet18 of so many, for two classes and five bands
 NORMS, HEAD, KERNELS = 2_400, 256, 5 * 49 * CHANNELS
 FOUND = {"head": HEAD, "bn+head": NORMS + HEAD + KERNELS, "all": PARAMETERS}
+ALL_13 = PARAMETERS + 4 * HEAD + 8 * 49 * CHANNELS  # for ten classes and 13 bands
+FOUND_13 = {"head": 5 * HEAD, "bn+head": NORMS + 5 * HEAD + 13 * 49 * CHANNELS, "all": ALL_13}
 
 
 def made(root: Path, bands: tuple[str, ...]) -> Path:
@@ -37,12 +42,9 @@ def five(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rgb_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights for red, green and blue."""
-    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(BLOCKS, "resnet18", (*BLOCKS["resnet18"][:2], CHANNELS))
-        model = build("resnet18", classes=5, trainable="all", seed=7)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
-    return path
+        return whole_way.rgb_weights(tmp_path_factory.mktemp("weights") / "resnet18.safetensors", "resnet18")
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,23 @@ def test_a_set_without_a_band_is_refused_by_its_name(launch: Launch, two_epochs:
     assert job.returncode == 2
     assert f"{less} has no band B8A, which the network was trained with; it has B02, B03, B04, B08" in job.stderr
     assert job.stderr.count("error:") == 1
+
+
+@pytest.fixture(scope="module")
+def thirteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EuroSAT's 13 bands: 100 real patches where they are at hand, else as many made-up ones."""
+    root = tmp_path_factory.mktemp("thirteen")
+    source = EUROSAT_13 if EUROSAT_13.exists() else grow_bands(root / "source", EUROSAT_CLASSES, 13, count=10, side=64)
+    assert prepare.main(["--source", str(source), "--out", str(root / "data"), "--ratios", "60,20,20"]) == 0
+    return root / "data"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("trainable", "ranks"), [("head", 1), ("bn+head", 2), ("all", 2)])
+def test_eurosat_s_13_bands_go_the_whole_way(
+    trainable: str, ranks: int, thirteen: Path, rgb_weights: Path, warm: str, tmp_path: Path
+) -> None:
+    assert whole_way.furthest(open_tree(thirteen)) < 1e-6
+    words = ["--model.arch", "resnet18", "--model.weights", str(rgb_weights)]
+    seen = whole_way.see(thirteen, tmp_path, trainable, ranks, words, warm)
+    assert seen.is_right((ALL_13, FOUND_13[trainable])), seen

@@ -25,6 +25,7 @@ from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 
 EUROSAT = Path(__file__).parents[3] / "shared" / "data" / "EuroSAT_RGB.zip"
+EUROSAT_13 = EUROSAT.with_name("EuroSAT_MS_100.zip")  # 100 of the patches of 13 bands
 DATA = Data()
 needs_eurosat = pytest.mark.skipif(not EUROSAT.exists(), reason=f"the real data set is not at {EUROSAT}")
 

@@ -19,7 +19,16 @@ from hvd_eurosat.data import augment
 from hvd_eurosat.data.bands import EUROSAT13, RGB, SENTINEL2
 from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.images import BadImageError, Crop
-from hvd_eurosat.data.inputs import EUROSAT, EUROSAT_MS, IMAGENET_MEAN, LEVELS, PICTURES, Inputs
+from hvd_eurosat.data.inputs import (
+    EUROSAT,
+    EUROSAT_CLASSES,
+    EUROSAT_MS,
+    IMAGENET_MEAN,
+    LEVELS,
+    PICTURES,
+    REFLECTANCE,
+    Inputs,
+)
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.multispectral import grey, kind_of, read_bands, read_pixels
 from hvd_eurosat.data.packed import open_packed, pack, resolve_normalisation, verify_packed
@@ -27,11 +36,11 @@ from hvd_eurosat.data.tree import Tree, open_tree, read_manifest
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
 from tests.unit.conftest import EUROSAT as RGB_ZIP
+from tests.unit.conftest import EUROSAT_13 as MS_ZIP
 from tests.unit.conftest import Grow, Run
 from tests.unit.patches import SIDE, grow_bands, noise
 from tests.unit.scenes import write_raster
 
-MS_ZIP = RGB_ZIP.with_name("EuroSAT_MS_100.zip")
 needs_ms = pytest.mark.skipif(not MS_ZIP.exists(), reason=f"the multispectral patches are not at {MS_ZIP}")
 FOUR = ("B04", "B03", "B02", "B08")
 
@@ -192,6 +201,43 @@ def test_a_set_of_floating_point_numbers_is_refused(tmp_path: Path, run: Run) ->
     assert "holds float32, and uint16 or uint8 is wanted: gdal_translate -ot UInt16" in said
 
 
+def test_a_set_of_16_bits_gets_its_unit(tmp_path: Path, run: Run) -> None:
+    source = grow_bands(tmp_path / "source", ("Field", "Wood"), 4)
+    words = ("--image-size", SIDE, "--bands", ",".join(FOUR))
+    status, _, said = run(source, *words, "--unit", REFLECTANCE)
+    assert status == 0, said
+    assert f"has uint16 bands {', '.join(FOUR)}: reflectance x 10,000" in said
+    told = open_tree(tmp_path / "out")
+    assert told.inputs.unit == REFLECTANCE
+    assert run(source, *words, "--unit", "digital numbers", out="as-it-is")[0] == 0
+    plain = open_tree(tmp_path / "as-it-is").inputs
+    assert plain.model_copy(update={"unit": REFLECTANCE}) == told.inputs
+    assert told.brought_to(EUROSAT_MS.choosing(FOUR, "", "")).inputs.places == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "bands", "dtype", "unit", "message"),
+    [
+        (EUROSAT_CLASSES, 13, "uint16", "digital numbers", "holds reflectance x 10,000: EuroSAT's 13 bands, known by"),
+        (("Field", "Wood"), 4, "uint8", "reflectance x 10,000", "holds grey: 4 bands by name, uint8"),
+        (("Field", "Wood"), 4, "uint8", "digital numbers", "holds grey: 4 bands by name, uint8"),
+        (("Field", "Wood"), 4, "uint16", "grey", "4 bands by name, uint16, and only 8-bit numbers are grey"),
+        (("Field", "Wood"), 3, "uint8", "grey", "--unit is for TIFFs of bands, and .* is taken for RGB"),
+    ],
+)
+def test_a_unit_that_contradicts_what_is_known_is_refused(
+    classes: tuple[str, ...], bands: int, dtype: str, unit: str, message: str, tmp_path: Path, run: Run
+) -> None:
+    options = {"photometric": "RGB"} if bands == 3 else {}
+    source = grow_bands(tmp_path / "source", classes, bands, dtype, count=1, **options)
+    names = ("--bands", ",".join(FOUR)) if bands == 4 else ()
+    status, _, said = run(source, "--image-size", SIDE, *names, "--unit", unit)
+    assert status == 2
+    assert re.search(message, said), said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("cut", [4, 60, 900])
 def test_a_file_cut_short_is_a_bad_image(cut: int, tmp_path: Path) -> None:
     data = write_raster(tmp_path / "a.tif", noise(1, 4)).read_bytes()
@@ -283,7 +329,7 @@ def test_units_are_never_taken_for_each_other(four: Tree) -> None:
     with pytest.raises(UserError, match=r"holds digital numbers .*trained on grey"):
         four.brought_to(EUROSAT)
     wants = EUROSAT_MS.choosing(FOUR, "", "")
-    with pytest.raises(UserError, match=r"trained on reflectance x 10,000.*let inputs.unit of its manifest say so"):
+    with pytest.raises(UserError, match=r"trained on reflectance x 10,000.*with --unit 'reflectance x 10,000'$"):
         four.brought_to(wants)
     with pytest.raises(UserError, match=r"holds grey .*trained on reflectance"):
         EUROSAT.brought_to(EUROSAT_MS.choosing(RGB, "", ""), "data")

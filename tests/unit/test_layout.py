@@ -25,7 +25,8 @@ from hvd_eurosat.config.schema import Data
 from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.folder import find_images
 from hvd_eurosat.data.images import BadImageError, decode, decode_any
-from hvd_eurosat.data.layout import SPLITS, find_files, is_litter, lay_out, list_folder
+from hvd_eurosat.data.layout import SPLITS, find_files, lay_out
+from hvd_eurosat.data.listing import is_litter, list_folder
 from hvd_eurosat.data.packed import open_packed
 from hvd_eurosat.data.tree import CHECKSUMS, MANIFEST, open_tree
 from hvd_eurosat.errors import UserError

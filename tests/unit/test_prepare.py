@@ -25,7 +25,8 @@ import pytest
 from PIL import TiffImagePlugin
 
 from hvd_eurosat.data.images import decode
-from hvd_eurosat.data.layout import SPLITS, list_folder
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.listing import list_folder
 from hvd_eurosat.data.packed import pack
 from hvd_eurosat.data.split import sizes
 from hvd_eurosat.data.tree import open_tree
