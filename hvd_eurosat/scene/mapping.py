@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,7 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.parts import NONE, Parts
 from hvd_eurosat.scene.plan import Plan
 from hvd_eurosat.scene.source import Scene
-from hvd_eurosat.scene.windows import Block, slice_rows
+from hvd_eurosat.scene.windows import Block
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Network, answer, temper
 
@@ -107,14 +106,8 @@ def _result(coming: Future[R], tick: Callable[[], None]) -> R:
 
 
 def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
-    """A block, read along the blocks of the file, so that each of those is decoded once."""
-    width, step = scene.grid.width, slice_rows(scene.rows_per_block)
-    pixels = np.empty((len(scene.bands), block.bottom - block.top, width), scene.grey.dtype)
-    masked = np.empty(pixels.shape[1:], np.bool_)
-    cuts = [block.top, *range((block.top // step + 1) * step, block.bottom, step), block.bottom]
-    for first, end in itertools.pairwise(cuts):
-        part = slice(first - block.top, end - block.top)
-        pixels[:, part], masked[part] = scene.read(slice(first, end))
+    """A block, with its preview and where it has too few pixels."""
+    pixels, masked = scene.read(slice(block.top, block.bottom))
     tops = plan.windows.tops[block.first : block.end] - block.top
     counts = masked_counts(masked, tops, plan.windows.lefts, plan.windows.side)
     classified = counts <= plan.max_masked * plan.windows.side**2
