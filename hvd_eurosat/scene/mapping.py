@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
+from hvd_eurosat.data.ahead import in_a_thread
 from hvd_eurosat.data.augment import resized
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.parts import NONE, Parts
@@ -24,10 +25,6 @@ from hvd_eurosat.scene.source import Scene
 from hvd_eurosat.scene.windows import Block
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Network, answer, temper
-
-T = TypeVar("T")
-R = TypeVar("R")
-TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,8 @@ def map_blocks(
     windows, began = 0, time.perf_counter()
     mine = parts.claimed(todo, world.rank, world.size)
     try:
-        for read in ahead(lambda index: read_block(scene, plan, plan.blocks[index]), mine, world.tick):
+        reads = (partial(read_block, scene, plan, plan.blocks[index]) for index in mine)
+        for read in in_a_thread(reads, 1, world.tick):
             values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
             if values is None:
                 parts.stop()
@@ -81,28 +79,6 @@ def map_blocks(
         parts.stop()
         raise
     return windows, time.perf_counter() - began
-
-
-def ahead(function: Callable[[T], R], items: Iterable[T], tick: Callable[[], None]) -> Iterator[R]:
-    """The function's results in order; a thread has the next one ready while this one is worked with.
-
-    `tick` is called while there is none yet.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[R] | None = None
-        for item in items:
-            coming = pool.submit(function, item)
-            if waiting:
-                yield _result(waiting, tick)
-            waiting = coming
-        if waiting:
-            yield _result(waiting, tick)
-
-
-def _result(coming: Future[R], tick: Callable[[], None]) -> R:
-    while not wait([coming], TICK_SECONDS).done:
-        tick()
-    return coming.result()
 
 
 def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
