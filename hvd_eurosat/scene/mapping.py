@@ -140,8 +140,7 @@ def classify(
         if stop():
             return None
         if len(batch):
-            y, x = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
-            answers.append(judge(network, cut(pixels, y, x, windows.side)))
+            answers.append(judge(network, cut(pixels, tops[batch], lefts[batch], windows.side)))
         progress()
     if len(rows):
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
@@ -154,13 +153,10 @@ def send(pixels: NDArray[Any], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
+def cut(pixels: Tensor, tops: NDArray[np.int64], lefts: NDArray[np.int64], side: int) -> Tensor:
     """The windows [N, bands, side, side] of a block [bands, h, w], wherever they begin (int64 [N])."""
-    bands, height, width = pixels.shape
-    every = pixels.as_strided(
-        (height - side + 1, width - side + 1, bands, side, side), (width, 1, height * width, width, 1)
-    )
-    return every[tops, lefts]
+    views = [pixels[:, y : y + side, x : x + side] for y, x in zip(tops.tolist(), lefts.tolist(), strict=True)]
+    return torch.stack(views)  # row by row; indexing by tensors goes number by number
 
 
 def judge(network: Mapper, images: Tensor) -> Tensor:
