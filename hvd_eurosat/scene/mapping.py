@@ -149,7 +149,7 @@ def classify(
 
 def send(pixels: NDArray[Any], device: torch.device) -> Tensor:
     """A block to the device; to a GPU from pinned memory, so that the host does not wait. uint16 goes as int16."""
-    tensor = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.view(np.int16))  # CUDA indexes no uint16
+    tensor = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.view(np.int16))  # CUDA hardly knows uint16
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

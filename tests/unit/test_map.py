@@ -186,7 +186,7 @@ def test_a_window_is_what_a_training_image_showed(data: Data, file: int | None, 
 # --- what the network is shown ---
 
 
-def test_overlapping_windows_are_views_of_one_block() -> None:
+def test_overlapping_windows_are_cut_out_of_one_block() -> None:
     block = torch.from_numpy(noise(50, 70)).permute(2, 0, 1).contiguous()
     tops, lefts = np.array([0, 3, 18, 18]), np.array([0, 11, 1, 38])
     found = cut(block, tops, lefts, 32)
