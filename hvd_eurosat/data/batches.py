@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +16,13 @@ from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
-from hvd_eurosat.data.ahead import Reader, ahead
+from hvd_eurosat.data.ahead import Reader, ahead, in_a_thread
 from hvd_eurosat.data.augment import mix
 from hvd_eurosat.data.images import BadFilesError, Crop
 from hvd_eurosat.data.mixing import partners
 from hvd_eurosat.data.packed import Packed, open_packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import UserError
-
-T = TypeVar("T")
 
 IN_HAND = 2  # batches that are ready, or being made, when one is taken
 
@@ -159,18 +155,6 @@ def _pinned(count: int, like: Tensor) -> Tensor:
     return torch.empty((count, *like.shape[1:]), dtype=like.dtype, pin_memory=True)
 
 
-def in_a_thread(works: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
-    """What each of `works` gives, in order, by a thread that has IN_HAND more of them. Their errors are raised."""
-    with ThreadPoolExecutor(1, "batches") as thread:
-        begun: deque[Future[T]] = deque()
-        for work in works:
-            begun.append(thread.submit(work))
-            if len(begun) > IN_HAND:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
-
-
 def open_images(world: World, tree: Tree, splits: Sequence[str], data: Data, place: Place) -> dict[str, Images]:
     """The packed images of some splits, the same on all ranks, after one of each node has packed what was not.
 
@@ -258,7 +242,7 @@ class TrainBatches:
         if images.on_device:
             yield from (Draw(*one, self) for one in drawn)
         elif images.travels:
-            yield from map(images.send, in_a_thread(partial(self._hold, *one, epoch) for one in drawn))
+            yield from map(images.send, in_a_thread((partial(self._hold, *one, epoch) for one in drawn), IN_HAND))
         else:
             yield from (self.take(*one, epoch) for one in drawn)
 
@@ -315,6 +299,6 @@ def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int
             yield indices, images.weights(batch_size, real), real
 
     if images.travels:
-        yield from map(images.send, in_a_thread(partial(images.hold, *one) for one in drawn()))
+        yield from map(images.send, in_a_thread((partial(images.hold, *one) for one in drawn()), IN_HAND))
     else:
         yield from (images.batch(*one) for one in drawn())

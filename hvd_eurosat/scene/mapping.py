@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
+from hvd_eurosat.data.ahead import in_a_thread
 from hvd_eurosat.data.augment import resized
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.parts import NONE, Parts
 from hvd_eurosat.scene.plan import Plan
 from hvd_eurosat.scene.source import Scene
-from hvd_eurosat.scene.windows import Block, slice_rows
+from hvd_eurosat.scene.windows import Block
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Network, answer, temper
-
-T = TypeVar("T")
-R = TypeVar("R")
-TICK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,8 @@ def map_blocks(
     windows, began = 0, time.perf_counter()
     mine = parts.claimed(todo, world.rank, world.size)
     try:
-        for read in ahead(lambda index: read_block(scene, plan, plan.blocks[index]), mine, world.tick):
+        reads = (partial(read_block, scene, plan, plan.blocks[index]) for index in mine)
+        for read in in_a_thread(reads, 1, world.tick):
             values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
             if values is None:
                 parts.stop()
@@ -84,37 +81,9 @@ def map_blocks(
     return windows, time.perf_counter() - began
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], tick: Callable[[], None]) -> Iterator[R]:
-    """The function's results in order; a thread has the next one ready while this one is worked with.
-
-    `tick` is called while there is none yet.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        waiting: Future[R] | None = None
-        for item in items:
-            coming = pool.submit(function, item)
-            if waiting:
-                yield _result(waiting, tick)
-            waiting = coming
-        if waiting:
-            yield _result(waiting, tick)
-
-
-def _result(coming: Future[R], tick: Callable[[], None]) -> R:
-    while not wait([coming], TICK_SECONDS).done:
-        tick()
-    return coming.result()
-
-
 def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
-    """A block, read along the blocks of the file, so that each of those is decoded once."""
-    width, step = scene.grid.width, slice_rows(scene.rows_per_block)
-    pixels = np.empty((len(scene.bands), block.bottom - block.top, width), scene.grey.dtype)
-    masked = np.empty(pixels.shape[1:], np.bool_)
-    cuts = [block.top, *range((block.top // step + 1) * step, block.bottom, step), block.bottom]
-    for first, end in itertools.pairwise(cuts):
-        part = slice(first - block.top, end - block.top)
-        pixels[:, part], masked[part] = scene.read(slice(first, end))
+    """A block, with its preview and where it has too few pixels."""
+    pixels, masked = scene.read(slice(block.top, block.bottom))
     tops = plan.windows.tops[block.first : block.end] - block.top
     counts = masked_counts(masked, tops, plan.windows.lefts, plan.windows.side)
     classified = counts <= plan.max_masked * plan.windows.side**2
@@ -171,8 +140,7 @@ def classify(
         if stop():
             return None
         if len(batch):
-            y, x = (torch.from_numpy(all_of[batch]).to(network.device) for all_of in (tops, lefts))
-            answers.append(judge(network, cut(pixels, y, x, windows.side)))
+            answers.append(judge(network, cut(pixels, tops[batch], lefts[batch], windows.side)))
         progress()
     if len(rows):
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
@@ -181,17 +149,14 @@ def classify(
 
 def send(pixels: NDArray[Any], device: torch.device) -> Tensor:
     """A block to the device; to a GPU from pinned memory, so that the host does not wait. uint16 goes as int16."""
-    tensor = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.view(np.int16))  # CUDA indexes no uint16
+    tensor = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.view(np.int16))  # CUDA hardly knows uint16
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def cut(pixels: Tensor, tops: Tensor, lefts: Tensor, side: int) -> Tensor:
+def cut(pixels: Tensor, tops: NDArray[np.int64], lefts: NDArray[np.int64], side: int) -> Tensor:
     """The windows [N, bands, side, side] of a block [bands, h, w], wherever they begin (int64 [N])."""
-    bands, height, width = pixels.shape
-    every = pixels.as_strided(
-        (height - side + 1, width - side + 1, bands, side, side), (width, 1, height * width, width, 1)
-    )
-    return every[tops, lefts]
+    views = [pixels[:, y : y + side, x : x + side] for y, x in zip(tops.tolist(), lefts.tolist(), strict=True)]
+    return torch.stack(views)  # row by row; indexing by tensors goes number by number
 
 
 def judge(network: Mapper, images: Tensor) -> Tensor:

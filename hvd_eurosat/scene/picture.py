@@ -69,8 +69,8 @@ def brightened(preview: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if not there.any():
         return preview
     white = max(1.0, float(np.percentile(preview[there][:, :3], BRIGHT)))
-    scaled = 255 * np.clip(preview[..., :3] / white, 0, 1) ** GAMMA
-    return np.dstack([scaled.round().astype(np.uint8), preview[..., 3]])
+    table = (255 * np.clip(np.arange(256) / white, 0, 1) ** GAMMA).round().astype(np.uint8)
+    return np.dstack([table[preview[..., :3]], preview[..., 3]])
 
 
 def round_length(most: float) -> float:

@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,12 @@ def write_products(
     write_rasters(cover, parts.out, parts.folder, settings.probabilities)
     tick()
     write_areas(known, parts.out)
-    write_polygons(cover, parts.out, settings.min_area)
-    tick()
-    write_picture(cover, known, parts.out)
-    write_page(cover, known, parts.out)
+    with ThreadPoolExecutor(1) as beside:  # the network is done: there are cores to spare
+        picture = beside.submit(write_picture, cover, known, parts.out)
+        write_page(cover, known, parts.out)  # first, for it waits for encoders, while the picture's imports need Python
+        write_polygons(cover, parts.out, settings.min_area)
+        tick()
+        picture.result()
     tick()
     told = document(scene, saved, cover, known, plan, settings)
     told["run"] = {**run(), "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}

@@ -17,7 +17,7 @@ from hvd_eurosat.scene.product import Metadata
 
 QUANTIFICATION = 10_000  # digital numbers for a reflectance of 1
 MOST_REFLECTANCE = 2.0  # of snow and of glint
-PIECE = 1 << 20  # numbers at a time
+PIECE = 1 << 15  # numbers at a time, so that what is made of them in between stays in the core's cache
 LOW, HIGH = LEVELS.index(0.05), LEVELS.index(0.95)
 FAR = 0.5  # of a scene's pixels, outside the middle nine tenths of the training images'
 Pixels = NDArray[Any]
@@ -74,16 +74,25 @@ class Rule:
 
     def __call__(self, values: Pixels, band: int) -> Pixels:
         """What a network takes for a band's numbers: `grey`, uint8, or reflectance x 10,000, uint16. Any shape."""
+        taken = np.empty(values.shape, self.dtype)
+        self.into(taken, values, band)
+        return taken
+
+    def into(self, taken: Pixels, values: Pixels, band: int) -> None:
+        """The same, put into an array of that shape and dtype, which is contiguous."""
         if self.limits is None:
-            return values.astype(self.dtype, copy=False)
+            taken[...] = values
+            return
         black, white = self.limits[band]
-        if values.dtype in (np.uint8, np.int8, np.uint16, np.int16):  # a table is quicker
-            table = _table(values.dtype, black, white, self.dtype)
-            return np.take(table, values.view(f"u{values.itemsize}"), mode="wrap")  # a mode that checks nothing
-        flat, taken = values.reshape(-1), np.empty(values.size, self.dtype)
-        for start in range(0, flat.size, PIECE):
-            taken[start : start + PIECE] = CONVERTED[self.dtype](flat[start : start + PIECE], black, white)
-        return taken.reshape(values.shape)
+        has_table = values.dtype in (np.uint8, np.int8, np.uint16, np.int16)  # which is quicker
+        table = _table(values.dtype, black, white, self.dtype) if has_table else None
+        numbers, to = values.reshape(-1), taken.reshape(-1)
+        for start in range(0, numbers.size, PIECE):
+            some = slice(start, start + PIECE)
+            if table is None:
+                to[some] = CONVERTED[self.dtype](numbers[some], black, white)
+            else:  # by the mode that checks nothing
+                np.take(table, numbers[some].view(f"u{values.itemsize}"), mode="wrap", out=to[some])
 
     def facts(self, bands: Sequence[Band]) -> dict[str, object]:
         """For map.json: source, offset and stretch, the latter two by band or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from hvd_eurosat.scene.files import Dataset, Rasters, indexes, reading, shown
 from hvd_eurosat.scene.finding import Found, Place, find
 from hvd_eurosat.scene.grid import Grid, grid_of, ground_distances, resampled
 from hvd_eurosat.scene.radiometry import Band, Rule, Said, decide, unlike
+from hvd_eurosat.scene.windows import slice_rows
 
 WHOLE = slice(None)
 # Of the scene classification (Sentinel-2 L2A): no data, defective, cloud shadow, cloud of medium and high probability,
@@ -136,22 +138,31 @@ class Scene:
         """
         top, bottom, _ = rows.indices(self.grid.height)
         left, right, _ = columns.indices(self.grid.width)
-        window = Window(left, top, right - left, bottom - top)
         grey = np.empty((len(self.layers), bottom - top, right - left), self.grey.dtype)
-        masked = np.zeros(grey.shape[1:], np.bool_)
-        empty = np.ones(grey.shape[1:], np.bool_)
+        masked = np.empty(grey.shape[1:], np.bool_)
+        step = slice_rows(self.rows_per_block)  # so that each block of the file is decoded once
+        cuts = [top, *range((top // step + 1) * step, bottom, step), bottom]
         with rasterio.Env(GDAL_CACHEMAX=self.cache):
-            for band, layer in enumerate(self.layers):
-                values, valid = layer.read(window)
-                grey[band] = self.grey(values, band)
-                empty &= values == 0
-                if valid is not None:
-                    masked |= ~valid
-            masked |= empty  # not one pixel of EuroSAT is
-            if self.mask:
-                masked |= self.mask.read(window)
-        grey[:, masked] = 0
+            for first, end in itertools.pairwise(cuts):
+                part = slice(first - top, end - top)
+                masked[part] = self._read(Window(left, first, right - left, end - first), grey[:, part])
         return grey, masked
+
+    def _read(self, window: Window, grey: NDArray[Any]) -> NDArray[np.bool_]:
+        """A part of them into `grey`; where they are masked."""
+        masked, empty = np.zeros(grey.shape[1:], np.bool_), np.ones(grey.shape[1:], np.bool_)
+        for band, layer in enumerate(self.layers):
+            values, valid = layer.read(window)
+            self.grey.into(grey[band], values, band)
+            if empty.any():
+                empty &= values == 0
+            if valid is not None:
+                masked |= ~valid
+        masked |= empty  # not one pixel of EuroSAT is
+        if self.mask:
+            masked |= self.mask.read(window)
+        grey[:, masked] = 0
+        return masked
 
 
 def open_scene(what: Sequence[str], wants: Inputs, options: SceneOptions) -> Scene:

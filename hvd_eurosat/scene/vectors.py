@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ GEOJSON = "map.geojson"
 STEP = 16  # map pixels at most between two points of an edge, which bends where the CRS does
 GROWTH = 1.2
 DECIMALS = 7  # of degrees: a centimetre
-AT_ONCE = 1000  # polygons that are placed on Earth together: a call of GDAL takes longer than a ring
-Ring = NDArray[np.float64]
+AT_ONCE = 1000  # polygons that are worked with together
 
 
 def write_polygons(cover: LandCover, out: Path, min_area: float) -> None:
@@ -55,62 +55,93 @@ def _features(cover: LandCover, classes: NDArray[np.uint8]) -> Iterator[dict[str
     ground = [cover.pixel_square_metres(row) for row in range(len(classes))]
     shapes = features.shapes(classes, mask=classes != NONE)  # in (column, row)
     while some := list(itertools.islice(shapes, AT_ONCE)):
-        whole = [[np.array(ring) for ring in shape["coordinates"]] for shape, _ in some]
-        own = [[np.minimum(ring, ends) for ring in rings] for rings in whole]
-        placed = _placed(cover, [ring for rings in own for ring in rings])
-        for (_, value), windows, rings in zip(some, whole, own, strict=True):
-            column, row = rings[0][:-1].mean(0).astype(int)
+        whole = Rings.of([ring for shape, _ in some for ring in shape["coordinates"]])
+        own = Rings(np.minimum(whole.points, ends), whole.starts)
+        placed = _placed(cover, own)
+        windows, sizes = (abs(rings.signed()).tolist() for rings in (whole, own))
+        middles, with_clock = own.middles().astype(int).tolist(), (placed.signed() < 0).tolist()
+        points, starts = placed.points.round(DECIMALS).tolist(), [*placed.starts.tolist(), len(placed.points)]
+        lines = [points[start:after] for start, after in itertools.pairwise(starts)]
+        end = 0
+        for shape, value in some:
+            first, end = end, end + len(shape["coordinates"])
+            column, row = middles[first]
             yield {
                 "type": "Feature",
                 "properties": {
                     "class": cover.names[int(value)],
-                    "windows": round(_area(windows)),
-                    "hectares": round(_area(rings) * ground[row][column] / HECTARE, 2),
+                    "windows": round(windows[first] - sum(windows[first + 1 : end])),
+                    "hectares": round((sizes[first] - sum(sizes[first + 1 : end])) * ground[row][column] / HECTARE, 2),
                 },
                 "geometry": {
-                    "type": "Polygon",
-                    "coordinates": [_wound(next(placed), is_hole=n > 0) for n in range(len(rings))],
+                    "type": "Polygon",  # against the clock, holes with it
+                    "coordinates": [
+                        lines[n] if with_clock[n] == (n > first) else lines[n][::-1] for n in range(first, end)
+                    ],
                 },
             }
 
 
-def _area(rings: list[Ring]) -> float:
-    """Of the first without the others, which are its holes."""
-    sizes = [abs(_signed(ring)) for ring in rings]
-    return sizes[0] - sum(sizes[1:])
+@dataclass(frozen=True)
+class Rings:
+    """Closed lines, all in one array: a call of numpy takes longer than a ring.
+
+    points: float64 [N, 2]; starts: int64 [rings], the place of each ring's first point.
+    """
+
+    points: NDArray[np.float64]
+    starts: NDArray[np.int64]
+
+    @staticmethod
+    def of(rings: list[list[tuple[float, float]]]) -> Rings:
+        """From lists of points."""
+        starts = np.cumsum([0, *map(len, rings)])[:-1]
+        return Rings(np.array(list(itertools.chain.from_iterable(rings)), np.float64), starts)
+
+    @property
+    def lasts(self) -> NDArray[np.int64]:
+        """The place of each ring's last point, which is where its first one is."""
+        return np.append(self.starts[1:], len(self.points)) - 1
+
+    def signed(self) -> NDArray[np.float64]:
+        """The area in each ring, [rings]; less than 0 where it goes round with the clock, y upwards."""
+        (x_before, y_before), (x, y) = np.roll(self.points, 1, 0).T, self.points.T
+        crossed = x_before * y - x * y_before
+        crossed[self.starts] = 0
+        return np.add.reduceat(crossed, self.starts) / 2
+
+    def middles(self) -> NDArray[np.float64]:
+        """The mean of each ring's corners, [rings, 2]."""
+        corners = self.lasts - self.starts
+        ring = np.repeat(np.arange(len(corners)), corners + 1)
+        points = self.points.copy()
+        points[self.lasts] = 0
+        return np.stack([np.bincount(ring, column) for column in points.T], 1) / corners[:, None]
+
+    def densified(self) -> Rings:
+        """With points at every STEP map pixels, the same ones on both sides of an edge."""
+        points, every = self.points, np.arange(len(self.points))
+        following = np.roll(points, -1, 0)
+        following[self.lasts] = points[self.lasts]
+        axis = abs(following - points).argmax(1)
+        here, there = points[every, axis], following[every, axis]
+        first = np.floor(np.minimum(here, there) / STEP) + 1
+        more = np.maximum(np.ceil(np.maximum(here, there) / STEP) - first, 0).astype(np.int64)
+        places = np.cumsum(more + 1) - (more + 1)  # of the points there were
+        of = np.repeat(every, more + 1)
+        nth = np.arange(len(of)) - places[of]
+        step = np.where(there > here, first - 1, first + more)[of] + np.where(there > here, 1, -1)[of] * nth
+        dense, new = points[of], nth > 0
+        dense[new, axis[of[new]]] = step[new] * STEP
+        return Rings(dense, places[self.starts])
 
 
-def _signed(ring: Ring) -> float:
-    x, y = ring[:, 0], ring[:, 1]
-    return float((x[:-1] * y[1:] - x[1:] * y[:-1]).sum() / 2)
-
-
-def _placed(cover: LandCover, rings: list[Ring]) -> Iterator[Ring]:
-    """Each ring in longitudes and latitudes."""
-    pieces = [_densified(ring) for ring in rings]
-    points = warp.transform(cover.grid.crs, WGS84, *(cover.transform @ np.concatenate(pieces).T))
-    for ring in np.split(np.stack(points, 1), np.cumsum([len(piece) for piece in pieces])[:-1]):
-        if np.ptp(ring[:, 0]) > 180:  # across the date line, where they go on beyond 180
-            ring[:, 0] %= 360
-        yield ring
-
-
-def _wound(ring: Ring, is_hole: bool) -> list[list[float]]:
-    """Against the clock, holes with it."""
-    if (_signed(ring) < 0) != is_hole:
-        ring = ring[::-1]
-    found: list[list[float]] = ring.round(DECIMALS).tolist()
-    return found
-
-
-def _densified(ring: Ring) -> Ring:
-    """With points at every STEP map pixels, the same ones on both sides of an edge."""
-    pieces = []
-    for start, end in itertools.pairwise(ring):
-        axis = int(abs(end - start).argmax())
-        low, high = sorted((start[axis], end[axis]))
-        between = np.arange(math.floor(low / STEP) + 1, math.ceil(high / STEP)) * STEP
-        more = np.repeat(start[None], len(between), 0)
-        more[:, axis] = between if end[axis] > start[axis] else between[::-1]
-        pieces += [start[None], more]
-    return np.concatenate([*pieces, ring[-1:]])
+def _placed(cover: LandCover, rings: Rings) -> Rings:
+    """In longitudes and latitudes."""
+    dense = rings.densified()
+    points = np.stack(warp.transform(cover.grid.crs, WGS84, *(cover.transform @ dense.points.T)), 1)
+    longitudes = points[:, 0]
+    spans = np.maximum.reduceat(longitudes, dense.starts) - np.minimum.reduceat(longitudes, dense.starts)
+    over = np.repeat(spans > 180, dense.lasts - dense.starts + 1)  # the date line: there they go on beyond 180
+    longitudes[over] %= 360
+    return Rings(points, dense.starts)

@@ -66,8 +66,7 @@ def batches(plan: Plan, block: Block, pixels: Tensor) -> Iterator[Tensor]:
     """All windows of a block in the batches of `map`."""
     tops, lefts = np.meshgrid(plan.windows.tops[block.first : block.end] - block.top, plan.windows.lefts, indexing="ij")
     for some in np.array_split(np.arange(tops.size), math.ceil(tops.size / plan.batch_size)):
-        y, x = (torch.from_numpy(all_of.ravel()[some]) for all_of in (tops, lefts))
-        yield cut(pixels, y, x, plan.windows.side)
+        yield cut(pixels, tops.ravel()[some], lefts.ravel()[some], plan.windows.side)
 
 
 def batch(images: Tensor) -> Batch:

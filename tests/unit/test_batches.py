@@ -19,7 +19,8 @@ import torch
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
-from hvd_eurosat.data import batches
+from hvd_eurosat.data import ahead, batches
+from hvd_eurosat.data.ahead import in_a_thread
 from hvd_eurosat.data.augment import (
     augment,
     mix,
@@ -31,7 +32,7 @@ from hvd_eurosat.data.augment import (
     turn_and_flip,
     view_of,
 )
-from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, in_a_thread, open_images, ordered_batches
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches, by_content, open_images, ordered_batches
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.mixing import mix_pairs, mixed_input, quantiles
 from hvd_eurosat.data.packed import Packed
@@ -102,7 +103,7 @@ def test_batches_that_travel_are_made_ahead(monkeypatch: pytest.MonkeyPatch, mix
     monkeypatch.setattr(Images, "hold", spied)
     monkeypatch.setattr(batches, "_pinned", lambda count, like: like.new_empty(count, *like.shape[1:]))
     found = list(TrainBatches(images, 4, 0, 1, seed=3, mixes=mixes).epoch(1, 4))
-    assert makers == {"batches_0"}
+    assert makers == {"ahead_0"}
     assert len(found) == len(expected) == 5
     for one, other in zip(map(dataclasses.asdict, found), map(dataclasses.asdict, expected), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -122,14 +123,20 @@ def test_a_thread_that_is_ahead_is_so_by_two() -> None:
         return number
 
     threads = threading.active_count()
-    coming = in_a_thread(partial(make, number) for number in itertools.count())
+    coming = in_a_thread((partial(make, number) for number in itertools.count()), 2)
     assert next(coming) == 0
     assert next(coming) == 1
     assert len(begun) <= 4
     coming.close()
     assert threading.active_count() == threads
     with pytest.raises(OSError, match="the disk is gone"):
-        list(in_a_thread(partial(make, number) for number in range(5)))
+        list(in_a_thread((partial(make, number) for number in range(5)), 2))
+
+
+def test_who_waits_for_a_thread_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "TICK_SECONDS", 0.001)
+    ticked = threading.Event()
+    assert list(in_a_thread([lambda: ticked.wait(60), ticked.is_set], 1, ticked.set)) == [True, True]
 
 
 def test_each_epoch_has_its_own_order() -> None:

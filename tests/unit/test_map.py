@@ -8,6 +8,7 @@ import csv
 import json
 import re
 import resource
+import threading
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
@@ -185,9 +186,9 @@ def test_a_window_is_what_a_training_image_showed(data: Data, file: int | None, 
 # --- what the network is shown ---
 
 
-def test_overlapping_windows_are_views_of_one_block() -> None:
+def test_overlapping_windows_are_cut_out_of_one_block() -> None:
     block = torch.from_numpy(noise(50, 70)).permute(2, 0, 1).contiguous()
-    tops, lefts = torch.tensor([0, 3, 18, 18]), torch.tensor([0, 11, 1, 38])
+    tops, lefts = np.array([0, 3, 18, 18]), np.array([0, 11, 1, 38])
     found = cut(block, tops, lefts, 32)
     assert all(
         torch.equal(found[n], block[:, y : y + 32, x : x + 32])
@@ -202,19 +203,26 @@ def test_masked_pixels_are_counted_in_each_window() -> None:
     assert masked_counts(masked, tops, lefts, 32).tolist() == expected
 
 
-def test_the_next_block_is_read_while_this_one_is_worked_with() -> None:
-    events: list[str] = []
+def test_the_next_block_is_read_while_this_one_is_worked_with(
+    tmp_path: Path, map_of: Map, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = [threading.Event() for _ in range(4)]
+    read, classify = mapping.read_block, mapping.classify
 
-    def read(n: int) -> int:
-        events.append(f"read {n}")
-        return n
+    def spied_read(scene: Any, plan: Any, block: Any) -> Any:
+        begun[block.index].set()
+        return read(scene, plan, block)
 
-    for n in mapping.ahead(read, range(3), lambda: None):
-        if n < 2:
-            while f"read {n + 1}" not in events:
-                pass
-        events.append(f"worked {n}")
-    assert [event for event in events if event.startswith("worked")] == ["worked 0", "worked 1", "worked 2"]
+    def spied_classify(network: Any, plan: Any, one: Any, *of: Any) -> Any:
+        following = one.block.index + 1
+        assert following == len(plan.blocks) or begun[following].wait(60)
+        return classify(network, plan, one, *of)
+
+    monkeypatch.setattr(mapping, "read_block", spied_read)
+    monkeypatch.setattr(mapping, "classify", spied_classify)
+    scene = scene_file(tmp_path / "scene.tif", noise(4 * SIDE, 2 * SIDE))
+    assert map_of("--scene", scene, "--out", tmp_path / "map") == 0
+    assert all(one.is_set() for one in begun)
 
 
 @pytest.mark.parametrize("stride", [SIDE, 8])
