@@ -143,7 +143,7 @@ def trained(flat: frozenset[tuple[str, Any]], ranks: int) -> Trained:
 def facet(of: Trained, name: str) -> list[Any]:
     """What of a run is compared."""
     if name == "images":
-        return [(len(image), image.shape, image.flatten().tolist()) for image in of.shown[0]]
+        return [(len(image), image.shape, image.flatten().tolist()) for image in of.shown[0] if image is not None]
     if name == "weights":
         return [tensor.tolist() for tensor in of.saved.model.values()]
     return {"rates": of.log.rates, "losses": of.log.losses, "epochs": [len(of.log.epochs)]}[name]
