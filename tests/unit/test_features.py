@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hvd_eurosat.training import features
 from hvd_eurosat.training.features import RANDOM, Features
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
+from tests.reference import cases, product
 from tests.unit.test_keys import BASE, configuration, here
 
 IMAGES = 5
@@ -49,6 +51,22 @@ def opened(trainable: str = "head", precision: str = "fp32", **keys: Any) -> Fea
 )
 def test_when_features_are_kept(keys: dict[str, Any], why: str | None) -> None:
     assert opened(**keys).obstacle == why
+
+
+def test_nothing_before_the_head_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three epochs of 12 images in threes, and of 7 to validate in fives."""
+    calls: Counter[bool] = Counter()
+    compute = product.Double.features
+
+    def spy(self: product.Double, images: torch.Tensor) -> torch.Tensor:
+        calls[self.training] += 1
+        return compute(self, images)
+
+    monkeypatch.setattr(product.Double, "features", spy)
+    keys = {"model.trainable": "head", "train.epochs": 3, "train.batch_size": 3, "valid.batch_size": 5}
+    config = configuration(BASE | keys)
+    product.run(config, cases.splits(12, 32), cases.CLASSES, cases.weights(True), None, 1, None, {})
+    assert calls == {True: 4, False: 2}
 
 
 def test_no_more_memory_is_taken_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
