@@ -27,6 +27,7 @@ from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.predictions import write_predictions
 from hvd_eurosat.training.calibration import calibrate
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.files import make_folder
 from hvd_eurosat.training.inference import Network, Values, log_probabilities, tempered
 from hvd_eurosat.training.memory import room_for
@@ -79,8 +80,9 @@ def train(world: World, config: Config) -> int:
     state = TrainingState(world, config, tree, model, choose(world, config, start), inputs)
     taken = begin(world, config, state, start)
     weights = world.together(lambda: class_weights(config, images["train"], len(tree.classes)))
-    step = Step(state, world, config, weights)
-    facts = header(world, config, tree, state, step, batches, taken)
+    features = Features(world, config, state, len(images["train"]), len(images["valid"]))
+    step = Step(state, world, config, weights, features)
+    facts = header(world, config, tree, state, step, batches, taken, features)
     journal.begin(start, facts, state.snapshot())
     for note in tree.notes:
         journal.display.note(note)
@@ -92,7 +94,7 @@ def train(world: World, config: Config) -> int:
             train_epoch(world, config, state, step, batches, journal, stop)
             world.tick(f"validation after epoch {state.epoch + 1}")
             with state.averaged():
-                validation = evaluate(world, config, model, state.precision, images["valid"], stop)
+                validation = evaluate(world, config, model, state.precision, images["valid"], stop, kept=features.valid)
             sums, rate = state.sums.over_all(world), state.optimiser.param_groups[0]["lr"]
             state.end_epoch()
             journal.validated(state.epoch, state.step, rate, sums, validation)
@@ -160,7 +162,7 @@ def train_epoch(
 ) -> None:
     """What is left of an epoch, every rank its shard, in steps. Collective. Raises Stopped between two steps."""
     first, epochs = state.samples, schedule_epochs(config.optim, config.train)
-    step.stopwatch.work()
+    step.begin_epoch()
     journal.begin_epoch(state.epoch + 1, batches.steps(first))
     for number, batch in enumerate(batches.epoch(state.epoch, first), start=1):
         patience = COMPILER_PATIENCE if number == 1 and step.compiled else 1
@@ -177,6 +179,7 @@ def train_epoch(
         if world.is_elastic and state.step % COMMIT_STEPS[world.device.type] == 0:
             journal.commit(state.snapshot())
         step.check()
+    step.end_epoch()
     journal.trained(state.samples, work_of_ranks(world, step.stopwatch.take()))
 
 

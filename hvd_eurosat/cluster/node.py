@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,6 +89,24 @@ def threads(places: list[Place]) -> int:
     own = frozenset(os.sched_getaffinity(0))
     sharing = sum(1 for place in places if place.cores & own)
     return omp_threads() or max(1, len(own) // sharing)
+
+
+def memory_limit() -> int | None:
+    """A container's, in bytes, where it has one."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(path).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return None
+
+
+def available_memory() -> int:
+    """Bytes that this node's processes may still take; in a container no more than its limit."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    return min(available, memory_limit() or available)
 
 
 def keep_freed_memory() -> None:

@@ -82,7 +82,7 @@ def collect() -> Facts:
     """This rank's facts, in some seconds."""
     import torch  # seconds, which doctor --help does not take
 
-    from hvd_eurosat.cluster import device
+    from hvd_eurosat.cluster import device, node
 
     memory = psutil.virtual_memory()
     temporary = os.environ.get("TMPDIR", "/tmp")
@@ -102,7 +102,7 @@ def collect() -> Facts:
         gpu=None,
         cores=sorted(os.sched_getaffinity(0)),
         cores_given=len(os.sched_getaffinity(os.getppid())),
-        memory=min(memory.total, _memory_limit() or memory.total),
+        memory=min(memory.total, node.memory_limit() or memory.total),
         memory_available=memory.available,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         locked_memory=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
@@ -165,16 +165,6 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _memory_limit() -> int | None:
-    """A container's, where it has one."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(path).read_text())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return None
 
 
 def _interfaces() -> dict[str, list[str]]:

@@ -194,7 +194,7 @@ class LandCoverResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, bands, S, S], normalised. Returns log-probabilities, float32 [B, classes]."""
-        return torch.log_softmax(self.fc(self.features(images)).float(), dim=1)
+        return self.classify(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
         """images: float [B, bands, S, S], normalised. Returns what the head sees, [B, fc.in_features]."""
@@ -203,6 +203,10 @@ class LandCoverResNet(nn.Module):
         x = self.maxpool(norm_relu(self.bn1, self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return cast(Tensor, self.avgpool(x).flatten(1))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """features: as `features` gives them. Returns log-probabilities, float32 [B, classes]."""
+        return torch.log_softmax(self.fc(features).float(), dim=1)
 
 
 def _stage(block: type[BasicBlock | Bottleneck], inputs: int, planes: int, depth: int, stride: int) -> nn.Sequential:

@@ -15,6 +15,7 @@ from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model import norm_relu
 from hvd_eurosat.model.resnet import count_parameters
 from hvd_eurosat.run.status import counted
+from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.schedule import image_size, peak_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
@@ -23,7 +24,14 @@ NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at set-
 
 
 def header(
-    world: World, config: Config, tree: Tree, state: TrainingState, step: Step, batches: TrainBatches, taken: str
+    world: World,
+    config: Config,
+    tree: Tree,
+    state: TrainingState,
+    step: Step,
+    batches: TrainBatches,
+    taken: str,
+    features: Features,
 ) -> dict[str, str]:
     """A line for each fact: devices, data, network, batch arithmetic, schedule. taken: what of the file of weights."""
     total, trainable = count_parameters(state.model)
@@ -48,6 +56,7 @@ def header(
         "network": f"{config.model.arch}, weights {config.model.weights}, {total:,} parameters, "
         f"{trainable:,} trainable ({config.model.trainable})",
         **({"weights": taken} if taken else {}),
+        **_kept(features),
         "batches": f"{train.batch_size} x {counted(world.size, 'rank')} = {batches.global_batch} images a step; "
         f"{batches.shard:,} images a rank, {counted(batches.steps(), 'step')} an epoch, "
         f"{batches.steps() * train.epochs:,} in all",
@@ -56,6 +65,14 @@ def header(
         + (f" over {counted(optim.schedule_epochs, 'epoch')}" if optim.schedule_epochs else "")
         + f", {counted(train.epochs, 'epoch')}",
     }
+
+
+def _kept(features: Features) -> dict[str, str]:
+    """From when on the head alone is computed, or why never; nothing where nobody would expect it."""
+    if features.keeps:
+        room = f"kept, {features.nbytes / 1e9:,.2f} GB a rank"
+        return {"features": f"{room}: from epoch {features.first + 1} on only the head is computed"}
+    return {"features": f"not kept: {features.obstacle}"} if features.obstacle else {}
 
 
 def _device(world: World, step: Step, model: nn.Module) -> str:

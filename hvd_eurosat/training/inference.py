@@ -39,8 +39,17 @@ class Network:
 
     def show(self, images: Tensor) -> Tensor:
         """Log-probabilities of images [B, C, S, S] in each view: [B, views, classes]."""
+        return self.classify(self.features(images))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the head sees of images [B, C, S, S], of each view: [B, fc.in_features]."""
         with self.precision.autocast(images.device):
-            return torch.stack([self.model(plain_input(view_of(images, n), self.data)) for n in range(self.views)], 1)
+            return [self.model.features(plain_input(view_of(images, n), self.data)) for n in range(self.views)]
+
+    def classify(self, features: list[Tensor]) -> Tensor:
+        """Log-probabilities, as `show` gives them."""
+        with self.precision.autocast(features[0].device):
+            return torch.stack([self.model.classify(one) for one in features], 1)
 
 
 def log_probabilities(world: World, network: Network, batches: Iterable[Batch]) -> Values:

@@ -144,9 +144,11 @@ def evaluate(
     images: Images,
     stop: Callable[[], bool],
     temperature: float = 1.0,
+    kept: dict[int, list[Tensor]] | None = None,
 ) -> Evaluation:
     """The model in evaluation mode on rank 0, or on all ranks with valid.sharded; the sums on every rank. Collective.
 
+    kept: what the head saw of these images before, by batch and view; what it lacks is added.
     Raises Stopped on every rank if `stop` came true on one before its last batch.
     """
     shards = world.size if config.valid.sharded else 1
@@ -154,7 +156,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     network = Network(model, config.data, precision, config.valid.views)
-    work = partial(_evaluate, world, network, batches, stop, temperature)
+    work = partial(_evaluate, world, network, batches, stop, temperature, kept)
     loss, confusion, bins, stopped = map(world.sum, world.together(work))
     model.train(was_training)
     if stopped:
@@ -164,7 +166,12 @@ def evaluate(
 
 @torch.no_grad()
 def _evaluate(
-    world: World, network: Network, batches: Iterable[Batch], stop: Callable[[], bool], temperature: float
+    world: World,
+    network: Network,
+    batches: Iterable[Batch],
+    stop: Callable[[], bool],
+    temperature: float,
+    kept: dict[int, list[Tensor]] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """This rank's sum of the losses (float64 []), confusion matrix (int64 [C, C]), sums of the bins (float64 [3, BINS])
 
@@ -174,10 +181,13 @@ def _evaluate(
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=world.device)
     bins = torch.zeros(3, BINS, dtype=torch.float64, device=world.device)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         if stop():
             return loss, confusion, bins, torch.ones(())
-        log_probabilities = temper(answer(network.show(batch.images)), temperature)
+        features = (kept or {}).get(number) or network.features(batch.images)
+        if kept is not None:
+            kept[number] = features
+        log_probabilities = temper(answer(network.classify(features)), temperature)
         losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
         loss += losses.double() @ batch.weights.double()
         count(confusion, log_probabilities, batch.labels, batch.weights)

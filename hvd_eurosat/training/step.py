@@ -21,6 +21,7 @@ from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.training import capture
 from hvd_eurosat.training.compilation import obstacle
+from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.large_batch import unless
 from hvd_eurosat.training.metrics import Sums
@@ -65,10 +66,20 @@ class Step:
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
     number, and Horovod adds. With the gradients the ranks add their losses and their requests to stop: all come to the
     same decision after the same step.
+
+    `features` keeps what the head sees, where it trains alone; in epochs that these know, only the head is computed.
     """
 
-    def __init__(self, state: TrainingState, world: World, config: Config, class_weights: Tensor | None) -> None:
+    def __init__(
+        self,
+        state: TrainingState,
+        world: World,
+        config: Config,
+        class_weights: Tensor | None,
+        features: Features | None = None,
+    ) -> None:
         self._state = state
+        self.features = features if features and features.keeps else None
         self._config = config
         self._class_weights = class_weights
         self._epochs = schedule_epochs(config.optim, config.train)
@@ -103,13 +114,30 @@ class Step:
         """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
         state = self._state
         self._tell(batch.total, learning_rate, stop)
-        self._learn(image_size(self._config.data, self._config.train, self._epochs, state.epoch), batch)
+        self._learn(self._size(state.epoch), batch)
         self.stopwatch.wait()
         self.gradients.wait()
         self.stopwatch.work()
         self._improve(state.averages)
         self._findings.add(self._found)
         state.advance(batch.total)
+
+    def begin_epoch(self) -> None:
+        """Before the steps of an epoch, or of what is left of it."""
+        if self.features:
+            self.features.begin(self._state.epoch, self._state.samples)
+        self.stopwatch.work()
+
+    def end_epoch(self) -> None:
+        """After its last step. Collective."""
+        if self.features:
+            self.features.end(self._state.epoch)
+
+    def _size(self, epoch: int) -> int:
+        """Of the images that the network is shown; 0 if it is shown none, for what the head sees is known."""
+        if self.features and self.features.knows(epoch):
+            return 0
+        return image_size(self._config.data, self._config.train, self._epochs, epoch)
 
     def _tell(self, total: int, learning_rate: float, stop: bool) -> None:
         """What the host knows of the step goes to the device in one copy: epoch, samples, stop, rates of the groups."""
@@ -121,20 +149,30 @@ class Step:
         self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned), non_blocking=True)
 
     def _forward_and_backward(self, size: int, drawn: Batch | Draw) -> None:
-        """The gradients of images of this size, and what else the ranks are to add up, into the buckets."""
+        """The gradients of images of this size (see _size), and what else the ranks are to add up, into the buckets."""
         state, gradients = self._state, self.gradients
         epoch, total, stop = self._numbers[0].long(), self._numbers[1].float(), self._numbers[2]
         self._before.copy_(state.statistics.flat)
         gradients.zero()
         batch = drawn.complete(epoch)
-        images, share = self._prepare(batch, epoch, size)
+        images, share = self._prepare(batch, epoch, size) if size else (batch.images, None)
         with state.precision.autocast(self._device):
-            log_probabilities = self._network(images)
+            log_probabilities = self._answer(images, batch, epoch, recall=not size)
         loss = self._losses(log_probabilities, batch, share) @ batch.weights
         gradients.notes[0].copy_(loss.detach() / total)
         gradients.notes[1].copy_(stop / self._ranks)
         gradients.backward(loss / total)
         self._sums.copy_(Sums.of(log_probabilities.detach(), batch))
+
+    def _answer(self, images: Tensor, batch: Batch, epoch: Tensor, recall: bool) -> Tensor:
+        """Log-probabilities, float32 [B, C], of what the network is shown, or of what the head saw of these images."""
+        if not self.features:
+            return self._network(images)
+        if recall:
+            return self._state.model.classify(self.features.of(batch, epoch))
+        seen = self._state.model.features(images)
+        self.features.keep(seen, batch, epoch)
+        return self._state.model.classify(seen)
 
     def _update(self, averages: bool) -> None:
         """From the summed gradients to new weights, unless one of the numbers is not finite: all stays then."""

@@ -234,6 +234,26 @@ def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(launch: Launch, dat
     assert curves[0][2] < curves[0][0] - 0.01
 
 
+def test_what_the_head_sees_is_kept(launch: Launch, data: Path, tmp_path: Path) -> None:
+    """On any number of ranks. A run resumed for its last epoch keeps nothing, and computes the same bits."""
+    curves = []
+    for ranks in (1, 2):
+        keys = {"model__trainable": "head", "train__epochs": 3, "train__batch_size": 24 // ranks}
+        keys |= {"data__augment": "false", "run__keep": 3}
+        run_dir = tmp_path / str(ranks)
+        job = launch("mpirun", ranks, "train", *small(data, run_dir, **keys))
+        assert job.returncode == 0, job.stderr
+        assert " kept, 0.00 GB a rank: from epoch 2 on only the head is computed\n" in job.stdout
+        curves.append([e["loss"] for kind in ("train", "valid") for e in events(run_dir, kind)])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    last = tmp_path / "2" / "checkpoints" / "epoch-0002.pt"
+    job = launch("mpirun", 2, "train", *small(data, tmp_path / "resumed", **keys, run__resume=last))
+    assert job.returncode == 0, job.stderr
+    assert "only the head" not in job.stdout
+    for kind in ("train", "valid"):
+        assert curve(tmp_path / "resumed", kind) == curve(tmp_path / "2", kind)
+
+
 def test_gradients_that_travel_in_16_bits(launch: Launch, data: Path, trained: Path, tmp_path: Path) -> None:
     flags = small(data, tmp_path, **TRAINED, optim__compression="fp16")
     job = launch("mpirun", 2, "train", *flags)

@@ -30,6 +30,7 @@ from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import Stopped, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
@@ -127,22 +128,29 @@ def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
 class Double(LandCoverResNet):
     """The network without its last two stages, for speed, and in float64, in which rounding hides nothing.
 
-    It keeps what it is shown in training.
+    It keeps what it is shown in each step of training; None where the step knows what the head sees.
     """
 
     def __init__(self, classes: int, settings: Model) -> None:
         with torch.device("meta"):
             super().__init__(settings.arch, classes, settings.trainable, Details.of(settings))
             self.layer3, self.layer4 = nn.Sequential(), nn.Sequential()
+            self.fc.in_features = 128
             self.fc.weight = nn.Parameter(self.fc.weight[:, :128], requires_grad=self.fc.weight.requires_grad)
         self.to_empty(device="cpu")
         self.to(memory_format=torch.channels_last)
-        self.shown: list[Tensor] = []
+        self.shown: list[Tensor | None] = []
+        self._images: Tensor | None = None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        self._images = images.double()
+        return super().features(self._images)
+
+    def classify(self, features: Tensor) -> Tensor:
         if self.training:
-            self.shown.append(images.double())
-        return torch.log_softmax(self.fc(self.features(images.double())), dim=1)
+            self.shown.append(self._images)
+        self._images = None
+        return torch.log_softmax(self.fc(features), dim=1)
 
 
 @cache
@@ -160,7 +168,8 @@ class Batches(TrainBatches):
     def epoch(self, epoch: int, samples: int = 0) -> Iterator[Batch | Draw]:
         for batch in super().epoch(epoch, samples):
             faulty = self.step in self.faults and self.faults[self.step] % self._world_size == self._rank
-            yield dataclasses.replace(batch, weights=batch.weights.double() * (torch.nan if faulty else 1))
+            weights = batch.weights.double()
+            yield dataclasses.replace(batch, weights=weights.masked_fill(weights > 0, torch.nan) if faulty else weights)
             self.step += 1
 
 
@@ -185,7 +194,7 @@ class Trained:
 
     log: Log
     saved: Checkpoint
-    shown: list[list[Tensor]]
+    shown: list[list[Tensor | None]]
     diverged: bool
 
 
@@ -249,7 +258,8 @@ def _train(
     model.load_state_dict(weights)
     state = TrainingState(world, config, tree, model, Precision("fp32"))
     train.begin(world, config, state, start)
-    step = Step(state, world, config, class_weights(config, images["train"], classes))
+    features = Features(world, config, state, *map(len, images.values()))
+    step = Step(state, world, config, class_weights(config, images["train"], classes), features)
     size = config.train.batch_size
     batches = Batches(images["train"], size, world.rank, world.size, config.train.seed, mixes(config.train))
     batches.faults, batches.step = faults, state.step
@@ -259,7 +269,8 @@ def _train(
             asked = (lambda: state.step + 1 == stop) if world.is_main else (lambda: False)
             train.train_epoch(world, config, state, step, batches, Recorder(log), asked)
             with state.averaged():
-                found = evaluate(world, config, model, state.precision, images["valid"], lambda: False)
+                seen = features.valid
+                found = evaluate(world, config, model, state.precision, images["valid"], lambda: False, kept=seen)
             sums = state.sums.over_all(world)
             correct = int(sums.total[1])
             log.epochs.append(

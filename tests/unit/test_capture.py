@@ -27,6 +27,7 @@ from hvd_eurosat.run.header import header
 from hvd_eurosat.training import capture, large_batch
 from hvd_eurosat.training.capture import KEPT, WARM_UP, Captured, Graphs
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
@@ -119,6 +120,18 @@ def test_each_size_of_the_images_has_a_graph(monkeypatch: pytest.MonkeyPatch) ->
         REPLAYS,
         4 - WARM_UP,
     ]  # forward and backward, the update, forward and backward
+
+
+def test_epochs_of_the_head_alone_have_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And give the bits of the step that keeps no features."""
+    config = configuration(model__trainable="head", data__augment=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Features, "keeps", False)
+        plain = train(config)
+    same(train(config), plain)
+    tapes = tape.install(monkeypatch)
+    same(train(config), plain)
+    assert [one.replays for one in tapes] == [4 - WARM_UP, REPLAYS, 4 - WARM_UP]
 
 
 @pytest.mark.parametrize("faults", [{0: 0, 4: 0, 6: 0}, {3: 0, 4: 0, 5: 0}])
@@ -230,7 +243,8 @@ def test_the_header_says_how_steps_are_made(why: str | None, said: str, monkeypa
     batches = TrainBatches(Images(packed(), ALONE.device), 2, 0, 1, 0)
     model = build("resnet18", CLASSES, config.model.trainable, 0)
     state = TrainingState(ALONE, config, TREE, model, Precision("fp32"))
-    line = header(ALONE, config, TREE, state, Step(state, ALONE, config, None), batches, "")["world"]
+    features = Features(ALONE, config, state, IMAGES, 1)
+    line = header(ALONE, config, TREE, state, Step(state, ALONE, config, None), batches, "", features)["world"]
     assert line.endswith(f", fp32{said}")
 
 
@@ -249,7 +263,7 @@ def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyP
     [
         {"optim__name": "lars", "train__mixup": 0.2, "train__ema": 0.9},
         {"optim__name": "lamb", "model__trainable": "all"},
-        {"optim__name": "lars", "model__trainable": "head"},
+        {"optim__name": "lars", "model__trainable": "head", "data__augment": False},
     ],
 )
 def test_all_that_is_captured_is_on_the_device(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,8 +279,10 @@ def test_all_that_is_captured_is_on_the_device(keys: dict[str, Any], monkeypatch
         with world.device:
             model = LandCoverResNet("resnet18", CLASSES, config.model.trainable)
         state = TrainingState(world, config, TREE, model, Precision("fp32"))
-        step = Step(state, world, config, None)
+        features = Features(world, config, state, IMAGES, 1)
+        step = Step(state, world, config, None, features)
         drawn = Draw(torch.zeros(2, dtype=torch.int64, device="cuda"), torch.ones(2, device="cuda"), 2, batches)
-        step._forward_and_backward(32, drawn)
+        for size in (32, 0) if features.keeps else (32,):
+            step._forward_and_backward(size, drawn)
         step._update(True)
         assert {tensor.device.type for tensor in (step._found, step._sums, model.fc.weight)} == {"cuda"}

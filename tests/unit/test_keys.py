@@ -143,7 +143,7 @@ def trained(flat: frozenset[tuple[str, Any]], ranks: int) -> Trained:
 def facet(of: Trained, name: str) -> list[Any]:
     """What of a run is compared."""
     if name == "images":
-        return [(len(image), image.shape, image.flatten().tolist()) for image in of.shown[0]]
+        return [(len(image), image.shape, image.flatten().tolist()) for image in of.shown[0] if image is not None]
     if name == "weights":
         return [tensor.tolist() for tensor in of.saved.model.values()]
     return {"rates": of.log.rates, "losses": of.log.losses, "epochs": [len(of.log.epochs)]}[name]
@@ -160,14 +160,14 @@ def test_it_changes_training(row: Row) -> None:
 @pytest.mark.parametrize("views", [1, 8])
 def test_validation_shows_each_image_in_so_many_views(monkeypatch: pytest.MonkeyPatch, views: int) -> None:
     shown = set()
-    forward = product.Double.forward
+    features = product.Double.features
 
     def spy(self: product.Double, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             shown.update(tuple(image.flatten().tolist()) for image in images)
-        return forward(self, images)
+        return features(self, images)
 
-    monkeypatch.setattr(product.Double, "forward", spy)
+    monkeypatch.setattr(product.Double, "features", spy)
     config = configuration(BASE | {"valid.views": views})
     product.run(config, cases.splits(12, 32), cases.CLASSES, cases.weights(True), None, 1, None, {})
     assert len(shown) == 7 * views
@@ -176,14 +176,14 @@ def test_validation_shows_each_image_in_so_many_views(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("sharded", "ranks"), [(False, 1), (True, 2)])
 def test_validation_is_on_rank_0_or_on_all(monkeypatch: pytest.MonkeyPatch, sharded: bool, ranks: int) -> None:
     networks = set()
-    forward = product.Double.forward
+    features = product.Double.features
 
     def spy(self: product.Double, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             networks.add(id(self))
-        return forward(self, images)
+        return features(self, images)
 
-    monkeypatch.setattr(product.Double, "forward", spy)
+    monkeypatch.setattr(product.Double, "features", spy)
     config = configuration(BASE | {"valid.sharded": sharded, "valid.batch_size": 2})
     product.run(config, cases.splits(12, 32), cases.CLASSES, cases.weights(True), None, 2, None, {})
     assert len(networks) == ranks

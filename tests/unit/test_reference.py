@@ -52,6 +52,20 @@ def test_a_head_with_biases() -> None:
     check(dataclasses.replace(case, config=case.config.model_copy(update={"model": model})))
 
 
+@pytest.mark.parametrize(("augment", "epochs", "stop"), [(False, 4, 5), (True, 10, None), (True, 11, 2)])
+def test_epochs_of_the_head_alone(augment: bool, epochs: int, stop: int | None) -> None:
+    """What the head sees is kept, also of ranks that were stopped within an epoch; the reference computes it anew."""
+    case, keys = usual(), {"trainable": "head"}
+    config = case.config.model_copy(
+        update={
+            "data": Data(image_size=32, augment=augment),
+            "model": case.config.model.model_copy(update=keys),
+            "train": case.config.train.model_copy(update={"epochs": epochs}),
+        }
+    )
+    check(dataclasses.replace(case, config=config, stop=stop, faults=((1, 0),)))
+
+
 def test_a_small_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the reference, as it happens: one rank's gradients count a ten-thousandth more."""
     check(usual())
