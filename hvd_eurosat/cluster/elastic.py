@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import cast
@@ -36,6 +37,7 @@ def elastically(job: Callable[[Process], int]) -> int:
     def regroup() -> None:
         process.watchdog.rest()  # new hosts may take their time
         process.pulse_due = None
+        gc.collect()  # what the lost attempt held: its step refers to itself, and to all that it keeps
         horovod().shutdown()
         State.on_reset(process.members)
         rendezvous.meet(again=True)

@@ -18,6 +18,7 @@ from hvd_eurosat.cluster.environment import is_parallel, omp_threads, tasks_of_s
 from hvd_eurosat.errors import UserError
 
 GPU_CORES = 4  # of a rank: it launches kernels; autograd, Horovod and NCCL have threads of their own
+CGROUPS = Path("/sys/fs/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -93,20 +94,33 @@ def threads(places: list[Place]) -> int:
 
 def memory_limit() -> int | None:
     """A container's, in bytes, where it has one."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for path in (CGROUPS / "memory.max", CGROUPS / "memory" / "memory.limit_in_bytes"):
         try:
-            return int(Path(path).read_text())
+            return int(path.read_text())
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return None
 
 
 def available_memory() -> int:
-    """Bytes that this node's processes may still take; in a container no more than its limit."""
+    """Bytes that this node's processes may still take; in a container no more than its limit leaves."""
     import psutil
 
-    available = int(psutil.virtual_memory().available)
-    return min(available, memory_limit() or available)
+    available, limit = int(psutil.virtual_memory().available), memory_limit()
+    return available if limit is None else max(0, min(available, limit - _taken()))
+
+
+def _taken() -> int:
+    """Bytes in use in a container, but for cached files, which make way."""
+    for folder, usage, of in (("", "memory.current", ""), ("memory", "memory.usage_in_bytes", "total_")):
+        try:
+            lines = (CGROUPS / folder / "memory.stat").read_text().splitlines()
+            counts = {name: int(count) for name, count in map(str.split, lines)}
+            cached = counts[f"{of}active_file"] + counts[f"{of}inactive_file"]
+            return int((CGROUPS / folder / usage).read_text()) - cached
+        except (OSError, KeyError):
+            continue
+    return 0
 
 
 def keep_freed_memory() -> None:

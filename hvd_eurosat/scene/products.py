@@ -53,7 +53,7 @@ def write_products(
     write_areas(known, parts.out)
     with ThreadPoolExecutor(1) as beside:  # the network is done: there are cores to spare
         picture = beside.submit(write_picture, cover, known, parts.out)
-        write_page(cover, known, parts.out)  # first, for it waits for encoders, while the picture's imports need Python
+        write_page(cover, known, parts.out)  # first: its encoders leave Python free for the picture's imports
         write_polygons(cover, parts.out, settings.min_area)
         tick()
         picture.result()

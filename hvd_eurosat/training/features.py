@@ -20,7 +20,7 @@ from hvd_eurosat.data.batches import Batch
 from hvd_eurosat.model.resnet import LandCoverResNet, is_trainable
 from hvd_eurosat.training.state import TrainingState
 
-SHARE = 0.5  # of the free memory, which these may take
+SHARE = 0.5  # of the free memory, which all these may take
 PIECE = 2**22  # numbers that travel at a time: 16 MiB
 RANDOM = ("max_shift", "jitter_crop", *(name for name in Data.model_fields if name.startswith("random_")))
 
@@ -43,12 +43,12 @@ class Features:
         self._whole = False
         self._known: set[int] = set()
         is_alone = _head_alone(state.model)
-        self.valid: dict[int, list[Tensor]] | None = None
-        if is_alone and _fits(world, config.valid.views * valid * each):
-            self.valid = {}
         self.obstacle = _change(config) if is_alone and self.first < self._epochs else ""
         if self.obstacle is None and not _fits(world, self.nbytes):
             self.obstacle = f"{self.nbytes / 1e9:.1f} GB a rank are more than {SHARE:.0%} of the free memory"
+        beside = self.nbytes if self.keeps else 0
+        has_room = is_alone and _fits(world, beside + config.valid.views * valid * each)
+        self.valid: dict[int, list[Tensor]] | None = {} if has_room else None
         if self.keeps:
             shape = self._views, train + 1, state.model.fc.in_features
             self._table = torch.empty(shape, dtype=dtype, device=world.device)

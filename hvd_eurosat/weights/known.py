@@ -97,7 +97,7 @@ def normalised(data: Data, weights: str, inputs: Inputs | None) -> Data:
     else:
         what = "which one the numbers of the images mean is not known: give data.mean and data.std"
         told = inputs is not None and inputs.unit == DIGITAL_NUMBERS
-        flag = f", or prepare them with --unit {shlex.quote(REFLECTANCE)} if they are that" if told else ""
+        flag = f", or prepare the images with --unit {shlex.quote(REFLECTANCE)}, if they hold that" if told else ""
         raise UserError(f"model.weights {weights} wants reflectance, and {what}{flag}")
     return data.model_copy(update={"mean": (mean,) * bands, "std": (std,) * bands})
 

@@ -7,6 +7,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,29 @@ def test_a_gpu_wants_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said == "8 ranks with GPUs have 8 cores; 4 each are wanted: sbatch --cpus-per-task=8"
     assert not list(node.warnings([Place("a", few, "GPU-1", "0:1"), Place("a", few, "GPU-2", "0:2")]))
     assert not list(node.warnings([Place("a", few)] * 8))
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "usage", "of"),
+    [("", "memory.max", "memory.current", ""), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
+)
+def test_the_memory_that_a_container_leaves(
+    folder: str, limit: str, usage: str, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By cgroups of version 2 and 1; cached files make way."""
+    monkeypatch.setattr(node, "CGROUPS", tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert node.available_memory() == 1000
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / limit).write_text("900\n")
+    assert node.available_memory() == 900
+    (tmp_path / folder / usage).write_text("700\n")
+    (tmp_path / folder / "memory.stat").write_text(f"{of}inactive_file 50\n{of}active_file 30\nfile 200\n")
+    assert node.available_memory() == 280
+    (tmp_path / folder / limit).write_text("600\n")
+    assert node.available_memory() == 0
+    (tmp_path / folder / limit).write_text("9223372036854771712\n")
+    assert node.available_memory() == 1000
 
 
 def test_products_are_as_precise_as_they_are_called() -> None:

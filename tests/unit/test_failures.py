@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,8 +202,18 @@ def test_rank_0_speaks_first() -> None:
     assert 2 < turns[1] < turns[2] < max(turns) < 10
 
 
+class Held:
+    """Refers to itself, as a Step does."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
 def fail_elastically(monkeypatch: pytest.MonkeyPatch, commits: bool) -> tuple[int, int]:
-    """Status and attempts of a job whose ranks cannot come together, or do so after nine losses."""
+    """Status and attempts of a job whose ranks cannot come together, or do so after nine losses.
+
+    Each attempt finds all that the one before it had gone.
+    """
     horovod = SimpleNamespace(broadcast_object=None, rank=lambda: 0, shutdown=lambda: None, init=lambda: None)
     monkeypatch.setattr(elastic, "horovod", lambda: horovod)
     monkeypatch.setattr("hvd_eurosat.cluster.rendezvous.meet", lambda again: None)
@@ -210,12 +221,14 @@ def fail_elastically(monkeypatch: pytest.MonkeyPatch, commits: bool) -> tuple[in
     monkeypatch.setattr("horovod.common.elastic.notification_manager", manager)
     monkeypatch.setenv("HOROVOD_RANK", "0")
     monkeypatch.setenv("HOROVOD_ELASTIC", "1")
-    attempts = []
+    attempts: list[weakref.ref[Held]] = []
 
     def train(process: Process) -> int:
         from horovod.common.exceptions import HorovodInternalError
 
-        attempts.append(process)
+        assert not any(held() for held in attempts)
+        here = Held()
+        attempts.append(weakref.ref(here))
         if commits:
             process.committed = object()
         if len(attempts) < 10:

@@ -19,7 +19,7 @@ from hvd_eurosat.training.state import TrainingState
 from tests.reference import cases, product
 from tests.unit.test_keys import BASE, configuration, here
 
-IMAGES = 5
+IMAGES, VALID = 5, 2
 
 
 def opened(trainable: str = "head", precision: str = "fp32", **keys: Any) -> Features:
@@ -29,7 +29,7 @@ def opened(trainable: str = "head", precision: str = "fp32", **keys: Any) -> Fea
     config = configuration(BASE | flat)
     tree: Any = None
     model = build("resnet18", 2, trainable, seed=0)
-    return Features(here(), config, TrainingState(here(), config, tree, model, Precision(precision)), IMAGES, 2)
+    return Features(here(), config, TrainingState(here(), config, tree, model, Precision(precision)), IMAGES, VALID)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,12 @@ def test_nothing_before_the_head_is_computed_twice(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_more_memory_is_taken_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    size = VIEWS * (IMAGES + 1) * 512 * 4
+    """For training and validation together."""
+    size, beside = VIEWS * (IMAGES + 1) * 512 * 4, VALID * 512 * 4
+    monkeypatch.setattr(features, "available_memory", lambda: 2 * (size + beside))
+    assert opened().valid == {}
+    monkeypatch.setattr(features, "available_memory", lambda: 2 * (size + beside) - 1)
+    assert opened().valid is None
     monkeypatch.setattr(features, "available_memory", lambda: 2 * size)
     assert opened().nbytes == size
     assert opened().keeps

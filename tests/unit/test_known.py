@@ -76,7 +76,7 @@ def test_a_run_takes_the_normalisation_of_its_weights(grow: Grow) -> None:
         (
             "sentinel2-all-moco",
             EUROSAT.model_copy(update={"unit": "digital numbers", "dtype": "uint16"}),
-            "give data.mean and data.std, or prepare them with --unit 'reflectance x 10,000' if they are that",
+            "give data.mean and data.std, or prepare the images with --unit 'reflectance x 10,000', if they hold that",
         ),
     ],
 )
