@@ -18,7 +18,7 @@ from hvd_eurosat.cluster.environment import is_parallel, omp_threads, tasks_of_s
 from hvd_eurosat.errors import UserError
 
 GPU_CORES = 4  # of a rank: it launches kernels; autograd, Horovod and NCCL have threads of their own
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -93,34 +93,41 @@ def threads(places: list[Place]) -> int:
 
 
 def memory_limit() -> int | None:
-    """A container's, in bytes, where it has one."""
-    for path in (CGROUPS / "memory.max", CGROUPS / "memory" / "memory.limit_in_bytes"):
-        try:
-            return int(path.read_text())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return None
+    """A container's or a Slurm job's, in bytes, where there is one."""
+    return min((limit for limit, _ in _limits()), default=None)
 
 
 def available_memory() -> int:
-    """Bytes that this node's processes may still take; in a container no more than its limit leaves."""
+    """Bytes that this node's processes may still take: no more than the limit of a container or a Slurm job leaves."""
     import psutil
 
-    available, limit = int(psutil.virtual_memory().available), memory_limit()
-    return available if limit is None else max(0, min(available, limit - _taken()))
+    left = (limit - taken for limit, taken in _limits())
+    return max(0, min([int(psutil.virtual_memory().available), *left]))
 
 
-def _taken() -> int:
-    """Bytes in use in a container, but for cached files, which make way."""
-    for folder, usage, of in (("", "memory.current", ""), ("memory", "memory.usage_in_bytes", "total_")):
-        try:
-            lines = (CGROUPS / folder / "memory.stat").read_text().splitlines()
-            counts = {name: int(count) for name, count in map(str.split, lines)}
-            cached = counts[f"{of}active_file"] + counts[f"{of}inactive_file"]
-            return int((CGROUPS / folder / usage).read_text()) - cached
-        except (OSError, KeyError):
-            continue
-    return 0
+def _limits() -> Iterator[tuple[int, int]]:
+    """Of each control group that this process is in, one in another: how many bytes it may have, and how many it has.
+
+    Cached files do not count, for they make way.
+    """
+    for folder in _control_groups():
+        for limit, usage, total in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                bound, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+                counts = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                yield bound, used - sum(int(counts[f"{total}{kind}_file"]) for kind in ("active", "inactive"))
+
+
+def _control_groups() -> Iterator[Path]:
+    """Their folders, of version 2 or 1, which counts memory by itself."""
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else ():
+        _, counted, name = line.split(":", 2)
+        if counted in ("", "memory"):
+            own = CGROUPS / counted / name.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUPS / counted))
 
 
 def keep_freed_memory() -> None:

@@ -220,26 +220,34 @@ def test_a_gpu_wants_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "limit", "usage", "of"),
+    ("counted", "limit", "usage", "total"),
     [("", "memory.max", "memory.current", ""), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")],
 )
-def test_the_memory_that_a_container_leaves(
-    folder: str, limit: str, usage: str, of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_memory_that_a_job_or_a_container_leaves(
+    counted: str, limit: str, usage: str, total: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By cgroups of version 2 and 1; cached files make way."""
+    """By control groups of version 2 and 1; cached files make way."""
+    job = tmp_path / counted / "slurm" / "job_1"
+    job.mkdir(parents=True)
+    (tmp_path / "own").write_text(f"1:{counted}:/slurm/job_1/step_0\n0:cpuset:/elsewhere\n")
     monkeypatch.setattr(node, "CGROUPS", tmp_path)
+    monkeypatch.setattr(node, "OWN_GROUPS", tmp_path / "own")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert node.available_memory() == 1000
-    (tmp_path / folder).mkdir(exist_ok=True)
-    (tmp_path / folder / limit).write_text("900\n")
-    assert node.available_memory() == 900
-    (tmp_path / folder / usage).write_text("700\n")
-    (tmp_path / folder / "memory.stat").write_text(f"{of}inactive_file 50\n{of}active_file 30\nfile 200\n")
-    assert node.available_memory() == 280
-    (tmp_path / folder / limit).write_text("600\n")
-    assert node.available_memory() == 0
-    (tmp_path / folder / limit).write_text("9223372036854771712\n")
-    assert node.available_memory() == 1000
+
+    def may_have(folder: Path, most: str, has: int) -> None:
+        (folder / limit).write_text(f"{most}\n")
+        (folder / usage).write_text(f"{has}\n")
+        (folder / "memory.stat").write_text(f"{total}inactive_file 50\n{total}active_file 30\nfile 200\n")
+
+    assert (node.memory_limit(), node.available_memory()) == (None, 1000)
+    may_have(tmp_path / counted, "max", 5000)
+    assert (node.memory_limit(), node.available_memory()) == (None, 1000)
+    may_have(tmp_path / counted, "3000", 2500)
+    assert (node.memory_limit(), node.available_memory()) == (3000, 580)
+    may_have(job, "900", 700)
+    assert (node.memory_limit(), node.available_memory()) == (900, 280)
+    may_have(job, "600", 700)
+    assert (node.memory_limit(), node.available_memory()) == (600, 0)
 
 
 def test_products_are_as_precise_as_they_are_called() -> None:
