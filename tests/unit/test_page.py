@@ -462,7 +462,7 @@ def test_a_run_that_fails_says_why(alone: World, tmp_path: Path, monkeypatch: py
     keys = {"data.root": grow_tree(tmp_path / "data", 32), "run.dir": tmp_path / "run", "model.trainable": "head"}
     config = configuration(BASE | keys)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise RunError("cannot write x: No space left on device")
 
     with monkeypatch.context() as patch:
