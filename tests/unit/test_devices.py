@@ -137,6 +137,15 @@ def test_gpus_of_others_do_not_count(machine: Machine, tmp_path: Path, monkeypat
     assert str(devices.choose("auto", 0)) == "cpu"
 
 
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (8, 8)])
+def test_the_ranks_that_a_machine_is_for(monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    devices.visible.cache_clear()
+    assert node.ranks_here() == ranks
+    devices.visible.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "built", "runs"),
     [
