@@ -21,7 +21,7 @@ from hvd_eurosat.model import norm_relu_kernels as kernels
 PROGRAMS = 256  # of a kernel, about: two for each of the 132 processors of an H100
 WARPS = 8
 OLDEST = (8, 0)  # compute capability that Triton supports
-# Images on which a GPU is tried: several tiles a part, several parts, and the last of them, as the last column, not full.
+# Images on which a GPU is tried: parts of several tiles; the last part is not full, nor is the last column.
 CASE = (9, 48, 64, 63)
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # in proportion, by which a GPU may differ from torch's operators
 

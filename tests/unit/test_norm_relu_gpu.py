@@ -150,6 +150,14 @@ def test_everything_else_is_torchs_own(call: Callable[[], Tensor], on_gpu: list[
     assert on_gpu == []
 
 
+def test_more_numbers_than_the_kernels_count(on_gpu: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", images().numel())
+    norm_relu(nn.BatchNorm2d(64), images())
+    assert on_gpu == []
+    norm_relu(nn.BatchNorm2d(64), images()[:1])
+    assert len(on_gpu) == 1
+
+
 def test_compiled_code_is_inductors(on_gpu: list[Tensor]) -> None:
     """With torch's operators in one graph, which inductor fuses by itself."""
     graphs = []
