@@ -157,8 +157,8 @@ def _results(
     found = {"output": output, "running mean": norm.running_mean, "running variance": norm.running_var}
     if training:
         output.backward(gradient.to(kind))
-        leaves = {"image": x, "residual": residual, "weight": norm.weight, "bias": norm.bias}
-        found |= {f"{name}'s gradient": leaf.grad for name, leaf in leaves.items() if leaf is not None}
+        leaves = {"images": x, "residual": residual, "weight": norm.weight, "bias": norm.bias}
+        found |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf is not None}
     return {name: cast(Tensor, tensor).detach().double() for name, tensor in found.items()}
 
 

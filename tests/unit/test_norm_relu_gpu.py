@@ -194,7 +194,7 @@ WRONG = {
     "no number": (lambda *given: norm_relu_gpu._by_torch(*given) * torch.nan, "Triton's output is not torch's"),
     "a gradient": (
         lambda norm, x, *given: norm_relu_gpu._by_torch(norm, x * 1.0 + 0.1 * (x - x.detach()), *given),
-        "Triton's image's gradient is not torch's",
+        "Triton's gradient of images is not torch's",
     ),
     "no compiler": (
         broken,
