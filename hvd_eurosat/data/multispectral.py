@@ -138,12 +138,17 @@ def grey(values: Pixels, black: float, white: float) -> NDArray[np.uint8]:
     return np.rint(np.clip(np.nan_to_num(scaled, nan=1, posinf=1, neginf=1), 1, 255)).astype(np.uint8)
 
 
-def measured(inputs: Inputs, images: Iterable[Pixels]) -> Inputs:
-    """With mean, standard deviation and quantiles (as numpy's, interpolated) of each band of images [S, S, bands]."""
+def counted(inputs: Inputs, images: Iterable[Pixels]) -> NDArray[np.int64]:
+    """How often each number is there in each band of images [S, S, bands]: [bands, 256], or 65536 of 16 bits."""
     counts = np.zeros((len(inputs.bands), np.iinfo(inputs.dtype).max + 1), np.int64)
     for chunk in _chunks(images):
         for band, pixels in enumerate(np.moveaxis(chunk, -1, 0)):
             counts[band] += np.bincount(pixels.ravel(), minlength=counts.shape[1])
+    return counts
+
+
+def measured(inputs: Inputs, counts: NDArray[np.int64]) -> Inputs:
+    """With mean, standard deviation and quantiles (as numpy's, interpolated) of each band, from `counted`."""
     values = np.arange(counts.shape[1], dtype=np.float64)
     total = counts.sum(1)
     mean = counts @ values / total
