@@ -55,10 +55,10 @@ def recognise(
     Without these it has TIFFs of bands where their files name them, or where they are EuroSAT's 13. Raises UserError.
     """
     given = check_names(bands, "--bands") if bands else ()
-    path, kind = _first_kind(read, paths, any_tiff=bool(given))
+    path, kind, flaw = _first_kind(read, paths, any_tiff=bool(given))
     if kind is None:
         if given:
-            raise UserError(f"--bands is for TIFFs, and {where} has none that can be read")
+            raise UserError(f"--bands is for TIFFs, and {where} has none that can be read{flaw}")
         return inputs_of(classes)
     names, dtype = kind.names, kind.dtype
     if given and len(given) != kind.count:
@@ -79,19 +79,24 @@ def recognise(
     return inputs_of_bands(classes, check_names(names, f"{path} of {where}"), known[dtype])
 
 
-def _first_kind(read: Callable[[str], bytes], paths: Sequence[str], any_tiff: bool) -> tuple[str, Kind | None]:
-    """The first file that is a good TIFF, none after a picture unless `any_tiff`, and what it says of itself."""
+def _first_kind(read: Callable[[str], bytes], paths: Sequence[str], any_tiff: bool) -> tuple[str, Kind | None, str]:
+    """The first file that is a good TIFF, none after a picture unless `any_tiff`, and what it says of itself.
+
+    Last what is wrong with the first bad file, to be said after a colon.
+    """
+    flaw = ""
     for path in paths[:TRIED]:
         try:
             data = read(path)
             if is_tiff(data):
-                return path, kind_of(data)
+                return path, kind_of(data), flaw
             decode(data)
-        except BadImageError:
+        except BadImageError as error:
+            flaw = flaw or f": {path}: {error}"
             continue
         if not any_tiff:
             break
-    return "", None
+    return "", None, flaw
 
 
 def read_bands(data: bytes, bands: Sequence[str], dtype: str, size: int | None = None) -> Pixels:

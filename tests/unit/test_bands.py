@@ -172,6 +172,9 @@ def test_a_set_of_pictures_is_described_too(
         (4, ("--bands", "B04,,B02,B08"), "'' is no name of a band"),
         (4, (), "a TIFF of 4 bands, of which nobody can tell"),
         (13, (), "a TIFF of 13 bands, of which nobody can tell"),
+        (65, (), "a TIFF of 65 bands; 64 is the most"),
+        (65, ("--bands", ",".join(f"n{n}" for n in range(65))), "--bands names 65 bands; 1 to 64 are wanted"),
+        (65, ("--bands", ",".join(f"n{n}" for n in range(64))), "Field_0.tif: a TIFF of 65 bands; 64 is the most"),
         (4, ("--bands", "a,b,c,d", "--resize"), "--resize and --convert are for 8-bit RGB, and .* has 4 bands"),
     ],
 )
@@ -183,6 +186,16 @@ def test_bands_that_do_not_fit_are_refused(
     assert status == 2
     assert re.search(message, said), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_may_have_64_bands(tmp_path: Path, run: Run) -> None:
+    names = tuple(f"n{n}" for n in range(64))
+    source = grow_bands(tmp_path / "source", ("Field", "Wood"), 64)
+    status, _, said = run(source, "--image-size", SIDE, "--bands", ",".join(names))
+    assert status == 0, said
+    tree = open_tree(tmp_path / "out")
+    assert tree.inputs.bands == names
+    np.testing.assert_allclose(tree.inputs.mean, pixels_of(tree, "train").mean((0, 1, 2)), rtol=1e-12)
 
 
 def float_patch() -> np.ndarray:
