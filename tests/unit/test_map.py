@@ -443,6 +443,9 @@ def test_a_map_says_how_it_came_about(finished: Path, network: Path) -> None:
     assert said["map"]["transform"] == list((NORTH_UP @ Affine.scale(SIDE))[:6])
     assert {"hvd_eurosat", "torch", "rasterio", "gdal"} <= said["versions"].keys()
     assert said["run"]["seconds"] > 0
+    of_the_job = {"out": str(finished), "memory": 2.0, "watchdog_seconds": 600.0}
+    assert {key: said["run"][key] for key in of_the_job} == of_the_job
+    assert not of_the_job.keys() & said["settings"].keys()
 
 
 def test_no_crs_is_a_map_in_pixels(tmp_path: Path, map_of: Map) -> None:
