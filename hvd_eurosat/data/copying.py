@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from hvd_eurosat.data.contradictions import contradictions
-from hvd_eurosat.data.images import BadImageError, decode_any, in_threads, resize
+from hvd_eurosat.data.images import BadImageError, decode, decode_any, in_threads, resize
 from hvd_eurosat.data.inputs import Inputs, Unit
 from hvd_eurosat.data.layout import SPLITS, Item
-from hvd_eurosat.data.multispectral import measured, read_bands, read_pixels
+from hvd_eurosat.data.multispectral import counted, measured, read_bands, read_pixels
 from hvd_eurosat.data.processes import in_processes, progress
 from hvd_eurosat.data.sources import Source
 from hvd_eurosat.data.split import split_class
@@ -31,6 +32,7 @@ UNSPLIT = ".unsplit"
 NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES)
 HARD, SYMBOLIC = "hard links", "symbolic links"
 WRITTEN = "written"
+MAY_TRAIN = (SPLITS[0], None)  # the split of an image that is trained on, or may be when it has one
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Part:
 
     checksums: uint8 [n, 32]; sizes: width and height in pixels before resizing, uint16 [n, 2]. Of few of them: the
     name, if it is another than the source's; what a picture was before it was converted; why it cannot be used. how:
-    the number of each kind of file.
+    the number of each kind of file. greys: of the pictures that may be trained on, how many pixels there are of each
+    grey, int64 [3, 256].
     """
 
     checksums: NDArray[np.uint8]
@@ -69,6 +72,7 @@ class Part:
     was: dict[int, str] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     how: Counter[str] = field(default_factory=Counter)
+    greys: NDArray[np.int64] = field(default_factory=lambda: np.zeros((3, 256), np.int64))
 
     @staticmethod
     def empty(count: int) -> "Part":
@@ -82,13 +86,14 @@ class Part:
         for mine, new in ((self.names, other.names), (self.was, other.was), (self.bad, other.bad)):
             mine.update({where[n]: text for n, text in new.items()})
         self.how += other.how
+        self.greys += other.greys
 
 
 class Copies:
     """The images of a source in a folder, by number in the order of its items.
 
-    found: what became of them; there: bool [N], which are in the folder; labels: int32 [N], places in `classes`;
-    splits: int8 [N], places in SPLITS, or -1.
+    found: what became of them; there: bool [N], which are in the folder; counted: bool [N], which are in the greys of
+    `found`, if they are pictures; labels: int32 [N], places in `classes`; splits: int8 [N], places in SPLITS, or -1.
     """
 
     def __init__(self, items: Sequence[Item], classes: Sequence[str], folder: Path) -> None:
@@ -100,6 +105,7 @@ class Copies:
         self.splits = np.fromiter((of_split[item.split] for item in items), np.int8, len(items))
         self.found = Part.empty(len(items))
         self.there = np.ones(len(items), bool)
+        self.counted = np.fromiter((item.split in MAY_TRAIN for item in items), bool, len(items))
 
     def __len__(self) -> int:
         """How many are in the folder."""
@@ -135,9 +141,21 @@ class Copies:
 
     def leave_out(self, numbers: Sequence[int]) -> None:
         """Removes some from the folder."""
+        self.uncount(numbers)
         for number in numbers:
             (self.folder / self.path(number)).unlink()
         self.there[list(numbers)] = False
+
+    def uncount(self, numbers: Iterable[int]) -> None:
+        """Takes those that were counted out of the greys again."""
+        again = [number for number in numbers if self.counted[number]]
+
+        def greys(number: int) -> NDArray[np.int64]:
+            return _greys(decode((self.folder / self.path(number)).read_bytes()))
+
+        for one in in_threads(greys, again, "measuring"):
+            self.found.greys -= one
+        self.counted[again] = False
 
     def counts(self) -> dict[str, dict[str, int]]:
         """The number of images by split and class, of all classes."""
@@ -175,7 +193,7 @@ def copy(source: Source, folder: Path, options: Options, inputs: Inputs) -> Copi
         for place, number in enumerate(numbers):
             item = copies.items[number]
             try:
-                data, was, size = _checked(source.read(item.path), options, inputs)
+                data, was, size, picture = _checked(source.read(item.path), options, inputs)
             except BadImageError as error:
                 part.bad[place] = str(error)
                 continue
@@ -192,12 +210,15 @@ def copy(source: Source, folder: Path, options: Options, inputs: Inputs) -> Copi
                 raise UserError(f"{item.path}: {said}") from None
             part.checksums[place] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
             part.sizes[place] = size
+            if picture is not None and item.split in MAY_TRAIN:
+                part.greys += _greys(picture)
         return part
 
     with closing(in_processes(work, len(layout.items), "checking images", options.jobs)) as parts:
         for numbers, part in parts:
             copies.found.take(numbers, part)
-    copies.there[list(copies.found.bad)] = False
+    for which in (copies.there, copies.counted):
+        which[list(copies.found.bad)] = False
     return copies
 
 
@@ -220,21 +241,28 @@ def _put(data: bytes, path: Path, origin: Path | None) -> str:
     return SYMBOLIC
 
 
-def _checked(data: bytes, options: Options, inputs: Inputs) -> tuple[bytes, str | None, tuple[int, int]]:
+def _checked(
+    data: bytes, options: Options, inputs: Inputs
+) -> tuple[bytes, str | None, tuple[int, int], Image.Image | None]:
     """The bytes to write, what a picture was that had to become a PNG (None of a file that stays as it is), its size.
 
-    Raises BadImageError.
+    Last the picture in these bytes, None of bands. Raises BadImageError.
     """
     size = options.image_size
     if inputs.file:
         read_bands(data, inputs.file, inputs.dtype, size)
-        return data, None, (size, size)
+        return data, None, (size, size), None
     image, was = decode_any(data, None if options.resize else size, options.convert)
     if not was and image.size == (size, size):
-        return data, None, image.size
-    png = BytesIO()
-    resize(image, size).save(png, "PNG")
-    return png.getvalue(), was, image.size
+        return data, None, image.size, image
+    png, resized = BytesIO(), resize(image, size)
+    resized.save(png, "PNG")
+    return png.getvalue(), was, image.size, resized
+
+
+def _greys(picture: Image.Image) -> NDArray[np.int64]:
+    """How many pixels of 8-bit RGB have each grey, [3, 256]."""
+    return np.fromiter(picture.histogram(), np.int64, 3 * 256).reshape(3, 256)
 
 
 def without_contradictions(copies: Copies, groups: Sequence[list[int]]) -> tuple[list[list[int]], list[Skipped]]:
@@ -269,12 +297,17 @@ def split(copies: Copies, groups: Sequence[list[int]], options: Options) -> None
 
 
 def measure(copies: Copies, inputs: Inputs, size: int) -> Inputs:
-    """With the statistics of the training images, where these have bands of their own."""
+    """With the statistics of the training images.
+
+    Pictures were counted when they were checked, before their split was drawn. Those that are not trained on, mostly
+    few, are decoded again, to be taken out.
+    """
     if not inputs.file:
-        return inputs
+        copies.uncount(np.flatnonzero(copies.splits != 0).tolist())
+        return measured(inputs, copies.found.greys)
 
     def read(number: int) -> NDArray[np.uint8] | NDArray[np.uint16]:
         return read_pixels((copies.folder / copies.path(number)).read_bytes(), inputs, size, size)
 
     numbers = np.flatnonzero(copies.there & (copies.splits == 0)).tolist()
-    return measured(inputs, in_threads(read, numbers, "measuring"))
+    return measured(inputs, counted(inputs, in_threads(read, numbers, "measuring")))

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, _imaging
 from rich.console import Console
 from rich.progress import track
 
+from hvd_eurosat.data.bands import MOST
 from hvd_eurosat.errors import UserError
 
 if TYPE_CHECKING:  # prepare needs no configuration
@@ -256,6 +257,8 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
 
 
 def _bands(bands: int) -> str:
+    if bands > MOST:
+        return f"a TIFF of {bands} bands; {MOST} is the most"
     return f"a TIFF of {bands} bands, of which nobody can tell the red, green and blue: prepare --bands names them"
 
 

@@ -55,10 +55,10 @@ def recognise(
     Without these it has TIFFs of bands where their files name them, or where they are EuroSAT's 13. Raises UserError.
     """
     given = check_names(bands, "--bands") if bands else ()
-    path, kind = _first_kind(read, paths, any_tiff=bool(given))
+    path, kind, flaw = _first_kind(read, paths, any_tiff=bool(given))
     if kind is None:
         if given:
-            raise UserError(f"--bands is for TIFFs, and {where} has none that can be read")
+            raise UserError(f"--bands is for TIFFs, and {where} has none that can be read{flaw}")
         return inputs_of(classes)
     names, dtype = kind.names, kind.dtype
     if given and len(given) != kind.count:
@@ -79,19 +79,24 @@ def recognise(
     return inputs_of_bands(classes, check_names(names, f"{path} of {where}"), known[dtype])
 
 
-def _first_kind(read: Callable[[str], bytes], paths: Sequence[str], any_tiff: bool) -> tuple[str, Kind | None]:
-    """The first file that is a good TIFF, none after a picture unless `any_tiff`, and what it says of itself."""
+def _first_kind(read: Callable[[str], bytes], paths: Sequence[str], any_tiff: bool) -> tuple[str, Kind | None, str]:
+    """The first file that is a good TIFF, none after a picture unless `any_tiff`, and what it says of itself.
+
+    Last what is wrong with the first bad file, to be said after a colon.
+    """
+    flaw = ""
     for path in paths[:TRIED]:
         try:
             data = read(path)
             if is_tiff(data):
-                return path, kind_of(data)
+                return path, kind_of(data), flaw
             decode(data)
-        except BadImageError:
+        except BadImageError as error:
+            flaw = flaw or f": {path}: {error}"
             continue
         if not any_tiff:
             break
-    return "", None
+    return "", None, flaw
 
 
 def read_bands(data: bytes, bands: Sequence[str], dtype: str, size: int | None = None) -> Pixels:
@@ -138,12 +143,17 @@ def grey(values: Pixels, black: float, white: float) -> NDArray[np.uint8]:
     return np.rint(np.clip(np.nan_to_num(scaled, nan=1, posinf=1, neginf=1), 1, 255)).astype(np.uint8)
 
 
-def measured(inputs: Inputs, images: Iterable[Pixels]) -> Inputs:
-    """With mean, standard deviation and quantiles (as numpy's, interpolated) of each band of images [S, S, bands]."""
+def counted(inputs: Inputs, images: Iterable[Pixels]) -> NDArray[np.int64]:
+    """How often each number is there in each band of images [S, S, bands]: [bands, 256], or 65536 of 16 bits."""
     counts = np.zeros((len(inputs.bands), np.iinfo(inputs.dtype).max + 1), np.int64)
     for chunk in _chunks(images):
         for band, pixels in enumerate(np.moveaxis(chunk, -1, 0)):
             counts[band] += np.bincount(pixels.ravel(), minlength=counts.shape[1])
+    return counts
+
+
+def measured(inputs: Inputs, counts: NDArray[np.int64]) -> Inputs:
+    """With mean, standard deviation and quantiles (as numpy's, interpolated) of each band, from `counted`."""
     values = np.arange(counts.shape[1], dtype=np.float64)
     total = counts.sum(1)
     mean = counts @ values / total

@@ -30,7 +30,7 @@ from hvd_eurosat.training.files import write_text
 from hvd_eurosat.weights.stored import named
 
 CSV = "areas.csv"
-OF_THE_JOB = ("out", "memory", "watchdog_seconds")  # not of the map
+OF_THE_JOB = ("out", "memory", "watchdog_seconds")  # not of the map: these may differ for the same map
 
 
 def write_products(
@@ -59,7 +59,8 @@ def write_products(
         picture.result()
     tick()
     told = document(scene, saved, cover, known, plan, settings)
-    told["run"] = {**run(), "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    job = {key: value for key, value in settings.flat().items() if key in OF_THE_JOB}
+    told["run"] = {**job, **run(), "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     write_text(parts.out / DONE, json.dumps(told, indent=2) + "\n")
     parts.finish()
     return known

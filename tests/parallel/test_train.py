@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hvd_eurosat.data.inputs import EUROSAT
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.status import read_status
 from hvd_eurosat.training import checkpoint
@@ -93,11 +94,14 @@ def test_frozen_weights_stay_bit_identical(finished: Finished, weights: Path) ->
 
 
 def test_checkpoints_say_what_their_network_takes(finished: Finished) -> None:
-    wants = checkpoint.load(checkpoint_file(finished.run_dir)).wants
+    """With the statistics of all that it was trained on."""
+    saved = checkpoint.load(checkpoint_file(finished.run_dir))
+    wants = saved.wants
     assert wants.quantiles is not None
-    assert wants.quantiles != EUROSAT.quantiles
-    assert wants == EUROSAT.model_copy(update={"quantiles": wants.quantiles})
+    assert wants == open_tree(Path(saved.config["data"]["root"])).inputs
     assert all(list(band) == sorted(band) for band in wants.quantiles)
+    measured = {"mean": wants.mean, "std": wants.std, "quantiles": wants.quantiles}
+    assert wants == EUROSAT.model_copy(update=measured)
 
 
 NOTE_IMPORTS = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -37,12 +38,13 @@ from hvd_eurosat.errors import UserError
 from hvd_eurosat.prepare import main
 from tests.unit.conftest import EUROSAT as RGB_ZIP
 from tests.unit.conftest import EUROSAT_13 as MS_ZIP
-from tests.unit.conftest import Grow, Run
+from tests.unit.conftest import Encode, Grow, Run
 from tests.unit.patches import SIDE, grow_bands, noise
 from tests.unit.scenes import write_raster
 
 needs_ms = pytest.mark.skipif(not MS_ZIP.exists(), reason=f"the multispectral patches are not at {MS_ZIP}")
 FOUR = ("B04", "B03", "B02", "B08")
+UNMEASURED = {"mean": None, "std": None, "quantiles": None}
 
 
 def pixels_of(tree: Tree, split: str) -> np.ndarray:
@@ -90,8 +92,7 @@ def test_prepare_keeps_the_files_and_states_their_bands(four: Tree) -> None:
 @needs_ms
 def test_the_real_archive_is_prepared_as_it_is(real: Tree) -> None:
     assert [len(real.files(split)) for split in SPLITS] == [60, 20, 20]
-    plain = {"mean": None, "std": None, "quantiles": None}
-    assert real.inputs.model_copy(update=plain) == EUROSAT_MS
+    assert real.inputs.model_copy(update=UNMEASURED) == EUROSAT_MS
     expected = pixels_of(real, "train").astype(np.float64)
     assert np.abs(np.subtract(real.inputs.mean, expected.mean((0, 1, 2)))).max() < 1e-6
     assert np.abs(np.subtract(real.inputs.std, expected.std((0, 1, 2)))).max() < 1e-6
@@ -139,9 +140,28 @@ def test_eight_bit_bands_are_grey_and_four_of_them_no_rgb(tmp_path: Path, run: R
     assert (inputs.bands, inputs.unit, inputs.dtype, inputs.is_rgb) == (FOUR, "grey", "uint8", False)
 
 
-def test_a_set_of_pictures_is_described_as_before(grow: Grow, run: Run, tmp_path: Path) -> None:
-    assert run(grow("photos", {"Cat": 3, "Dog": 3}))[0] == 0
-    assert read_manifest(tmp_path / "out").inputs == PICTURES
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_set_of_pictures_is_described_too(
+    is_split: bool, grow: Grow, encode: Encode, run: Run, tmp_path: Path
+) -> None:
+    """By the training images as they are in the folder: no others, nor what was left out."""
+    folders = [f"{split}/{label}" if is_split else label for split in SPLITS[: 1 + 2 * is_split] for label in "AB"]
+    source = grow("photos", dict.fromkeys(folders, 6))
+    for number, folder in enumerate(folders):
+        (source / folder / "large.jpg").write_bytes(encode(number, (90, 70)))
+        (source / folder / "grey.png").write_bytes(encode(10 + number, kind="PNG", mode="L"))
+        (source / folder / "of_two_classes.jpg").write_bytes(encode(99))
+        (source / folder / "broken.jpg").write_bytes(encode(number)[:300])
+    status, _, said = run(source, "--resize", "--convert", "--skip-bad", "--ratios", "2,1,1")
+    assert status == 0, said
+    tree = open_tree(tmp_path / "out")
+    assert len(tree.files("train")) == (16 if is_split else 8)
+    pixels = np.stack([np.asarray(Image.open(tree.path(name))) for name in tree.files("train")])
+    np.testing.assert_allclose(tree.inputs.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(tree.inputs.std, pixels.std((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(tree.inputs.quantiles, np.quantile(pixels, LEVELS, (0, 1, 2)).T, rtol=1e-12)
+    assert tree.inputs.model_copy(update=UNMEASURED) == PICTURES
+    assert tree.inputs.measured(pixels[:1]) is tree.inputs
 
 
 @pytest.mark.parametrize(
@@ -152,6 +172,9 @@ def test_a_set_of_pictures_is_described_as_before(grow: Grow, run: Run, tmp_path
         (4, ("--bands", "B04,,B02,B08"), "'' is no name of a band"),
         (4, (), "a TIFF of 4 bands, of which nobody can tell"),
         (13, (), "a TIFF of 13 bands, of which nobody can tell"),
+        (65, (), "a TIFF of 65 bands; 64 is the most"),
+        (65, ("--bands", ",".join(f"n{n}" for n in range(65))), "--bands names 65 bands; 1 to 64 are wanted"),
+        (65, ("--bands", ",".join(f"n{n}" for n in range(64))), "Field_0.tif: a TIFF of 65 bands; 64 is the most"),
         (4, ("--bands", "a,b,c,d", "--resize"), "--resize and --convert are for 8-bit RGB, and .* has 4 bands"),
     ],
 )
@@ -163,6 +186,16 @@ def test_bands_that_do_not_fit_are_refused(
     assert status == 2
     assert re.search(message, said), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_set_may_have_64_bands(tmp_path: Path, run: Run) -> None:
+    names = tuple(f"n{n}" for n in range(64))
+    source = grow_bands(tmp_path / "source", ("Field", "Wood"), 64)
+    status, _, said = run(source, "--image-size", SIDE, "--bands", ",".join(names))
+    assert status == 0, said
+    tree = open_tree(tmp_path / "out")
+    assert tree.inputs.bands == names
+    np.testing.assert_allclose(tree.inputs.mean, pixels_of(tree, "train").mean((0, 1, 2)), rtol=1e-12)
 
 
 def float_patch() -> np.ndarray:
@@ -288,6 +321,11 @@ def test_normalisation_is_imagenets_of_pictures_the_sets_of_others_and_ones_own(
         resolve_normalisation(four, Data(mean=IMAGENET_MEAN))
     with pytest.raises(UserError, match=r"has no statistics of blue, green, red: give data.mean and data.std"):
         resolve_normalisation(pictures.choosing(("B02", "B03", "B04")), Data())
+    seen = {"mean": (51.0, 102.0, 153.0), "std": (25.5, 51.0, 0.0), "quantiles": ((0.0,) * len(LEVELS),) * 3}
+    prepared = replace(pictures, inputs=PICTURES.model_copy(update=seen))
+    assert resolve_normalisation(prepared, Data()).mean == IMAGENET_MEAN
+    turned = resolve_normalisation(prepared.choosing(("B02", "B03", "B04")), Data())
+    assert (turned.mean, turned.std) == ((0.6, 0.4, 0.2), (1.0, 0.2, 0.1))
 
 
 def test_pictures_keep_their_packed_files(grow: Grow, tmp_path: Path) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import h5py
+import numpy as np
+import onnxruntime
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.config.verbs import ExportSettings
 from hvd_eurosat.data.bands import EUROSAT13, RGB, SENTINEL2
-from hvd_eurosat.data.inputs import EUROSAT_MS
+from hvd_eurosat.data.inputs import EUROSAT_MS, REFLECTANCE
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
@@ -159,6 +164,22 @@ def thirteen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LandCoverR
     return path, model
 
 
+def facts_in(file: Path) -> dict[str, Any]:
+    """What an export says of its network, as others read it."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            return dict(opened.metadata())
+    if file.suffix == ".h5":
+        with h5py.File(file) as opened:
+            return dict(opened.attrs)
+    return dict(torch.load(file, weights_only=True)._metadata[""])
+
+
+def plain(facts: dict[str, Any], *keys: str) -> list[Any]:
+    """Of facts that may be in JSON."""
+    return [json.loads(facts[key]) if isinstance(facts[key], str) else facts[key] for key in keys]
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "keras"])
 def test_exports_state_bands_and_are_read_back(
     kind: str, thirteen: tuple[Path, LandCoverResNet], tmp_path: Path
@@ -167,6 +188,9 @@ def test_exports_state_bands_and_are_read_back(
     lines = export(ExportSettings(checkpoint=path, format=kind, out=tmp_path))
     file = next(Path(line.removeprefix("wrote ")) for line in lines if "model." in line and "layers" not in line)
     assert read_weights(file).bands == EUROSAT13
+    facts = facts_in(file)
+    assert facts["unit"] == REFLECTANCE
+    assert plain(facts, "mean", "std") == [list(MEASURED.mean), list(MEASURED.std)]
     ours = build("resnet50", 10, "all", seed=1, bands=SENTINEL2)
     load_weights(ours, Model(weights=str(file)))
     assert torch.equal(ours.conv1.weight[:, 8], model.conv1.weight[:, 12])
@@ -199,13 +223,30 @@ def test_deepness_is_for_rgb(thirteen: tuple[Path, LandCoverResNet], tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def small_checkpoint(folder: Path, model: LandCoverResNet) -> Path:
+    """Of a ResNet-18 for 13 bands of 32 x 32 pixels."""
+    settings, data = Model(trainable="all", **SMALL), Data(image_size=32, **NORMALISED)
+    inputs = MEASURED.model_dump(mode="json")
+    return saved_checkpoint(folder / "epoch-0003.pt", model, list("abcdefghij"), settings, data, inputs=inputs)
+
+
+@pytest.mark.long
+def test_onnx_of_13_bands(tmp_path: Path) -> None:
+    model = network(EUROSAT13, trainable="all")
+    export(ExportSettings(checkpoint=small_checkpoint(tmp_path, model), format="onnx", out=tmp_path))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images(13).numpy()})
+    with torch.no_grad():
+        assert np.abs(found - model(images(13)).numpy()).max() < 1e-4
+    facts = session.get_modelmeta().custom_metadata_map
+    assert (facts["unit"], facts["dtype"]) == (REFLECTANCE, "uint16")
+    assert plain(facts, "bands", "mean", "std") == [list(EUROSAT13), list(MEASURED.mean), list(MEASURED.std)]
+
+
 @pytest.mark.long
 def test_a_normalising_export_takes_the_files_numbers(tmp_path: Path) -> None:
     model = network(EUROSAT13, trainable="all")
-    inputs = MEASURED.model_dump(mode="json")
-    settings = Model(trainable="all", **SMALL)
-    data = Data(image_size=32, **NORMALISED)
-    path = saved_checkpoint(tmp_path / "epoch-0003.pt", model, list("abcdefghij"), settings, data, inputs=inputs)
+    path = small_checkpoint(tmp_path, model)
     export(ExportSettings.model_validate(
         {"checkpoint": path, "format": "pt2", "out": tmp_path, "with-normalisation": True}
     ))  # fmt: skip

@@ -20,6 +20,8 @@ from hvd_eurosat.prepare import main
 from hvd_eurosat.training import checkpoint
 from tests.unit.conftest import Grow, saved_checkpoint
 
+UNMEASURED = {"mean": None, "std": None, "quantiles": None}
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,10 +40,11 @@ def sample(prepared: Path, tmp_path: Path) -> Path:
 
 
 def test_the_manifest_says_what_the_numbers_are(prepared: Path, tmp_path: Path, grow: Grow) -> None:
-    assert read_manifest(prepared).inputs == open_tree(prepared).inputs == EUROSAT
+    assert open_tree(prepared).inputs == read_manifest(prepared).inputs
+    assert open_tree(prepared).inputs.model_copy(update=UNMEASURED) == EUROSAT.model_copy(update=UNMEASURED)
     photos = grow("photos", {"Cat": 4, "Dog": 4})
     assert main(["--source", str(photos), "--out", str(tmp_path / "out")]) == 0
-    assert read_manifest(tmp_path / "out").inputs == open_tree(tmp_path / "out").inputs == PICTURES
+    assert open_tree(tmp_path / "out").inputs.model_copy(update=UNMEASURED) == PICTURES
 
 
 def test_older_folders_and_unprepared_ones_are_known_by_their_classes(sample: Path) -> None:
