@@ -209,9 +209,9 @@ def test_the_next_block_is_read_while_this_one_is_worked_with(
     begun = [threading.Event() for _ in range(4)]
     read, classify = mapping.read_block, mapping.classify
 
-    def spied_read(scene: Any, plan: Any, block: Any) -> Any:
+    def spied_read(scene: Any, plan: Any, block: Any, tick: Any) -> Any:
         begun[block.index].set()
-        return read(scene, plan, block)
+        return read(scene, plan, block, tick)
 
     def spied_classify(network: Any, plan: Any, one: Any, *of: Any) -> Any:
         following = one.block.index + 1
