@@ -35,7 +35,8 @@ from hvd_eurosat.scene import mapping, products, windows
 from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.mapping import cut, masked_counts
 from hvd_eurosat.scene.parts import FOLDER, NONE, Parts
-from hvd_eurosat.scene.picture import round_length
+from hvd_eurosat.scene.picture import _drawn as drawn
+from hvd_eurosat.scene.picture import brightened, round_length, write_picture
 from hvd_eurosat.scene.plan import window_side
 from hvd_eurosat.scene.rasters import write_rasters
 from hvd_eurosat.scene.result import LandCover, areas
@@ -402,6 +403,39 @@ def test_areas_where_the_plane_is_far_from_true_are_those_on_the_ground() -> Non
     found = areas(cover_of(CRS.from_epsg(3857), Affine(10, 0, 1_260_000, 0, -10, 5_860_000)))
     expected = 500 * 700 * 100 * np.cos(np.radians(46.5)) ** 2
     assert sum(area.hectares or 0 for area in found) * 10_000 == pytest.approx(expected, rel=5e-3)
+
+
+def test_the_picture_shows_scene_classes_and_legend(tmp_path: Path) -> None:
+    """From left to right; the upper rows are forest, the others river, and of the sea, which is not there, no word."""
+    grid, one = Grid(UTM, NORTH_UP, 700, 500), Windows(500, 700, 100, 100)
+    classes = np.repeat(np.array([0, 0, 1, 1, 1], np.uint8), 7).reshape(5, 7)
+    percents, preview = np.full((3, 5, 7), 50, np.uint8), np.full((250, 350, 4), 255, np.uint8)
+    preview[..., :3] = 60, 120, 180
+    cover = LandCover("the title", tuple(CLASSES), grid, one, classes, percents, preview, 2, {})
+    write_picture(cover, areas(cover), tmp_path)
+    image = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
+
+    def box(colour: Any, left: int, right: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of what has the colour, from one column to another."""
+        ys, xs = np.nonzero((image[:, left:right] == colour).all(-1))
+        return left + xs.min(), ys.min(), left + xs.max(), ys.max()
+
+    end = image.shape[1]
+    left, top, right, bottom = box(brightened(preview)[0, 0, :3], 0, end)
+    width, height = right - left, bottom - top
+    assert width / height == pytest.approx(700 / 500, rel=0.02)
+    forest, river, sea = (tuple(bytes.fromhex(colour[1:])) for colour in cover.colours)
+    start = box(forest, right, end)[0]
+    legend = start + width + 6
+    assert box(forest, start, legend) == pytest.approx((start, top, start + width, top + 0.4 * height), abs=4)
+    assert box(river, start, legend) == pytest.approx((start, top + 0.4 * height, start + width, bottom), abs=4)
+    assert box(forest, legend, end)[3] < box(river, legend, end)[1]
+    assert not (image == sea).all(-1).any()
+    figure = drawn(cover, [area for area in areas(cover) if area.windows])
+    left, right = figure.axes
+    assert figure.get_suptitle() == "the title"
+    assert [text.get_text() for text in left.texts] == ["1 km"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["Forest  40.0%", "River  60.0%"]
 
 
 @pytest.mark.parametrize(("most", "length"), [(3e-5, 2e-5), (0.99, 0.5), (1000, 1000), (7.1e6, 5e6)])
