@@ -31,6 +31,7 @@ from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
+from hvd_eurosat.run.display import Display
 from hvd_eurosat.scene import mapping, products, windows
 from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.mapping import cut, masked_counts
@@ -487,6 +488,28 @@ def test_no_crs_is_a_map_in_pixels(tmp_path: Path, map_of: Map) -> None:
     rows = list(csv.DictReader((tmp_path / "map" / "areas.csv").read_text().splitlines()))
     assert not any(row["hectares"] for row in rows)
     assert not (tmp_path / "map" / "map.geojson").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "named"),
+    [
+        ([(10, 10.0), (90, 90.0)], None),  # windows and seconds: a rank that has fewer is done sooner
+        ([(50, 10.0), (50, 20.0)], "rank 1 (b) was 100% slower"),
+        ([(90, 20.0), (10, 1.0)], "rank 0 (a) was 122% slower"),
+        ([(100, 90.0), (0, 0.0)], None),
+        ([(50, 0.1), (50, 0.9)], None),  # noise
+    ],
+)
+def test_ranks_that_are_slow_are_named(
+    ranks: list[tuple[int, float]],
+    named: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    world = World(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"), threads=1)
+    monkeypatch.setattr(World, "gather", lambda self, mine: [("a", *ranks[0]), ("b", *ranks[1])])
+    assert maps.stragglers_named(world, ranks[0], Display(speaks=True)) == 100
+    assert capsys.readouterr().err == (f"warning: {named} than the other ranks\n" if named else "")
 
 
 # --- folders, again and again ---
