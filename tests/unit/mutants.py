@@ -133,9 +133,10 @@ class Mapping:
         settings, data = Model(arch="resnet18"), Data(image_size=SIDE)
         path = saved_checkpoint(folder / "1.pt", model, list(EUROSAT_CLASSES), settings, data, image_side=SIDE)
         words = ["--checkpoint", str(path), "--scene", "scene.tif", "--out", str(self.out), "--offset", "0"]
-        self.settings, saved = verbs.map_scenes(words), checkpoint.load(path)
+        self.settings = verbs.map_scenes(words)
+        saved = checkpoint.load(path)
         self.world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
-        checkpoint.load = lambda path: saved
+        checkpoint.load = lambda path, frozen=True: saved
         Checkpoint.build_model = lambda self, device: model  # type: ignore[method-assign]
         World.watch = lambda self, seconds: None  # type: ignore[method-assign]
         mapping.judge = lambda network, images: torch.zeros(len(images), 1 + len(EUROSAT_CLASSES), dtype=torch.uint8)

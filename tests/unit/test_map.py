@@ -433,10 +433,12 @@ def test_the_picture_shows_scene_classes_and_legend(tmp_path: Path) -> None:
     assert box(forest, legend, end)[3] < box(river, legend, end)[1]
     assert not (image == sea).all(-1).any()
     figure = drawn(cover, [area for area in areas(cover) if area.windows])
-    left, right = figure.axes
+    scene, land_cover = figure.axes
+    words = land_cover.get_legend()
+    assert words
     assert figure.get_suptitle() == "the title"
-    assert [text.get_text() for text in left.texts] == ["1 km"]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["Forest  40.0%", "River  60.0%"]
+    assert [text.get_text() for text in scene.texts] == ["1 km"]
+    assert [text.get_text() for text in words.get_texts()] == ["Forest  40.0%", "River  60.0%"]
 
 
 @pytest.mark.parametrize(("most", "length"), [(3e-5, 2e-5), (0.99, 0.5), (1000, 1000), (7.1e6, 5e6)])
