@@ -7,7 +7,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,32 +15,19 @@ import numpy as np
 
 BATCHES = 8  # that are on their way
 PIECE = 128 << 10  # bytes: of more, Linux may read only the beginning
-TICK_SECONDS = 0.5
 Item = TypeVar("Item")
 
 
-def in_a_thread(
-    works: Iterable[Callable[[], Item]], in_hand: int, tick: Callable[[], None] = lambda: None
-) -> Generator[Item, None, None]:
-    """What each of `works` gives, in order, by a thread that has `in_hand` more of them. Their errors are raised.
-
-    `tick` is called every now and then while one is waited for.
-    """
+def in_a_thread(works: Iterable[Callable[[], Item]], in_hand: int) -> Generator[Item, None, None]:
+    """What each of `works` gives, in order, by a thread that has `in_hand` more of them. Their errors are raised."""
     with ThreadPoolExecutor(1, "ahead") as thread:
         begun: deque[Future[Item]] = deque()
         for work in works:
             begun.append(thread.submit(work))
             if len(begun) > in_hand:
-                yield _result(begun.popleft(), tick)
+                yield begun.popleft().result()
         while begun:
-            yield _result(begun.popleft(), tick)
-
-
-def _result(coming: Future[Item], tick: Callable[[], None]) -> Item:
-    while not coming.done():
-        if not wait([coming], TICK_SECONDS).done:
-            tick()
-    return coming.result()
+            yield begun.popleft().result()
 
 
 def ahead(items: Sequence[Item], want: Callable[[Item], None] | None) -> Iterator[Item]:

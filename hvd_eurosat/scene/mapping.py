@@ -67,8 +67,9 @@ def map_blocks(
     windows, began = 0, time.perf_counter()
     mine = parts.claimed(todo, world.rank, world.size)
     try:
-        reads = (partial(read_block, scene, plan, plan.blocks[index]) for index in mine)
-        for read in in_a_thread(reads, 1, world.tick):
+        # It is the reading thread that ticks: who waits for it cannot tell a disk that hangs from one that is slow.
+        reads = (partial(read_block, scene, plan, plan.blocks[index], world.tick) for index in mine)
+        for read in in_a_thread(reads, 1):
             values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
             if values is None:
                 parts.stop()
@@ -81,9 +82,9 @@ def map_blocks(
     return windows, time.perf_counter() - began
 
 
-def read_block(scene: Scene, plan: Plan, block: Block) -> Read:
-    """A block, with its preview and where it has too few pixels."""
-    pixels, masked = scene.read(slice(block.top, block.bottom))
+def read_block(scene: Scene, plan: Plan, block: Block, tick: Callable[[], None] = lambda: None) -> Read:
+    """A block, with its preview and where it has too few pixels. tick: called as reading goes on."""
+    pixels, masked = scene.read(slice(block.top, block.bottom), tick=tick)
     tops = plan.windows.tops[block.first : block.end] - block.top
     counts = masked_counts(masked, tops, plan.windows.lefts, plan.windows.side)
     classified = counts <= plan.max_masked * plan.windows.side**2

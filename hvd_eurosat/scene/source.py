@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -130,11 +130,13 @@ class Scene:
         """Close its files."""
         self.rasters.close()
 
-    def read(self, rows: slice, columns: slice = WHOLE) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def read(
+        self, rows: slice, columns: slice = WHOLE, tick: Callable[[], None] = lambda: None
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         """The pixels of some rows and columns of the grid, [bands, h, w], and where they are masked, bool [h, w].
 
-        uint8, or uint16 for a network of such. Masked pixels, those without data too, are 0 in all bands. Raises
-        UserError where a file is damaged.
+        uint8, or uint16 for a network of such. Masked pixels, those without data too, are 0 in all bands. tick: called
+        after each piece of the file. Raises UserError where a file is damaged.
         """
         top, bottom, _ = rows.indices(self.grid.height)
         left, right, _ = columns.indices(self.grid.width)
@@ -146,6 +148,7 @@ class Scene:
             for first, end in itertools.pairwise(cuts):
                 part = slice(first - top, end - top)
                 masked[part] = self._read(Window(left, first, right - left, end - first), grey[:, part])
+                tick()
         return grey, masked
 
     def _read(self, window: Window, grey: NDArray[Any]) -> NDArray[np.bool_]:

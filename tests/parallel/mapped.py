@@ -1,8 +1,9 @@
 """Maps measured: by real patches of which the answer is known, on a scene of a whole tile's size, and killed.
 
-python -m tests.parallel.mapped patches --checkpoint FILE --rgb EuroSAT_RGB.zip --ms EuroSAT_MS_100.zip
-    a scene of 400 patches, 20 x 20: are all its windows what `predict` says of the patches? And one of the patches of
-    which the digital numbers are known: for how many does the network say the same of these as of the JPEGs?
+python -m tests.parallel.mapped patches --checkpoint FILE --data ROOT --ms EuroSAT_MS_100.zip
+    a scene of 400 validation and test patches of EuroSAT RGB, prepared in ROOT, 20 x 20: are all its windows what
+    `predict` says of the patches? And the patches of which the digital numbers are known: for how many does the network
+    say the same of these, in a scene and as the 13-band set that `evaluate` reads, as of the JPEGs?
 python -m tests.parallel.mapped tile --checkpoint FILE --ms EuroSAT_MS_100.zip --driver COG|JP2OpenJPEG --out FILE
     a scene of 10,980 x 10,980 pixels of 10 m (--side N: of fewer), uint16, B04, B03 and B02, of the patches over and
     over, drawn where FILE is not there: how fast is it mapped, beside the network alone, which is shown the same
@@ -18,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,8 @@ from PIL import Image
 from rasterio.io import MemoryFile
 from rasterio.windows import Window
 
+from hvd_eurosat.data.layout import SPLITS
+from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.scene.parts import FOLDER
 from tests.parallel.conftest import command, run, survivors, variables, wait_for
 
@@ -59,10 +62,11 @@ LIKE = {
 }
 
 
-def rgb_patches(archive: Path) -> dict[str, bytes]:
-    """The JPEGs by name."""
-    with zipfile.ZipFile(archive) as files:
-        return {Path(name).name: files.read(name) for name in files.namelist() if name.endswith(".jpg")}
+def rgb_patches(root: Path, splits: Sequence[str]) -> dict[str, Path]:
+    """The JPEGs of some splits of a prepared set, by name and in its order."""
+    tree = open_tree(root)
+    found = {Path(name).stem: tree.path(name) for split in splits for name in tree.files(split)}
+    return dict(sorted(found.items()))
 
 
 def ms_patches(archive: Path) -> dict[str, NDArray[np.uint16]]:
@@ -102,31 +106,52 @@ def mapped(checkpoint: Path, scene: Path, out: Path, *words: object) -> NDArray[
     return classes
 
 
-def patches(checkpoint: Path, rgb: Path, ms: Path) -> None:
-    """Both figures, printed."""
-    every, numbers = rgb_patches(rgb), ms_patches(ms)
-    chosen = [name for n, name in enumerate(sorted(every)) if n % (len(every) // 400) == 0][:400]
+def rgb_scene(path: Path, patches: Sequence[Path], columns: int) -> Path:
+    """A scene of JPEGs."""
+    return write(
+        path, mosaic([np.asarray(Image.open(one)).transpose(2, 0, 1) for one in patches], columns), photometric="RGB"
+    )
+
+
+def told_of(verb: str, out: Path, *words: object) -> dict[str, str]:
+    """The class of each image by the file's name without its ending, of `predict` or `evaluate`."""
+    job = run(command("python", 1, verb, "--out", out, *words))
+    assert job.returncode == 0, job.stderr
+    rows = csv.DictReader((out / "predictions.csv").read_text().splitlines())
+    return {Path(row["name"]).stem: row["class"] for row in rows}
+
+
+def patches(checkpoint: Path, data: Path, ms: Path) -> None:
+    """The three figures, printed."""
+    unseen, numbers, classes = rgb_patches(data, ("valid", "test")), ms_patches(ms), open_tree(data).classes
+    unseen = dict(list(unseen.items())[:: len(unseen) // 400][:400])
+    trust = ("--checkpoint", checkpoint)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "patches").mkdir()
-        for file in chosen:
-            (folder / "patches" / file).write_bytes(every[file])
-        grey = [np.asarray(Image.open(io.BytesIO(every[file]))).transpose(2, 0, 1) for file in chosen]
-        scene = write(folder / "rgb.tif", mosaic(grey, 20), photometric="RGB")
-        classes = mapped(checkpoint, scene, folder / "map").ravel()
-        words = ("--checkpoint", checkpoint, "--input", folder / "patches", "--out", folder / "predictions")
-        job = run(command("python", 1, "predict", *words))
-        assert job.returncode == 0, job.stderr
-        said = list(csv.DictReader((folder / "predictions" / "predictions.csv").read_text().splitlines()))
-        names = [row["class"] for row in csv.DictReader((folder / "map" / "areas.csv").open())]
-        same = sum(names[n] == row["class"] for n, row in zip(classes, said, strict=True))
-        print(f"{same} of {len(said)} windows are what predict says of the patch")
+        for path in unseen.values():
+            shutil.copy(path, folder / "patches")
+        scene = rgb_scene(folder / "rgb.tif", list(unseen.values()), 20)
+        of_map = mapped(checkpoint, scene, folder / "map").ravel()
+        predicted = told_of("predict", folder / "predictions", *trust, "--input", folder / "patches")
+        same = sum(classes[number] == predicted[one] for one, number in zip(unseen, of_map, strict=True))
+        print(f"{same} of {len(predicted)} windows are what predict says of the patch")
 
-        pairs = [np.asarray(Image.open(io.BytesIO(every[f"{file}.jpg"]))).transpose(2, 0, 1) for file in numbers]
-        of_jpeg = mapped(checkpoint, write(folder / "jpeg.tif", mosaic(pairs, 10), photometric="RGB"), folder / "jpeg")
+        every = rgb_patches(data, SPLITS)
+        pairs = rgb_scene(folder / "jpeg.tif", [every[one] for one in numbers], 10)
+        of_jpeg = mapped(checkpoint, pairs, folder / "jpeg")
         dn = write(folder / "dn.tif", mosaic(list(numbers.values()), 10))
         of_dn = mapped(checkpoint, dn, folder / "dn", "--bands", "B04,B03,B02", "--offset", 0)
-        print(f"{(of_jpeg == of_dn).sum()} of {of_dn.size} agree between digital numbers and JPEGs")
+        print(f"{(of_jpeg == of_dn).sum()} of {of_dn.size} agree between a scene of digital numbers and the JPEGs")
+
+        job = run(command("python", 1, "prepare", "--source", ms, "--out", folder / "ms"))
+        assert job.returncode == 0, job.stderr
+        evaluated: dict[str, str] = {}
+        for split in SPLITS:
+            asked = ("--data.root", folder / "ms", "--data.cache_dir", folder / "cache", "--split", split)
+            evaluated |= told_of("evaluate", folder / split, *trust, *asked)
+        same = sum(evaluated[one] == classes[n] for one, n in zip(numbers, of_jpeg.ravel(), strict=True))
+        print(f"{same} of {len(evaluated)} agree between the 13-band set and the JPEGs")
 
 
 def tile(ms: Path, driver: str, out: Path, side: int) -> None:
@@ -322,14 +347,14 @@ def main(words: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("patches", "tile", "ranks", "kills"))
-    for flag in ("--checkpoint", "--rgb", "--ms", "--out"):
+    for flag in ("--checkpoint", "--data", "--ms", "--out"):
         parser.add_argument(flag, type=Path)
     parser.add_argument("--driver", choices=sorted(LIKE), default="COG")
     parser.add_argument("--side", type=int, default=TILE)
     parser.add_argument("--seed", type=int, default=0)
     options, others = parser.parse_known_args(words)
     if options.what == "patches":
-        return patches(options.checkpoint, options.rgb, options.ms)
+        return patches(options.checkpoint, options.data, options.ms)
     if options.what == "kills":
         return kills(["--checkpoint", str(options.checkpoint), *others], options.seed)
     if not options.out.exists():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
+import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from affine import Affine
 from hvd_eurosat.scene.parts import FOLDER
 from tests.parallel.conftest import LAUNCHERS, Job, Launch, checkpoint_file, run
 from tests.parallel.mapped import differing
+from tests.waiting import side_by_side
 
 HEIGHT, WIDTH, STRIDE = 900, 260, 16
 # A rank gets a signal after so many of its blocks; the others are slow, so that some are left.
@@ -33,6 +37,58 @@ def faulty(parts, *of):
         os.kill(os.getpid(), number)
 Parts.write = faulty
 sys.argv[1:] = sys.argv[2:]
+runpy.run_module("hvd_eurosat.map", run_name="__main__", alter_sys=True)
+"""
+# A rank hangs: in the thread that reads its second block, or while rank 0 writes the map. The others are slow.
+HANGING = """
+import os, runpy, sys, time
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.scene import mapping, products
+from hvd_eurosat.scene.parts import Parts
+def hang(*of):
+    watchdog._limit = 2 / watchdog._patience  # seconds from here on: till now it had all the time of a busy machine
+    watchdog.beat()
+    time.sleep(60)
+def watched(world, seconds):
+    global watchdog
+    watchdog = world._process.watchdog
+    watch(world, seconds)
+def read(scene, plan, block, tick):
+    blocks.append(block)
+    if len(blocks) == 2:
+        hang()
+    return read_block(scene, plan, block, tick)
+def slowly(parts, *of):
+    write(parts, *of)
+    time.sleep(0.5)
+watch, World.watch = World.watch, watched
+blocks, read_block, write = [], mapping.read_block, Parts.write
+if sys.argv.pop(1) == "writing":
+    products.write_areas = hang
+elif int(os.environ["OMPI_COMM_WORLD_RANK"]) == 1:
+    mapping.read_block = read
+else:
+    Parts.write = slowly
+runpy.run_module("hvd_eurosat.map", run_name="__main__", alter_sys=True)
+"""
+# Rank 1's clock goes on by 100 s, while rank 0 leaves it a block: no rank can be that slow by chance.
+SLOW = """
+import os, runpy, time, types
+from hvd_eurosat.scene import mapping
+from hvd_eurosat.scene.parts import Parts
+late, write = 0, Parts.write
+def clock():
+    global late
+    late += 100
+    return time.perf_counter() + late
+def after_the_other(parts, *of):
+    while not parts.done():
+        time.sleep(0.01)
+    write(parts, *of)
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    mapping.time = types.SimpleNamespace(perf_counter=clock)
+else:
+    Parts.write = after_the_other
 runpy.run_module("hvd_eurosat.map", run_name="__main__", alter_sys=True)
 """
 # Maps one scene after the other without a network; prints the most memory, in KiB, that there was after each.
@@ -85,13 +141,20 @@ def alone(launch: Launch, words: list[object], tmp_path_factory: pytest.TempPath
     return out
 
 
+def programmed(warm: str, ranks: int, program: str, *words: object) -> Job:
+    """A job whose ranks run a program that changes `map`."""
+    launcher = [*LAUNCHERS["mpirun"], str(ranks)] if ranks > 1 else []
+    return run([*launcher, warm, "-c", program, *map(str, words)])
+
+
 def interrupted(warm: str, ranks: int, number: int, rank: int, blocks: int, *words: object) -> Job:
     """A job of which a rank gets a signal after so many of its blocks."""
-    launcher = [*LAUNCHERS["mpirun"], str(ranks)] if ranks > 1 else []
-    return run([*launcher, warm, "-c", FAULTY, f"{number},{rank},{blocks}", *map(str, words)])
+    return programmed(warm, ranks, FAULTY, f"{number},{rank},{blocks}", *words)
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2), ("gloo", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [("mpirun", 2), ("mpirun", 3), ("horovodrun", 2), ("horovodrun", 3), ("gloo", 2)]
+)
 def test_any_number_of_ranks_makes_the_same_bytes(
     launch: Launch, words: list[object], alone: Path, tmp_path: Path, launcher: str, ranks: int
 ) -> None:
@@ -132,6 +195,27 @@ def test_a_map_is_asked_to_stop(
     job = launch("python", 1, "map", *words, "--out", out)
     assert job.returncode == 0, job.stderr
     assert differing(out, alone) == []
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_job(warm: str, words: list[object], tmp_path: Path) -> None:
+    """Although the thread that has the network is well, and only waits for the one that reads."""
+    hung = {"reading": (1, "mapping scene", "read"), "writing": (0, "writing the map", "hang")}
+    jobs = side_by_side(
+        [partial(programmed, warm, 2, HANGING, where, *words, "--out", tmp_path / where) for where in hung], at_once=2
+    )
+    for (where, (rank, phase, stack)), job in zip(hung.items(), jobs, strict=True):
+        assert job.returncode not in (0, 2, 75), where
+        said = rf"error: rank {rank} of 2 \(.+\) made no progress for \d+ s in {phase}; its threads:"
+        assert re.search(said, job.stderr), job.stderr
+        assert re.search(rf'File "<string>", line \d+ in {stack}$', job.stderr, re.M), job.stderr
+        assert not (tmp_path / where / "map.json").exists()
+
+
+def test_the_slow_rank_is_named(warm: str, words: list[object], tmp_path: Path) -> None:
+    job = programmed(warm, 2, SLOW, *words, "--out", tmp_path / "map")
+    assert job.returncode == 0, job.stderr
+    (warning,) = [line for line in job.stderr.splitlines() if "slower" in line]
+    assert re.search(rf"warning: rank 1 \({socket.gethostname()}\) was [\d,]+% slower than the other ranks", warning)
 
 
 def test_bad_scenes_are_said_once_and_the_others_mapped(

@@ -1,7 +1,9 @@
-"""map.html in a real browser: what it shows, that slider and click work, and that it asks nobody for anything."""
+"""map.html in a real browser: it shows the map, slider and click work, it asks nobody for anything. And a full disk."""
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,18 @@ from PIL import Image
 from rasterio.crs import CRS
 
 from docs.browser import browser, load
+from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.model.resnet import build
 from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.page import write_page
-from hvd_eurosat.scene.parts import NONE
+from hvd_eurosat.scene.parts import FOLDER, NONE
 from hvd_eurosat.scene.result import LandCover, areas
 from hvd_eurosat.scene.windows import Windows
+from tests.parallel.conftest import Job, command, run
+from tests.parallel.mapped import FILES, differing
 from tests.system.conftest import need
+from tests.unit.conftest import saved_checkpoint
+from tests.unit.scenes import RGB, write_raster
 
 NAMES = ("Forest", "River", "Residential")
 
@@ -94,3 +102,47 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
         assert at(100, 100) == pytest.approx((x + 50, y + 20))
         assert shown.complaints == []
         assert shown.ask(ASKED) == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 300 KB."""
+    need()
+    (tmp_path / "disk").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", tmp_path / "disk"], check=True)
+    yield tmp_path / "disk"
+    subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_a_full_disk_loses_nothing(disk: Path, tmp_path: Path) -> None:
+    """First not all blocks have room, then not what is made of them; with more room the same command goes on."""
+    settings, data = Model(arch="resnet18"), Data(image_size=32)
+    network = build("resnet18", len(NAMES), "all", seed=0).eval()
+    checkpoint = saved_checkpoint(tmp_path / "1.pt", network, list(NAMES), settings, data, image_side=32)
+    pixels = np.random.default_rng(0).integers(1, 256, (3, 900, 260), np.uint8)
+    scene, out = write_raster(tmp_path / "scene.tif", pixels, colours=RGB, photometric="RGB"), disk / "map"
+
+    def mapped(out: Path) -> Job:
+        words = ("--checkpoint", checkpoint, "--scene", scene, "--stride", 16, "--batch_size", 32)
+        return run(command("python", 1, "map", *words, "--out", out))
+
+    def blocks() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (out / FOLDER).glob("*.part")}
+
+    assert mapped(tmp_path / "whole").returncode == 0
+    done: dict[str, int] = {}
+    for room in ("1200k", "64m"):
+        job = mapped(out)
+        assert job.returncode == 1, job.stderr
+        (line,) = [line for line in job.stderr.splitlines() if "error: " in line]
+        assert line.startswith(f"error: cannot write {out}")
+        assert (".part: No space left" in line) == (room == "1200k"), line
+        assert done.items() < blocks().items(), "they are there still, and more"
+        done = blocks()
+        assert not (out / "map.json").exists()
+        there = [name for name in FILES if (out / name).exists()]
+        assert all((out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in there)
+        subprocess.run(["mount", "-o", f"remount,size={room}", disk], check=True)
+    job = mapped(out)
+    assert job.returncode == 0, job.stderr
+    assert differing(out, tmp_path / "whole") == []

@@ -1,11 +1,13 @@
-"""Scenes with damage: GeoTIFF, JPEG 2000, VRT, metadata, zips, the names in a product. Each is read or refused.
+"""Scenes with damage: GeoTIFF, JPEG 2000, VRT, metadata, zips, the names in a product. Each is mapped or refused.
 
 python -m tests.unit.mutants FOLDER COUNT
-    so many, drawn from their numbers; it prints, as JSON, number, kind and outcome of each as it comes.
+    so many, drawn from their numbers, given to `map`; it prints, as JSON, number, kind and outcome of each as it comes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -15,16 +17,26 @@ from pathlib import Path
 
 import numpy as np
 import rasterio.shutil
+import torch
 
-from hvd_eurosat.data.inputs import EUROSAT
+from hvd_eurosat import map as maps
+from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config import verbs
+from hvd_eurosat.config.schema import Data, Model
+from hvd_eurosat.data.inputs import EUROSAT_CLASSES
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.scene.source import SceneOptions, open_scene
+from hvd_eurosat.model.resnet import build
+from hvd_eurosat.scene import mapping, products
+from hvd_eurosat.training import checkpoint
+from hvd_eurosat.training.checkpoint import Checkpoint
+from tests.parallel.warm import make_small
+from tests.unit.conftest import saved_checkpoint
 from tests.unit.scenes import LOSSLESS, numbers, write_product, write_raster, zipped
 
 NAMES = ("B04", "B03", "B02")
 SECONDS = 10
 PIXELS = numbers(0, (3, 48, 48))
-WANTS = EUROSAT.model_copy(update={"quantiles": None})
+SIDE = 32
 TILES = {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16}
 WORDS = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\0\0\0\1")
 PIECES = ("..", "\u00e4", "\udcff", "\n", "{", "}", " ", "_B04", "'")
@@ -112,20 +124,40 @@ def renamed(whole: Path, folder: Path, rng: Random) -> Path:
     return zipped(found) if rng.random() < 0.5 and "\udcff" not in name else found
 
 
-def outcome(scene: Path, bands: tuple[str, ...]) -> str:
-    """What becomes of a scene: read, or the error. Where that takes SECONDS of CPU, SIGPROF ends the process."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        with open_scene([str(scene)], WANTS, SceneOptions(bands=bands, offset=0)) as opened:
-            opened.read(slice(None))
-    except UserError as error:
-        return f"refused: {error}"
-    return "read"
+class Mapping:
+    """`map` in this process, without computing what a network says, and without its picture, page and polygons."""
+
+    def __init__(self, folder: Path) -> None:
+        make_small()
+        model, self.out = build("resnet18", len(EUROSAT_CLASSES), "all", seed=0).eval(), folder / "map"
+        settings, data = Model(arch="resnet18"), Data(image_size=SIDE)
+        path = saved_checkpoint(folder / "1.pt", model, list(EUROSAT_CLASSES), settings, data, image_side=SIDE)
+        words = ["--checkpoint", str(path), "--scene", "scene.tif", "--out", str(self.out), "--offset", "0"]
+        self.settings = verbs.map_scenes(words)
+        saved = checkpoint.load(path)
+        self.world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+        checkpoint.load = lambda path, frozen=True: saved
+        Checkpoint.build_model = lambda self, device: model  # type: ignore[method-assign]
+        World.watch = lambda self, seconds: None  # type: ignore[method-assign]
+        mapping.judge = lambda network, images: torch.zeros(len(images), 1 + len(EUROSAT_CLASSES), dtype=torch.uint8)
+        for name in ("write_picture", "write_page", "write_polygons"):
+            setattr(products, name, lambda *_: None)
+
+    def __call__(self, scene: Path, bands: tuple[str, ...]) -> str:
+        """What becomes of a scene: mapped, or the error. Where that takes SECONDS of CPU, SIGPROF ends the process."""
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                maps.main(self.world, self.settings.model_copy(update={"scene": (scene,), "bands": bands}))
+        except UserError as error:
+            return f"refused: {error}" if not self.out.exists() else f"refused, and left {self.out}: {error}"
+        shutil.rmtree(self.out)
+        return "mapped"
 
 
 def main(folder: Path, count: int) -> None:
     """All of them."""
-    made = {}
+    outcome, made = Mapping(folder), {}
     for kind, make in MAKERS.items():
         (folder / kind).mkdir()
         made[kind] = make(folder / kind)

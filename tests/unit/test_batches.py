@@ -19,7 +19,7 @@ import torch
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
-from hvd_eurosat.data import ahead, batches
+from hvd_eurosat.data import batches
 from hvd_eurosat.data.ahead import in_a_thread
 from hvd_eurosat.data.augment import (
     augment,
@@ -131,12 +131,6 @@ def test_a_thread_that_is_ahead_is_so_by_two() -> None:
     assert threading.active_count() == threads
     with pytest.raises(OSError, match="the disk is gone"):
         list(in_a_thread((partial(make, number) for number in range(5)), 2))
-
-
-def test_who_waits_for_a_thread_shows_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "TICK_SECONDS", 0.001)
-    ticked = threading.Event()
-    assert list(in_a_thread([lambda: ticked.wait(60), ticked.is_set], 1, ticked.set)) == [True, True]
 
 
 def test_each_epoch_has_its_own_order() -> None:

@@ -32,11 +32,13 @@ from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
+from hvd_eurosat.run.display import Display
 from hvd_eurosat.scene import mapping, products, windows
 from hvd_eurosat.scene.grid import Grid
 from hvd_eurosat.scene.mapping import cut, masked_counts
 from hvd_eurosat.scene.parts import FOLDER, NONE, Parts
-from hvd_eurosat.scene.picture import round_length
+from hvd_eurosat.scene.picture import _drawn as drawn
+from hvd_eurosat.scene.picture import brightened, round_length, write_picture
 from hvd_eurosat.scene.plan import window_side
 from hvd_eurosat.scene.rasters import write_rasters
 from hvd_eurosat.scene.result import LandCover, areas
@@ -210,9 +212,9 @@ def test_the_next_block_is_read_while_this_one_is_worked_with(
     begun = [threading.Event() for _ in range(4)]
     read, classify = mapping.read_block, mapping.classify
 
-    def spied_read(scene: Any, plan: Any, block: Any) -> Any:
+    def spied_read(scene: Any, plan: Any, block: Any, tick: Any) -> Any:
         begun[block.index].set()
-        return read(scene, plan, block)
+        return read(scene, plan, block, tick)
 
     def spied_classify(network: Any, plan: Any, one: Any, *of: Any) -> Any:
         following = one.block.index + 1
@@ -416,6 +418,41 @@ def test_areas_where_the_plane_is_far_from_true_are_those_on_the_ground() -> Non
     assert sum(area.hectares or 0 for area in found) * 10_000 == pytest.approx(expected, rel=5e-3)
 
 
+def test_the_picture_shows_scene_classes_and_legend(tmp_path: Path) -> None:
+    """From left to right; the upper rows are forest, the others river, and of the sea, which is not there, no word."""
+    grid, one = Grid(UTM, NORTH_UP, 700, 500), Windows(500, 700, 100, 100)
+    classes = np.repeat(np.array([0, 0, 1, 1, 1], np.uint8), 7).reshape(5, 7)
+    percents, preview = np.full((3, 5, 7), 50, np.uint8), np.full((250, 350, 4), 255, np.uint8)
+    preview[..., :3] = 60, 120, 180
+    cover = LandCover("the title", tuple(CLASSES), grid, one, classes, percents, preview, 2, {})
+    write_picture(cover, areas(cover), tmp_path)
+    image = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
+
+    def box(colour: Any, left: int, right: int) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of what has the colour, from one column to another."""
+        ys, xs = np.nonzero((image[:, left:right] == colour).all(-1))
+        return left + xs.min(), ys.min(), left + xs.max(), ys.max()
+
+    end = image.shape[1]
+    left, top, right, bottom = box(brightened(preview)[0, 0, :3], 0, end)
+    width, height = right - left, bottom - top
+    assert width / height == pytest.approx(700 / 500, rel=0.02)
+    forest, river, sea = (tuple(bytes.fromhex(colour[1:])) for colour in cover.colours)
+    start = box(forest, right, end)[0]
+    legend = start + width + 6
+    assert box(forest, start, legend) == pytest.approx((start, top, start + width, top + 0.4 * height), abs=4)
+    assert box(river, start, legend) == pytest.approx((start, top + 0.4 * height, start + width, bottom), abs=4)
+    assert box(forest, legend, end)[3] < box(river, legend, end)[1]
+    assert not (image == sea).all(-1).any()
+    figure = drawn(cover, [area for area in areas(cover) if area.windows])
+    scene, land_cover = figure.axes
+    words = land_cover.get_legend()
+    assert words
+    assert figure.get_suptitle() == "the title"
+    assert [text.get_text() for text in scene.texts] == ["1 km"]
+    assert [text.get_text() for text in words.get_texts()] == ["Forest  40.0%", "River  60.0%"]
+
+
 @pytest.mark.parametrize(("most", "length"), [(3e-5, 2e-5), (0.99, 0.5), (1000, 1000), (7.1e6, 5e6)])
 def test_a_scale_bar_has_a_round_length(most: float, length: float) -> None:
     assert round_length(most) == pytest.approx(length)
@@ -468,6 +505,28 @@ def test_no_crs_is_a_map_in_pixels(tmp_path: Path, map_of: Map) -> None:
     rows = list(csv.DictReader((tmp_path / "map" / "areas.csv").read_text().splitlines()))
     assert not any(row["hectares"] for row in rows)
     assert not (tmp_path / "map" / "map.geojson").exists()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "named"),
+    [
+        ([(10, 10.0), (90, 90.0)], None),  # windows and seconds: a rank that has fewer is done sooner
+        ([(50, 10.0), (50, 20.0)], "rank 1 (b) was 100% slower"),
+        ([(90, 20.0), (10, 1.0)], "rank 0 (a) was 122% slower"),
+        ([(100, 90.0), (0, 0.0)], None),
+        ([(50, 0.1), (50, 0.9)], None),  # noise
+    ],
+)
+def test_ranks_that_are_slow_are_named(
+    ranks: list[tuple[int, float]],
+    named: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    world = World(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"), threads=1)
+    monkeypatch.setattr(World, "gather", lambda self, mine: [("a", *ranks[0]), ("b", *ranks[1])])
+    assert maps.stragglers_named(world, ranks[0], Display(speaks=True)) == 100
+    assert capsys.readouterr().err == (f"warning: {named} than the other ranks\n" if named else "")
 
 
 # --- folders, again and again ---
