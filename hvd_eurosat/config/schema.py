@@ -291,7 +291,9 @@ class Run(Section):
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
-    """also save after every so many steps, unless the last checkpoint is still being written; 0: only after epochs"""
+    """also save after every so many steps, unless the last checkpoint is still being written; 0: not by steps"""
+    checkpoint_seconds: NonNegativeFloat = 600.0
+    """also save within an epoch when the last checkpoint is this old, by rank 0's clock; 0: not by time"""
     keep: PositiveInt = 2
     """how many of the newest checkpoints to keep, beside the best"""
     on_save_error: Literal["continue", "stop"] = "continue"

@@ -12,7 +12,7 @@ FAILURES = 3
 
 
 class Saver:
-    """Writes one checkpoint at a time in a thread; a new one waits for the one before.
+    """Writes one checkpoint at a time in a thread; a new one waits for the one before, unless who has it looks first.
 
     A save that fails is reported and training goes on. FAILURES in a row, or the first with `stop_at_once`, raise
     RunError from the next call.

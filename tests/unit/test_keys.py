@@ -436,6 +436,7 @@ ELSEWHERE = {
     "valid.calibrate": "tests/unit/test_keys.py::test_a_run_is_calibrated",
     "valid.views": "tests/unit/test_keys.py::test_validation_shows_each_image_in_so_many_views",
     "valid.sharded": "tests/unit/test_keys.py::test_validation_is_on_rank_0_or_on_all",
+    "run.checkpoint_seconds": "tests/unit/test_keeping.py::test_a_checkpoint_within_an_epoch_by_the_clock_and_by_steps",
     "run.keep": "tests/unit/test_keys.py::test_checkpoints_that_are_kept",
     "run.resume": "tests/unit/test_training.py::test_a_run_goes_on_in_place_from_its_newest_checkpoint",
 }
