@@ -209,7 +209,8 @@ def predict_test(
         return None
     if folder:
         world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
-    batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
+    size = config.valid.images_a_step(config.data.input_side, world.device.type)
+    batches = ordered_batches(images, size, world.rank, world.size)
     values = log_probabilities(world, Network(model, config.data, precision, config.valid.views), batches)
     values = tempered(values, temperature)
     names = tree.files("test")

@@ -108,7 +108,8 @@ class Journal:
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are random and do not train: give --model.weights, or train all")
         valid, shard = len(self._tree.files("valid")), self._train_images // self._world.size
-        if valid > VALIDATION_SHARE * shard and not self._config.valid.sharded and self._world.size > 1:
+        alone = self._config.valid.ranks(self._world.size, self._world.device.type) < self._world.size
+        if valid > VALIDATION_SHARE * shard and alone:
             waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
             self.display.warn(f"{waste}: with --valid.sharded true all ranks validate")
 

@@ -81,6 +81,10 @@ class Checkpoint:
         """In how many of its views each image is shown: as asked, or else as in the run."""
         return asked or Valid(**self.config["valid"]).views
 
+    def batch_size(self, asked: int, device: torch.device) -> int:
+        """Images per step on a device: as asked, or else as in the run, had it had such a device."""
+        return asked or Valid(**self.config["valid"]).images_a_step(self.data.input_side, device.type)
+
     def temperature(self, views: int) -> float:
         """By which log-probabilities are divided; 1 where none was fitted."""
         return temperature(self.temperatures, views)

@@ -244,8 +244,9 @@ def test_the_header_says_how_steps_are_made(why: str | None, said: str, monkeypa
     model = build("resnet18", CLASSES, config.model.trainable, 0)
     state = TrainingState(ALONE, config, TREE, model, Precision("fp32"))
     features = Features(ALONE, config, state, IMAGES, 1)
-    line = header(ALONE, config, TREE, state, Step(state, ALONE, config, None), batches, "", features)["world"]
-    assert line.endswith(f", fp32{said}")
+    facts = header(ALONE, config, TREE, state, Step(state, ALONE, config, None), batches, "", features)
+    assert facts["world"].endswith(f", fp32{said}")
+    assert facts["validation"] == "128 images a step on 1 rank"
 
 
 def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
