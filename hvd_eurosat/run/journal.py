@@ -30,6 +30,7 @@ from hvd_eurosat.run.status import FAILURE, leave_failure, read_failure
 from hvd_eurosat.run.timer import Timer
 from hvd_eurosat.training.calibration import Calibration
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.copies import whole
 from hvd_eurosat.training.inference import Values
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
@@ -301,7 +302,7 @@ class Journal:
         if self._world.is_elastic and state:
             self._commit_timer.start()
             history = self._world.from_main(self._files.history() if self._files else [])
-            self._world.commit(self._with_history(state, history))
+            self._world.commit(self._with_history(whole(state), history))
 
     def saved(self) -> None:
         """Wait until the last checkpoint is on the disk. Collective."""

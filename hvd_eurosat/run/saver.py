@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
+from hvd_eurosat.training.copies import NotFiniteError, whole
 
 FAILURES = 3
 
@@ -57,8 +58,10 @@ class Saver:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
-            self._folder.add(checkpoint)
+            self._folder.add(whole(checkpoint))
             self._errors.clear()
+        except NotFiniteError as error:
+            self._errors += [error] * self._allowed
         except RunError as error:
             self._errors.append(error)
             self._report(f"{error}; training goes on, and the earlier checkpoints are whole")
