@@ -191,9 +191,13 @@ class TrainingState:
         return [*averages, *(parameter.detach() for parameter in self._trainable().values()), *self.kept()]
 
     def kept(self) -> list[Tensor]:
-        """The tensors that the optimiser keeps of the weights that train."""
+        """The tensors that the optimiser keeps of the weights that train, where these are.
+
+        An earlier version's Adagrad and RMSprop have left counts on the CPU, which are of no use now.
+        """
         states = (self.optimiser.state.get(parameter, {}) for parameter in self._trainable().values())
-        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [tensor for tensor in tensors if tensor.device.type == self._world.device.type]
 
 
 def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -61,7 +61,7 @@ class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Compiled if every rank can. Collective.
 
     On GPUs all before the sum is a CUDA graph, and all after it another, wherever that can be had (capture.py).
-    Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
+    Nothing but Horovod waits for the device.
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
     number, and Horovod adds. With the gradients the ranks add their losses, their requests to stop and rank 0's to keep
@@ -193,7 +193,7 @@ class Step:
             if optimiser.defaults.get("fused"):  # it leaves everything as it is where found_inf is 1
                 optimiser.found_inf = skip.float()  # type: ignore[attr-defined]
                 optimiser.step()
-            elif self.captured:
+            elif self.captured or self._device.type == "cuda":
                 with unless(skip, [*self._trainable, *self._state.kept()]):
                     optimiser.step()
             elif not skip:
