@@ -154,7 +154,8 @@ def from_split(world: World, settings: EvaluateSettings, saved: Checkpoint) -> W
     if world.is_main:
         tell_of_split(settings, saved, tree)
     images = open_images(world, tree, [split], saved.data, settings.data)[split]
-    batches = ordered_batches(images, batch_size(settings, saved), world.rank, world.size)
+    size = saved.batch_size(settings.batch_size, world.device)
+    batches = ordered_batches(images, size, world.rank, world.size)
     paths = {name.removeprefix(f"{split}/"): tree.path(name) for name in tree.files(split)}
     return Work(Images(paths, tree.notes), tree.labels(split), batches)
 
@@ -182,15 +183,11 @@ def from_folder(world: World, settings: EvaluateSettings, saved: Checkpoint) -> 
         cure = "leave out --against" if settings.against else "give --out for predictions"
         raise SharedError(f"{folder} has no class folders, so there is no accuracy: {cure}")
     numbers = world.together(lambda: class_numbers(labels, names, saved.classes, str(folder)) if labels else None)
-    size, resizes, seen = batch_size(settings, saved), settings.expected.get("image_size") != 0, Seen.before(images)
+    size = saved.batch_size(settings.batch_size, world.device)
+    resizes, seen = settings.expected.get("image_size") != 0, Seen.before(images)
     place = world.device, world.rank, world.size
     batches = file_batches(paths, saved.data, saved.wants, size, *place, seen, settings.skip_bad, resizes)
     return Work(images, numbers, batches, seen)
-
-
-def batch_size(settings: EvaluateSettings, saved: Checkpoint) -> int:
-    """Images per step."""
-    return settings.batch_size or int(saved.config["valid"]["batch_size"])
 
 
 if __name__ == "__main__":

@@ -83,7 +83,8 @@ def map_scene(
     said = settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask
     options = SceneOptions(*said, cache_bytes(settings.memory))
     with world.together(lambda: open_scene(paths, network.saved.wants, options)) as scene:
-        plan = world.together(lambda: make_plan(scene, network.saved, network.precision.name, settings, paths))
+        asked = network.saved, network.precision.name, settings, paths, world.device
+        plan = world.together(lambda: make_plan(scene, *asked))
         world.agree("scene", plan.work)
         parts = Parts(out)
         try:

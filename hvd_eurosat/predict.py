@@ -39,7 +39,7 @@ def main(world: World, settings: PredictSettings) -> int:
     world.agree("input", {"files": names})
     with output_folder(world, settings.out, "--out"):
         began, seen = time.perf_counter(), Seen.before(images)
-        precision, size = precision_of(settings.precision, saved.precision), saved.config["valid"]["batch_size"]
+        precision, size = precision_of(settings.precision, saved.precision), saved.batch_size(0, world.device)
         batches = file_batches(paths, saved.data, saved.wants, size, world.device, world.rank, world.size, seen, skip)
         views = saved.views(settings.views)
         network = Network(saved.build_model(world.device), saved.data, precision, views)

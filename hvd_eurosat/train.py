@@ -41,7 +41,6 @@ from hvd_eurosat.weights.known import normalised
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.settle import settle
 
-COMMIT_STEPS = {"cpu": 25, "cuda": 1000}  # what an elastic job may lose with a rank: some 10 s
 COMPILER_PATIENCE = 5  # times run.watchdog_seconds
 
 
@@ -170,15 +169,13 @@ def train_epoch(
         progress = state.epoch + state.samples / batches.length
         rate = learning_rate(config.optim, epochs, batches.global_batch, progress)
         with room_for(step, config.train.batch_size):
-            step(batch, rate, stop())
+            step(batch, rate, stop(), journal.wants_state())
         journal.stepped(number, step, state, state.samples - first)
         if config.run.verify_interval and state.step % config.run.verify_interval == 0:
             state.verify()
-        if config.run.checkpoint_steps and state.step % config.run.checkpoint_steps == 0:
-            journal.save(state.snapshot())
-        if world.is_elastic and state.step % COMMIT_STEPS[world.device.type] == 0:
-            journal.commit(state.snapshot())
-        step.check()
+        every = config.run.checkpoint_steps
+        if step.check() or (every and state.step % every == 0):
+            journal.keep(state.snapshot())
     step.end_epoch()
     journal.trained(state.samples, work_of_ranks(world, step.stopwatch.take()))
 
@@ -212,7 +209,8 @@ def predict_test(
         return None
     if folder:
         world.together(lambda: make_folder(folder, "run.predictions") if world.is_main else None)
-    batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
+    size = config.valid.images_a_step(config.data.input_side, world.device.type)
+    batches = ordered_batches(images, size, world.rank, world.size)
     values = log_probabilities(world, Network(model, config.data, precision, config.valid.views), batches)
     values = tempered(values, temperature)
     names = tree.files("test")

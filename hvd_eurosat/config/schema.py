@@ -265,8 +265,9 @@ class Train(Section):
 class Valid(Section):
     """Validation and test."""
 
-    batch_size: PositiveInt = 128
-    """images per step"""
+    batch_size: NonNegativeInt = 0
+    """images per step, of each rank that validates; 0: 128 on cores, 1,024 of 64x64 on GPUs, where larger images are
+    fewer, 128 at least"""
     views: Views = 1
     """1 or 8, how often each image is shown: as it is, or in its eight flips and quarter turns. Then the mean of their
     probabilities counts, and it takes eight times as long. predict, evaluate and map do as the run did"""
@@ -274,9 +275,19 @@ class Valid(Section):
     """after training, fit a temperature to the validation images, and divide log-probabilities by it. Then nine in ten
     answers with a probability of 0.9 should be right. It changes no class; --raw of predict, evaluate, map and export
     leaves it out"""
-    sharded: bool = False
-    """let all ranks validate, not rank 0 alone; the counts are the same. Set it from some 64 ranks on: in an epoch of
-    EuroSAT each of 64 trains 397 images, and rank 0 alone would validate 1,350"""
+    sharded: bool | None = None
+    """true: all ranks validate; false: rank 0 alone; the counts are the same. Default: all on GPUs, rank 0 alone on
+    cores. There set it from some 64 ranks on: in an epoch of EuroSAT each of 64 trains 397 images, and rank 0 alone
+    would validate 1,350"""
+
+    def images_a_step(self, side: int, device: str) -> int:
+        """On a device of this type, of images that the network sees with this side in pixels."""
+        return self.batch_size or (max(128, 1024 * 64**2 // side**2) if device == "cuda" else 128)
+
+    def ranks(self, size: int, device: str) -> int:
+        """How many of the first of so many ranks, with devices of this type, validate."""
+        everyone = device == "cuda" if self.sharded is None else self.sharded
+        return size if everyone else 1
 
 
 class Run(Section):
@@ -291,7 +302,9 @@ class Run(Section):
     checkpoint_interval: PositiveInt = 1
     """epochs between checkpoints; the best so far and the last epoch are always saved"""
     checkpoint_steps: NonNegativeInt = 0
-    """also save after every so many steps, unless the last checkpoint is still being written; 0: only after epochs"""
+    """also save after every so many steps, unless the last checkpoint is still being written; 0: not by steps"""
+    checkpoint_seconds: NonNegativeFloat = 600.0
+    """also save within an epoch when the last checkpoint is this old, by rank 0's clock; 0: not by time"""
     keep: PositiveInt = 2
     """how many of the newest checkpoints to keep, beside the best"""
     on_save_error: Literal["continue", "stop"] = "continue"

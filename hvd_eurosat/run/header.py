@@ -58,6 +58,8 @@ def header(
         "batches": f"{train.batch_size} x {counted(world.size, 'rank')} = {batches.global_batch} images a step; "
         f"{batches.shard:,} images a rank, {counted(batches.steps(), 'step')} an epoch, "
         f"{batches.steps() * train.epochs:,} in all",
+        "validation": f"{config.valid.images_a_step(side, world.device.type):,} images a step "
+        f"on {counted(config.valid.ranks(world.size, world.device.type), 'rank')}",
         "optimiser": f"{optim.name}, learning rate {peak_rate(optim, batches.global_batch):g} "
         + optim.schedule
         + (f" over {counted(optim.schedule_epochs, 'epoch')}" if optim.schedule_epochs else "")

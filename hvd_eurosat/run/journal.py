@@ -27,8 +27,10 @@ from hvd_eurosat.run.page import write_page
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.run.signs import Signs
 from hvd_eurosat.run.status import FAILURE, leave_failure, read_failure
+from hvd_eurosat.run.timer import Timer
 from hvd_eurosat.training.calibration import Calibration
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.copies import whole
 from hvd_eurosat.training.inference import Values
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
@@ -39,6 +41,7 @@ from hvd_eurosat.training.trained_on import note_images
 LOCK_SECONDS = 180.0  # a shared disk keeps the lock of a lost host's rank 0 for a while (NFS: 90 s)
 REGROUPING = ("HorovodInternalError", "HostsUpdatedInterrupt")  # Horovod's, when ranks are lost or join
 MOMENT = 0.5  # seconds, in which rank 0 has written a page that it had begun
+COMMIT_SECONDS = 10.0  # of work, which an elastic job may lose with a rank
 VALIDATION_SHARE = 2  # validating two images takes about as long as training on one, of bn+head
 
 
@@ -56,6 +59,9 @@ class Journal:
         self._signs: Signs | None = None
         self._reached: dict[str, int] = {}
         self._outfile: Outfile | None = None
+        self._commit_timer = Timer(COMMIT_SECONDS if world.is_elastic else 0)
+        self._save_timer = Timer(config.run.checkpoint_seconds)
+        self._save_is_due = False
 
     def _open(self) -> RunDirectory | None:
         if not self._world.is_main:
@@ -103,7 +109,8 @@ class Journal:
         elif self._config.model.weights == "none" and self._config.model.trainable != "all":
             self.display.warn("the convolutions are random and do not train: give --model.weights, or train all")
         valid, shard = len(self._tree.files("valid")), self._train_images // self._world.size
-        if valid > VALIDATION_SHARE * shard and not self._config.valid.sharded and self._world.size > 1:
+        alone = self._config.valid.ranks(self._world.size, self._world.device.type) < self._world.size
+        if valid > VALIDATION_SHARE * shard and alone:
             waste = f"a rank trains on {shard:,} images an epoch, then waits for rank 0 to validate {valid:,}"
             self.display.warn(f"{waste}: with --valid.sharded true all ranks validate")
 
@@ -212,52 +219,90 @@ class Journal:
     def validated(self, epoch: int, step: int, learning_rate: float, sums: Sums, validation: Evaluation) -> None:
         """An epoch (from 1) is complete: `sums` of its training over all ranks, and its validation. Collective."""
         validating = time.perf_counter() - (self._ended or self._began)
-        self._wait_for_saver()
-        if not self._files:
-            return
+        if self._files:
+            self._note(self._files, epoch, step, learning_rate, sums, validation, validating)
+        self._wait_for_saver(self._must_save(epoch))
+
+    def _note(
+        self,
+        files: RunDirectory,
+        epoch: int,
+        step: int,
+        learning_rate: float,
+        sums: Sums,
+        validation: Evaluation,
+        validating: float,
+    ) -> None:
+        """An epoch in the files and on the terminal. validating: seconds."""
         facts = {"loss": sums.loss, "accuracy": sums.accuracy, "learning_rate": learning_rate}
         seconds = self._seconds()
         times = {"images_per_second": self._samples / seconds, "seconds": seconds, "stragglers": self._stragglers}
-        self._files.record("train", epoch, step=step, skipped_steps=sums.skipped, **facts, **times)
+        files.record("train", epoch, step=step, skipped_steps=sums.skipped, **facts, **times)
         for one in self._stragglers:
             slower = f"{100 * one['slower']:.0f} % slower than the other ranks"
             self.display.warn(f"rank {one['rank']} ({one['host']}) was {slower} in epoch {epoch}")
         if sums.skipped:
             self.display.warn(f"{sums.skipped} steps of epoch {epoch} were skipped: loss or gradients were not finite")
-        self._files.record("valid", epoch, step=step, seconds=validating, **validation.event())
+        files.record("valid", epoch, step=step, seconds=validating, **validation.event())
         if self._signs:
-            skipped = sum(event.get("skipped_steps", 0) for event in self._files.events("train"))
+            skipped = sum(event.get("skipped_steps", 0) for event in files.events("train"))
             facts |= {"images_per_second": self._samples / seconds}
             self._signs.tell(step=step, samples=self._samples, skipped_steps=skipped, **facts, **self._results())
             self._signs.draw()
         if self._outfile:
             self._outfile.validated(epoch, validation)
-        trained = self._files.events("train")[-1]
-        self.display.epoch(self._config.train.epochs, trained, validation, self._files.last_is_best())
+        trained = files.events("train")[-1]
+        self.display.epoch(self._config.train.epochs, trained, validation, files.last_is_best())
 
     def save(self, state: Checkpoint | None) -> None:
         """A checkpoint, in the background, which carries the history up to and with itself.
 
-        At the end of an epoch: every checkpoint_interval, at the best so far and at the end. Within one: unless the
-        one before is still being written, for which all ranks would wait in silence.
+        At the end of an epoch: every checkpoint_interval, at the best so far and at the end. Left out if the one before
+        is still being written, for which all ranks would wait in silence; where it must not be, they have waited.
         """
         if not self._files or not self._saver or not state:
             return
-        due = state.epoch % self._config.run.checkpoint_interval == 0 or state.epoch == self._config.train.epochs
         if self._outfile:
             self._outfile.flush()
-        if state.samples and self._saver.is_busy:
-            return
-        if state.samples or due or self._files.last_is_best():
+        if state.samples or self._must_save(state.epoch) or state.epoch % self._config.run.checkpoint_interval == 0:
             if not state.samples:
                 self._files.record("checkpoint", state.epoch, step=state.step)
-            self._saver.save(self._with_history(state, self._files.history()))
+            if not self._saver.is_busy:
+                self._save_timer.start()
+                self._saver.save(self._with_history(state, self._files.history()))
+
+    def _must_save(self, epoch: int) -> bool:
+        """Whether the checkpoint of an epoch that ends must not be left out: it is the best, the last or kept for good.
+
+        On rank 0.
+        """
+        run = self._config.run
+        for_good = run.numbered_checkpoints is not None and epoch % run.checkpoint_interval == 0
+        is_best = self._files is not None and self._files.last_is_best()
+        return for_good or is_best or epoch == self._config.train.epochs
+
+    def wants_state(self) -> bool:
+        """Whether rank 0's clock asks all ranks for the state, which `keep` is given some steps later."""
+        if not self._files:
+            return False
+        commits, saves = self._commit_timer.rings(), self._save_timer.rings()
+        self._save_is_due |= saves
+        return commits or saves
+
+    def keep(self, state: Checkpoint | None) -> None:
+        """The state within an epoch: saved by run.checkpoint_steps or _seconds, and committed. Collective."""
+        every = self._config.run.checkpoint_steps
+        if state and (self._save_is_due or (every and state.step % every == 0)):
+            self._save_is_due = False
+            self.save(state)
+        self.commit(state)
 
     def commit(self, state: Checkpoint | None) -> None:
         """Where ranks may be lost or join, keep the state in memory, with the history so far. Collective."""
         if self._world.is_elastic and state:
+            self._commit_timer.start()
             history = self._world.from_main(self._files.history() if self._files else [])
-            self._world.commit(self._with_history(state, history))
+            self._world.commit(self._with_history(whole(state), history))
 
     def saved(self) -> None:
         """Wait until the last checkpoint is on the disk. Collective."""
@@ -277,9 +322,9 @@ class Journal:
                 f"stopped on request at step {state.step}, saved in {self._files.path}; start again to resume"
             )
 
-    def _wait_for_saver(self) -> None:
-        """Until nothing is being written, of which the other ranks hear. Collective."""
-        self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver else None)
+    def _wait_for_saver(self, waits: bool = True) -> None:
+        """Until nothing is being written, if rank 0 waits for it, of which the others hear. Collective."""
+        self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver and waits else None)
 
     def best_model(self) -> dict[str, Tensor]:
         """What of the best checkpoint's state dict is not frozen, on every rank, for the test. Collective."""

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
+from hvd_eurosat.training.copies import NotFiniteError, whole
 
 FAILURES = 3
 
 
 class Saver:
-    """Writes one checkpoint at a time in a thread; a new one waits for the one before.
+    """Writes one checkpoint at a time in a thread; a new one waits for the one before, unless who has it looks first.
 
     A save that fails is reported and training goes on. FAILURES in a row, or the first with `stop_at_once`, raise
     RunError from the next call.
@@ -57,8 +58,10 @@ class Saver:
 
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
-            self._folder.add(checkpoint)
+            self._folder.add(whole(checkpoint))
             self._errors.clear()
+        except NotFiniteError as error:
+            self._errors += [error] * self._allowed
         except RunError as error:
             self._errors.append(error)
             self._report(f"{error}; training goes on, and the earlier checkpoints are whole")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hvd_eurosat import __version__
 from hvd_eurosat.config.schema import Data
@@ -46,7 +47,14 @@ class Plan:
         return (self.blocks[0].end - self.blocks[0].first) * self.windows.shape[1]
 
 
-def make_plan(scene: Scene, saved: Checkpoint, precision: str, settings: MapSettings, paths: Sequence[str]) -> Plan:
+def make_plan(
+    scene: Scene,
+    saved: Checkpoint,
+    precision: str,
+    settings: MapSettings,
+    paths: Sequence[str],
+    device: torch.device,
+) -> Plan:
     """Raises UserError where the scene cannot be mapped so."""
     if len(saved.classes) >= NONE:
         raise UserError(f"the checkpoint has {len(saved.classes)} classes, and a map has room for {NONE - 1}")
@@ -54,7 +62,7 @@ def make_plan(scene: Scene, saved: Checkpoint, precision: str, settings: MapSett
     windows = check(scene.grid, side, settings.stride or side, scene.path)
     width = len(scene.bands) * np.dtype(scene.grey.dtype).itemsize
     rows = block_rows(windows, width, len(saved.classes), scene.rows_per_block, settings.memory, scene.path)
-    batch_size = settings.batch_size or int(saved.config["valid"]["batch_size"])
+    batch_size = saved.batch_size(settings.batch_size, device)
     digest = read_record(named(settings.checkpoint)).content.sha256
     size, changed = fingerprint(paths, settings.out)
     work = {

@@ -39,7 +39,8 @@ def calibrate(
     Raises Stopped on every rank if `stop` came true on one.
     """
     labels = images.labels.cpu().numpy()
-    batches = ordered_batches(images, config.valid.batch_size, world.rank, world.size)
+    size = config.valid.images_a_step(config.data.input_side, world.device.type)
+    batches = ordered_batches(images, size, world.rank, world.size)
     values = every_view(world, Network(model, config.data, precision, VIEWS), batches, stop)
 
     def fit() -> Calibration:

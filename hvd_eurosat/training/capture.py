@@ -26,7 +26,6 @@ from hvd_eurosat.config.schema import Config
 
 WARM_UP = 3  # steps before a capture, in which libraries set themselves up, cuDNN tries its algorithms, torch compiles
 KEPT = 4  # graphs of a function: images grow from size to size, and none of these comes back
-NOT_CAPTURED = ("adagrad", "rmsprop")  # torch's ask the host whether a step is to be skipped
 
 
 def obstacle(world: World, config: Config) -> str | None:
@@ -35,8 +34,6 @@ def obstacle(world: World, config: Config) -> str | None:
         return ""
     if not config.train.graphs:
         return "train.graphs is false"
-    if config.optim.name in NOT_CAPTURED:
-        return f"optim.name {config.optim.name} cannot be captured"
     if "capture_error_mode" not in inspect.signature(torch.cuda.graph).parameters:
         return f"torch {torch.__version__} is too old"
     return None

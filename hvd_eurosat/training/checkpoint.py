@@ -45,7 +45,8 @@ class Checkpoint:
     training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted;
     weights: the digest of model.weights' file, if it is one; live: with train.ema, the weights that train as training
     goes on with them, where model has their average; share: of the steps in that average, as Average.share;
-    temperatures: by the number of views that an image is shown in, as FILE.json has them.
+    temperatures: by the number of views that an image is shown in, as FILE.json has them; arrival: of a snapshot on its
+    way from a GPU, see copies.whole.
     """
 
     model: dict[str, Tensor]
@@ -68,6 +69,7 @@ class Checkpoint:
     live: dict[str, Tensor] = field(default_factory=dict)
     share: float = 0.0
     temperatures: dict[int, float] = field(default_factory=dict)
+    arrival: Any = None
 
     @property
     def data(self) -> Data:
@@ -80,6 +82,10 @@ class Checkpoint:
     def views(self, asked: int | None) -> int:
         """In how many of its views each image is shown: as asked, or else as in the run."""
         return asked or Valid(**self.config["valid"]).views
+
+    def batch_size(self, asked: int, device: torch.device) -> int:
+        """Images per step on a device: as asked, or else as in the run, had it had such a device."""
+        return asked or Valid(**self.config["valid"]).images_a_step(self.data.input_side, device.type)
 
     def temperature(self, views: int) -> float:
         """By which log-probabilities are divided; 1 where none was fitted."""
@@ -244,7 +250,7 @@ def write(checkpoint: Checkpoint, path: Path, frozen: Blob | None) -> Record:
     buffer = io.BytesIO()
     model = {name: tensor for name, tensor in checkpoint.model.items() if not frozen or name not in checkpoint.frozen}
     fields = vars(dataclasses.replace(checkpoint, model=model))
-    torch.save({name: value for name, value in fields.items() if name != "temperatures"}, buffer)
+    torch.save({name: value for name, value in fields.items() if name not in ("temperatures", "arrival")}, buffer)
     content = buffer.getvalue()
     with replacing(path) as file:
         file.write(content)

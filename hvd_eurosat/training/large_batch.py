@@ -16,8 +16,11 @@ from torch import Tensor
 BITS = {4: torch.int32, 8: torch.int64}  # by bytes
 
 
-class _Proportional(torch.optim.Optimizer):
-    """Calls _update for all parameters that have a gradient; `kept` names what it keeps of each, of the same shape."""
+class Together(torch.optim.Optimizer):
+    """Calls _update for all parameters that have a gradient; `kept` names what it keeps of each, of the same shape.
+
+    scales: whether they have more than one dimension.
+    """
 
     kept: tuple[str, ...]
 
@@ -42,7 +45,7 @@ class _Proportional(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class Lars(_Proportional):
+class Lars(Together):
     """SGD with momentum (You et al. 2017). One-dimensional parameters (BatchNorm's) take plain steps, as is usual."""
 
     def __init__(self, params: Any, lr: float, momentum: float, nesterov: bool, trust: float) -> None:
@@ -66,7 +69,7 @@ class Lars(_Proportional):
         torch._foreach_sub_(weights, steps)
 
 
-class Lamb(_Proportional):
+class Lamb(Together):
     """Adam (You et al. 2020). One-dimensional parameters take Adam's steps, as is usual."""
 
     kept = ("mean", "square")

@@ -146,13 +146,14 @@ def evaluate(
     temperature: float = 1.0,
     kept: dict[int, list[Tensor]] | None = None,
 ) -> Evaluation:
-    """The model in evaluation mode on rank 0, or on all ranks with valid.sharded; the sums on every rank. Collective.
+    """The model in evaluation mode on rank 0 or on all ranks, by valid.sharded; the sums on every rank. Collective.
 
     kept: what the head saw of these images before, by batch and view; what it lacks is added.
     Raises Stopped on every rank if `stop` came true on one before its last batch.
     """
-    shards = world.size if config.valid.sharded else 1
-    batches = ordered_batches(images, config.valid.batch_size, world.rank, shards) if world.rank < shards else ()
+    shards = config.valid.ranks(world.size, world.device.type)
+    size = config.valid.images_a_step(config.data.input_side, world.device.type)
+    batches = ordered_batches(images, size, world.rank, shards) if world.rank < shards else ()
     was_training = model.training
     model.eval()
     network = Network(model, config.data, precision, config.valid.views)

@@ -10,6 +10,7 @@ from torch import nn
 
 from hvd_eurosat.config.schema import Optim
 from hvd_eurosat.model.resnet import depth
+from hvd_eurosat.training.adaptive import Adagrad, RMSprop
 from hvd_eurosat.training.large_batch import Lamb, Lars
 
 Kind = TypeVar("Kind", bound=type[torch.optim.Optimizer])
@@ -32,9 +33,9 @@ def build_optimiser(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     if optim.name == "lamb":
         return uncompiled(Lamb)(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     if optim.name == "adagrad":
-        return uncompiled(torch.optim.Adagrad)(groups, lr=optim.lr, eps=optim.eps)
+        return uncompiled(Adagrad)(groups, lr=optim.lr, eps=optim.eps)
     if optim.name == "rmsprop":
-        return uncompiled(torch.optim.RMSprop)(groups, lr=optim.lr, momentum=optim.momentum, eps=optim.eps)
+        return uncompiled(RMSprop)(groups, lr=optim.lr, momentum=optim.momentum, eps=optim.eps)
     kind = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
     return uncompiled(kind)(groups, lr=optim.lr, betas=betas, eps=optim.eps, amsgrad=optim.amsgrad, fused=True)
 

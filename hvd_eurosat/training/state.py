@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,11 @@ from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.tree import Tree
-from hvd_eurosat.errors import RunError
 from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
 from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.copies import arrival, copied, highest
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision
@@ -79,7 +78,7 @@ class TrainingState:
         world = self._world
         same_world = len(saved.rank_buffers) == world.size
         self.model.load_state_dict(saved.model | saved.live)
-        self.optimiser.load_state_dict(_copy(saved.optimiser))  # it keeps the tensors that it is given
+        self.optimiser.load_state_dict(copied(saved.optimiser))  # it keeps the tensors that it is given
         buffers = saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0)
         count = len(self.statistics.flat)
         self.statistics.flat.copy_(buffers[:count])
@@ -113,25 +112,27 @@ class TrainingState:
     def snapshot(self) -> Checkpoint | None:
         """A copy of the state, on rank 0 alone unless the job is elastic. Collective.
 
-        Raises RunError if it is not finite.
+        From a GPU it is yet to come: see copies.whole, which also says if it is not finite. Else raises NotFiniteError.
         """
         sums = self._world.stack(self.sums.total)
         saves = self._world.is_main or self._world.is_elastic
-        live = _copy(self._trainable()) if self.average and saves else {}
+        trains = self._trainable() if self.average and saves else {}
+        live, values = copied(trains), highest(trains.values())
+        share = self.average.share if self.average else sums.new_zeros(())
         with self.averaged() as every:
             if not saves:
                 return None
-            frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-            self._frozen = self._frozen or _copy(frozen)
+            frozen = {name: p.detach() for name, p in self.model.named_parameters() if not p.requires_grad}
+            self._frozen = self._frozen or {name: p.to("cpu", copy=True) for name, p in frozen.items()}
             changing = {name: t for name, t in self.model.state_dict().items() if name not in frozen}
-            if not _are_finite([*changing.values(), *live.values()]):
-                raise RunError("the weights are not finite any more: try a lower optim.lr")
-            saved = Checkpoint(
-                model=self._frozen | _copy(changing),
+            model, optimiser, every, totals = copied([changing, self.optimiser.state_dict(), every, sums])
+            arrived = arrival([*values, *highest(changing.values())], share)
+            return Checkpoint(
+                model=self._frozen | model,
                 frozen=list(frozen),
-                optimiser=_copy(self.optimiser.state_dict()),
-                rank_buffers=every.cpu(),
-                sums=sums.cpu(),
+                optimiser=optimiser,
+                rank_buffers=every,
+                sums=totals,
                 epoch=self.epoch,
                 samples=self.samples,
                 step=self.step,
@@ -143,11 +144,9 @@ class TrainingState:
                 inputs=self.inputs.model_dump(mode="json") if self.inputs else None,
                 weights=self.weights,
                 live=live,
-                share=float(self.average.share) if self.average else 0.0,
+                share=0.0 if arrived else float(share),
+                arrival=arrived,
             )
-            if self._world.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()  # see _copy
-            return saved
 
     def seal(self) -> None:
         """From here on what does not train must stay as it is."""
@@ -192,9 +191,13 @@ class TrainingState:
         return [*averages, *(parameter.detach() for parameter in self._trainable().values()), *self.kept()]
 
     def kept(self) -> list[Tensor]:
-        """The tensors that the optimiser keeps of the weights that train."""
+        """The tensors that the optimiser keeps of the weights that train, where these are.
+
+        An earlier version's Adagrad and RMSprop have left counts on the CPU, which are of no use now.
+        """
         states = (self.optimiser.state.get(parameter, {}) for parameter in self._trainable().values())
-        return [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return [tensor for tensor in tensors if tensor.device.type == self._world.device.type]
 
 
 def digest(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -219,24 +222,3 @@ def minority(values: Sequence[int]) -> list[int]:
 def _named(ranks: Sequence[int]) -> str:
     *others, last = map(str, ranks)
     return f"ranks {', '.join(others)} and {last}" if others else f"rank {last}"
-
-
-def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    """All numbers in them; the host waits for a device once."""
-    places = {tensor.device for tensor in tensors}
-    found = [torch.stack([t.isfinite().all() for t in tensors if t.device == place]) for place in places]
-    return all(bool(one.all()) for one in found)
-
-
-def _copy(value: Any) -> Any:
-    """Nested dictionaries and lists with copies of their tensors on the CPU.
-
-    From a GPU they come into pinned memory, and are there once its stream has come so far: hundreds cost one wait.
-    """
-    if isinstance(value, Tensor):
-        if value.is_cpu:
-            return value.detach().to("cpu", copy=True)
-        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -61,11 +61,11 @@ class Step:
     """Augment, forward, backward, sum the gradients over the ranks, update. Compiled if every rank can. Collective.
 
     On GPUs all before the sum is a CUDA graph, and all after it another, wherever that can be had (capture.py).
-    Nothing but Horovod waits for the device (and optimisers that are not fused, to see whether to skip the step).
+    Nothing but Horovod waits for the device.
 
     The loss of a step is the mean over the samples that count on all ranks: each rank divides its sum by their
-    number, and Horovod adds. With the gradients the ranks add their losses and their requests to stop: all come to the
-    same decision after the same step.
+    number, and Horovod adds. With the gradients the ranks add their losses, their requests to stop and rank 0's to keep
+    the state: all come to the same decision after the same step.
 
     `features` keeps what the head sees, where it trains alone; in epochs that these know, only the head is computed.
     """
@@ -88,7 +88,7 @@ class Step:
         self.uncaptured = capture.obstacle(world, config)  # why; None if the step is captured
         self.captured = self.uncaptured is None
         wire = WIRE[config.optim.compression]
-        self.gradients = GradientBuckets(world, self._trainable, notes=2, dtype=wire, at_once=self.captured)
+        self.gradients = GradientBuckets(world, self._trainable, notes=3, dtype=wire, at_once=self.captured)
         self._input: Callable[..., Any] = mixed_input if mixes(config.train) else network_input
         self._quantiles = [quantiles(alpha, world.device) for alpha in (config.train.mixup, config.train.cutmix)]
         self._network: Callable[[Tensor], Tensor] = state.model
@@ -97,10 +97,10 @@ class Step:
         if self.compiled:
             self._compile()
         groups = len(state.optimiser.param_groups)
-        self._numbers = torch.zeros(3 + groups, dtype=torch.float64, device=world.device)  # see _tell
+        self._numbers = torch.zeros(4 + groups, dtype=torch.float64, device=world.device)  # see _tell
         self._before = torch.zeros_like(state.statistics.flat)
         self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self._found = torch.zeros(2, device=world.device)
+        self._found = torch.zeros(3, device=world.device)
         self._learn: Callable[[int, Batch | Draw], None] = self._forward_and_backward
         self._improve: Callable[[bool], None] = self._update
         if self.captured:
@@ -110,10 +110,10 @@ class Step:
         self._skipped_in_a_row = 0
         self.stopwatch = Stopwatch(world.device)
 
-    def __call__(self, batch: Batch | Draw, learning_rate: float, stop: bool) -> None:
-        """Train on a batch; `stop` asks all ranks to stop after it. Then `check` tells."""
+    def __call__(self, batch: Batch | Draw, learning_rate: float, stop: bool, keep: bool = False) -> None:
+        """Train on a batch; `stop` asks all ranks to stop after it, `keep` to keep the state. Then `check` tells."""
         state = self._state
-        self._tell(batch.total, learning_rate, stop)
+        self._tell(batch.total, learning_rate, stop, keep)
         self._learn(self._size(state.epoch), batch)
         self.stopwatch.wait()
         self.gradients.wait()
@@ -139,19 +139,19 @@ class Step:
             return 0
         return image_size(self._config.data, self._config.train, self._epochs, epoch)
 
-    def _tell(self, total: int, learning_rate: float, stop: bool) -> None:
-        """What the host knows of the step goes to the device in one copy: epoch, samples, stop, rates of the groups."""
+    def _tell(self, total: int, learning_rate: float, stop: bool, keep: bool) -> None:
+        """What the host knows of the step goes to the device in one copy: epoch, samples, wishes, rates of groups."""
         state, optim = self._state, self._config.optim
         for group in state.optimiser.param_groups:
             group["lr"] = learning_rate * rate_share(optim, group["depth"], state.epoch)
         rates = [group["lr"] for group in state.optimiser.param_groups]
-        numbers, pinned = [state.epoch, total, stop, *rates], self._device.type == "cuda"
+        numbers, pinned = [state.epoch, total, stop, keep, *rates], self._device.type == "cuda"
         self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned), non_blocking=True)
 
     def _forward_and_backward(self, size: int, drawn: Batch | Draw) -> None:
         """The gradients of images of this size (see _size), and what else the ranks are to add up, into the buckets."""
         state, gradients = self._state, self.gradients
-        epoch, total, stop = self._numbers[0].long(), self._numbers[1].float(), self._numbers[2]
+        epoch, total, wishes = self._numbers[0].long(), self._numbers[1].float(), self._numbers[2:4]
         self._before.copy_(state.statistics.flat)
         gradients.zero()
         batch = drawn.complete(epoch)
@@ -160,7 +160,7 @@ class Step:
             log_probabilities = self._answer(images, batch, epoch, recall=not size)
         loss = self._losses(log_probabilities, batch, share) @ batch.weights
         gradients.notes[0].copy_(loss.detach() / total)
-        gradients.notes[1].copy_(stop / self._ranks)
+        gradients.notes[1:].copy_(wishes / self._ranks)
         gradients.backward(loss / total)
         self._sums.copy_(Sums.of(log_probabilities.detach(), batch))
 
@@ -184,16 +184,16 @@ class Step:
         state.sums.add(self._sums, skip)
         if state.average and averages:
             state.average.update(skip)
-        self._found.copy_(torch.stack([skip.float(), gradients.notes[1]]))
+        self._found.copy_(torch.cat([skip.float()[None], gradients.notes[1:]]))
 
     def _optimise(self, skip: Tensor) -> None:
         optimiser = self._state.optimiser
-        rates = capture.rates_from(self._numbers[3:].float(), optimiser) if self.captured else contextlib.nullcontext()
+        rates = capture.rates_from(self._numbers[4:].float(), optimiser) if self.captured else contextlib.nullcontext()
         with rates:
             if optimiser.defaults.get("fused"):  # it leaves everything as it is where found_inf is 1
                 optimiser.found_inf = skip.float()  # type: ignore[attr-defined]
                 optimiser.step()
-            elif self.captured:
+            elif self.captured or self._device.type == "cuda":
                 with unless(skip, [*self._trainable, *self._state.kept()]):
                     optimiser.step()
             elif not skip:
@@ -236,9 +236,13 @@ class Step:
             return False
         return True
 
-    def check(self) -> None:
-        """On every rank alike: raise Stopped if one was asked to stop, SharedError after too many skipped steps."""
-        for skipped, stop in self._findings.read():
+    def check(self) -> bool:
+        """Whether a rank wanted the state kept, GPU_LAG steps ago on GPUs. On every rank alike.
+
+        Raises Stopped if one was asked to stop, SharedError after too many skipped steps.
+        """
+        wanted = False
+        for skipped, stop, keep in self._findings.read():
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
             if self._skipped_in_a_row == NON_FINITE_STEPS:
                 raise SharedError(
@@ -248,6 +252,8 @@ class Step:
                 )
             if stop:
                 raise Stopped
+            wanted |= keep > 0
+        return wanted
 
     def _losses(self, log_probabilities: Tensor, batch: Batch, share: Tensor | None) -> Tensor:
         """Of each sample, float32 [B]; of one that keeps a share of itself, the rest by its partner's label."""

@@ -40,7 +40,7 @@ def main(world: World, settings: MapSettings) -> None:
     said = settings.bands, settings.offset, settings.stretch, settings.resolution, settings.mask
     paths = [str(path) for path in settings.scene]
     with open_scene(paths, saved.wants, SceneOptions(*said)) as scene:
-        plan = make_plan(scene, saved, precision.name, settings, paths)
+        plan = make_plan(scene, saved, precision.name, settings, paths, world.device)
         most = max(len(images) for images in batches(plan, plan.blocks[0], zeros(scene, plan, plan.blocks[0])))
         nothing = torch.zeros(most, len(scene.bands), *2 * [plan.windows.side], dtype=torch.uint8)
         for _ in range(2):

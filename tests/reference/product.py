@@ -183,6 +183,9 @@ class Recorder:
 
     def trained(self, *_: Any) -> None: ...
 
+    def wants_state(self) -> bool:
+        return False
+
     def stepped(self, number: int, step: Step, state: TrainingState, samples: int) -> None:
         self.log.losses.append(float(step.loss))
         self.log.rates.append(state.optimiser.param_groups[0]["lr"])

@@ -23,7 +23,7 @@ from PIL import Image
 
 from hvd_eurosat import train
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.schema import Config, Model
+from hvd_eurosat.config.schema import Config, Model, Valid
 from hvd_eurosat.data.batches import open_images
 from hvd_eurosat.data.layout import SPLITS
 from hvd_eurosat.data.tree import open_tree
@@ -173,8 +173,18 @@ def test_validation_shows_each_image_in_so_many_views(monkeypatch: pytest.Monkey
     assert len(shown) == 7 * views
 
 
-@pytest.mark.parametrize(("sharded", "ranks"), [(False, 1), (True, 2)])
-def test_validation_is_on_rank_0_or_on_all(monkeypatch: pytest.MonkeyPatch, sharded: bool, ranks: int) -> None:
+def test_validation_by_the_kind_of_device() -> None:
+    """What the settings leave open: GPUs share it, in batches of as many pixels."""
+    left, said = Valid(), Valid(batch_size=7, sharded=False)
+    assert [left.ranks(8, device) for device in ("cpu", "cuda")] == [1, 8]
+    assert [said.ranks(8, device) for device in ("cpu", "cuda")] == [1, 1]
+    assert [left.images_a_step(side, "cpu") for side in (32, 64, 1024)] == [128, 128, 128]
+    assert [left.images_a_step(side, "cuda") for side in (32, 64, 128, 1024)] == [4096, 1024, 256, 128]
+    assert said.images_a_step(64, "cuda") == 7
+
+
+@pytest.mark.parametrize(("sharded", "ranks"), [(False, 1), (None, 1), (True, 2)])
+def test_validation_is_on_rank_0_or_on_all(monkeypatch: pytest.MonkeyPatch, sharded: bool | None, ranks: int) -> None:
     networks = set()
     features = product.Double.features
 
@@ -436,6 +446,7 @@ ELSEWHERE = {
     "valid.calibrate": "tests/unit/test_keys.py::test_a_run_is_calibrated",
     "valid.views": "tests/unit/test_keys.py::test_validation_shows_each_image_in_so_many_views",
     "valid.sharded": "tests/unit/test_keys.py::test_validation_is_on_rank_0_or_on_all",
+    "run.checkpoint_seconds": "tests/unit/test_keeping.py::test_a_checkpoint_within_an_epoch_by_the_clock_and_by_steps",
     "run.keep": "tests/unit/test_keys.py::test_checkpoints_that_are_kept",
     "run.resume": "tests/unit/test_training.py::test_a_run_goes_on_in_place_from_its_newest_checkpoint",
 }
