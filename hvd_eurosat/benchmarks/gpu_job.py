@@ -20,6 +20,7 @@ from hvd_eurosat.config.reading import read
 from hvd_eurosat.data.batches import Images
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.training import capture
+from hvd_eurosat.training.copies import whole
 
 PROFILED = 5  # steps
 
@@ -119,7 +120,8 @@ def fixed(loop: Loop, settings: GpuJobSettings, images: dict[str, Images]) -> di
     time_validation(loop, settings, images["valid"])  # the first sets libraries up
     validation = time_validation(loop, settings, images["valid"])
     began = time.perf_counter()
-    loop.state.snapshot()
+    if saved := loop.state.snapshot():
+        whole(saved)
     return {"order": order, "validation": validation, "snapshot": time.perf_counter() - began}
 
 
