@@ -79,7 +79,8 @@ def _device(world: World, step: Step, state: TrainingState) -> str:
     on_gpu = world.device.type == "cuda"
     could_be = on_gpu or any(isinstance(m, nn.BatchNorm2d) and m.training for m in state.model.modules())
     dtype = torch.bfloat16 if state.precision.name == "bf16" else torch.float32
-    obstacle = norm_relu.obstacle(world.device, dtype) if could_be and not step.compiled else None
+    mine = norm_relu.obstacle(world.device, dtype) if could_be and not step.compiled else None
+    obstacle = next(filter(None, world.gather(mine)), None)
     lacking = f", BatchNorm and ReLU not fused: {obstacle}" if obstacle else ""
     if on_gpu:
         return torch.cuda.get_device_name(world.device) + lacking

@@ -221,7 +221,7 @@ class Journal:
         validating = time.perf_counter() - (self._ended or self._began)
         if self._files:
             self._note(self._files, epoch, step, learning_rate, sums, validation, validating)
-        self._wait_for_saver(self._must_save(epoch))
+        self._wait_for_saver(self._waits(epoch))
 
     def _note(
         self,
@@ -259,27 +259,38 @@ class Journal:
 
         At the end of an epoch: every checkpoint_interval, at the best so far and at the end. Left out if the one before
         is still being written, for which all ranks would wait in silence; where it must not be, they have waited.
+        Raises NotFiniteError of a state that nobody writes, too.
         """
         if not self._files or not self._saver or not state:
             return
         if self._outfile:
             self._outfile.flush()
-        if state.samples or self._must_save(state.epoch) or state.epoch % self._config.run.checkpoint_interval == 0:
-            if not state.samples:
-                self._files.record("checkpoint", state.epoch, step=state.step)
-            if not self._saver.is_busy:
-                self._save_timer.start()
-                self._saver.save(self._with_history(state, self._files.history()))
+        is_due = bool(state.samples) or self._is_due(state.epoch)
+        if is_due and not state.samples:
+            self._files.record("checkpoint", state.epoch, step=state.step)
+        if is_due and not self._saver.is_busy:
+            self._save_timer.start()
+            self._save_is_due = False
+            self._saver.save(self._with_history(state, self._files.history()))
+        else:
+            whole(state)
 
-    def _must_save(self, epoch: int) -> bool:
-        """Whether the checkpoint of an epoch that ends must not be left out: it is the best, the last or kept for good.
+    def _is_due(self, epoch: int) -> bool:
+        """Whether the checkpoint of an epoch that ends is to be written. On rank 0."""
+        return self._is_needed(epoch) or epoch % self._config.run.checkpoint_interval == 0
 
-        On rank 0.
-        """
-        run = self._config.run
-        for_good = run.numbered_checkpoints is not None and epoch % run.checkpoint_interval == 0
+    def _is_needed(self, epoch: int) -> bool:
+        """Whether it is the best so far or the last."""
         is_best = self._files is not None and self._files.last_is_best()
-        return for_good or is_best or epoch == self._config.train.epochs
+        return is_best or epoch == self._config.train.epochs
+
+    def _waits(self, epoch: int) -> bool:
+        """Whether an epoch waits for the checkpoint before to be written: always on cores, where a save is the shorter.
+
+        On GPUs if it must not be left out itself: it is needed, or kept for good.
+        """
+        for_good = self._config.run.numbered_checkpoints is not None and self._is_due(epoch)
+        return self._world.device.type == "cpu" or self._is_needed(epoch) or for_good
 
     def wants_state(self) -> bool:
         """Whether rank 0's clock asks all ranks for the state, which `keep` is given some steps later."""
@@ -293,7 +304,6 @@ class Journal:
         """The state within an epoch: saved by run.checkpoint_steps or _seconds, and committed. Collective."""
         every = self._config.run.checkpoint_steps
         if state and (self._save_is_due or (every and state.step % every == 0)):
-            self._save_is_due = False
             self.save(state)
         self.commit(state)
 
@@ -324,7 +334,12 @@ class Journal:
 
     def _wait_for_saver(self, waits: bool = True) -> None:
         """Until nothing is being written, if rank 0 waits for it, of which the others hear. Collective."""
-        self._world.together(lambda: self._saver.wait(self._world.tick) if self._saver and waits else None)
+
+        def wait() -> None:
+            if self._saver and (waits or not self._saver.is_busy):  # where it is not busy, to hear of its errors
+                self._saver.wait(self._world.tick)
+
+        self._world.together(wait)
 
     def best_model(self) -> dict[str, Tensor]:
         """What of the best checkpoint's state dict is not frozen, on every rank, for the test. Collective."""

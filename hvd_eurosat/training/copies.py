@@ -1,6 +1,6 @@
 """Copies on the CPU of what changes while training goes on.
 
-From a GPU they come in one piece for each type, into pinned memory, and nobody waits for them but who reads them.
+From a GPU they come in large pieces, into pinned memory, and nobody waits for them but who reads them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hvd_eurosat.cluster.world import split_by_bytes
 from hvd_eurosat.errors import RunError
 from hvd_eurosat.training.checkpoint import Checkpoint
+
+PIECE = 64 << 20  # bytes, which a GPU has to have free
 
 
 class NotFiniteError(RunError):
@@ -37,8 +40,8 @@ def copied(value: Any) -> Any:
     _each(value, found.append)
     far = [tensor for tensor in found if _is_far(tensor)]
     copies = {}
-    for dtype in {tensor.dtype for tensor in far}:
-        some = [tensor for tensor in far if tensor.dtype == dtype]
+    kinds = {tensor.dtype for tensor in far}
+    for some in (part for kind in kinds for part in split_by_bytes([t for t in far if t.dtype == kind], PIECE)):
         flat = torch.cat([tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in some])
         for tensor, piece in zip(some, send(flat).split([tensor.numel() for tensor in some]), strict=True):
             copies[id(tensor)] = piece.as_strided(tensor.shape, tensor.stride())

@@ -27,7 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 SMALL = (2, 48, 7, 6)  # interpreted: two columns, the second not full, and two parts, of which the first has two tiles
 LARGE = [(64, 64, 32, 32), (33, 256, 16, 16), (64, 2048, 2, 2)]  # as in ResNet-50
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ERROR = {torch.float32: 2e-3, torch.bfloat16: 1e-2}  # a number beside 0 may be on ReLU's other side
 KINDS = {  # whether it adds, has a ReLU, and whether its input learns
     "alone": (False, True, True),
     "adds": (True, True, True),

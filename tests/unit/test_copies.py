@@ -136,15 +136,20 @@ def test_weights_that_are_not_finite_end_the_run(
     assert not list(tmp_path.glob("epoch-*"))
 
 
-@pytest.mark.parametrize("form", [lambda t: t, lambda t: t.to(memory_format=torch.channels_last), lambda t: t[1]])
-def test_copies_are_as_they_were(form: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values, shapes and memory formats, in the same nest."""
+@pytest.mark.parametrize(("piece", "pieces"), [(copies.PIECE, 3), (600, 4)])
+@pytest.mark.parametrize("form", [lambda t: t, lambda t: t.to(memory_format=torch.channels_last), lambda t: t[1:]])
+def test_copies_are_as_they_were(
+    form: Callable[[Tensor], Tensor], piece: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, shapes and memory formats, in the same nest, in pieces for which a GPU has room."""
+    monkeypatch.setattr(copies, "PIECE", piece)
     one = form(torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5))
-    value: dict[Any, Any] = {3: [one, torch.tensor(7)], "x": {"y": 0.5, "z": (1, 2)}, "n": one.double()}
+    value: dict[Any, Any] = {3: [one, torch.tensor(7), torch.ones(99)], "x": {"y": 0.5, "z": (1, 2)}, "n": one.double()}
     device = Device(monkeypatch)
     found = copied(value)
     device.through.set()
     device.synchronize()
+    assert len(device.sent) == pieces
     assert found.keys() == value.keys()
     assert (found["x"], found[3][1]) == (value["x"], 7)
     for mine, theirs in ((found[3][0], one), (found["n"], one.double())):

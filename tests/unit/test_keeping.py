@@ -20,6 +20,7 @@ from hvd_eurosat.run.journal import COMMIT_SECONDS, Journal
 from hvd_eurosat.run.timer import Timer
 from hvd_eurosat.training import step
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.copies import NotFiniteError
 from hvd_eurosat.training.metrics import Evaluation, Sums
 from hvd_eurosat.training.state import TrainingState
 from tests.reference.product import Recorder
@@ -123,10 +124,10 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
     monkeypatch.setattr(Tree, "files", lambda *_: [])
     begun = []
 
-    def one(*words: str, process: Process | None = None) -> tuple[Journal, Busy]:
+    def one(*words: str, process: Process | None = None, device: str = "cpu") -> tuple[Journal, Busy]:
         config = load(["--run.dir", str(tmp_path / "run"), "--train.epochs", "3", "--run.page", "false", *words])
         tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums=Checksums.of({}))
-        journal = Journal(World(0, 1, 0, 1, torch.device("cpu"), 1, process or Process()), config, tree)
+        journal = Journal(World(0, 1, 0, 1, torch.device(device), 1, process or Process()), config, tree)
         history = [{"event": kind, "epoch": 1, "step": 1, "accuracy": 0.5} for kind in ("train", "valid")]
         start = dataclasses.replace(state_at(1), history=history)
         journal.begin(start, {}, start)
@@ -142,20 +143,21 @@ def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
 
 
 @pytest.mark.parametrize(
-    ("words", "epoch", "correct", "saved"),
+    ("device", "words", "epoch", "correct", "saved"),
     [
-        ((), 2, 1, []),
-        ((), 2, 2, [5]),  # the best
-        ((), 3, 1, [5]),  # the last
-        (("--run.numbered_checkpoints", "HERE"), 2, 1, [5]),
-        (("--run.numbered_checkpoints", "HERE", "--run.checkpoint_interval", "3"), 2, 1, []),
+        ("cpu", (), 2, 1, [5]),
+        ("cuda", (), 2, 1, []),
+        ("cuda", (), 2, 2, [5]),  # the best
+        ("cuda", (), 3, 1, [5]),  # the last
+        ("cuda", ("--run.numbered_checkpoints", "HERE"), 2, 1, [5]),
+        ("cuda", ("--run.numbered_checkpoints", "HERE", "--run.checkpoint_interval", "3"), 2, 1, []),
     ],
 )
 def test_an_epochs_checkpoint_is_left_out_while_another_is_written(
-    begin: Begin, tmp_path: Path, words: tuple[str, ...], epoch: int, correct: int, saved: list[int]
+    begin: Begin, tmp_path: Path, device: str, words: tuple[str, ...], epoch: int, correct: int, saved: list[int]
 ) -> None:
-    """Unless it is needed: then the ranks wait."""
-    journal, saver = begin(*(str(tmp_path) if word == "HERE" else word for word in words))
+    """On GPUs, unless it is needed: then the ranks wait, as on cores."""
+    journal, saver = begin(*(str(tmp_path) if word == "HERE" else word for word in words), device=device)
     journal.trained(4, [])
     confusion = torch.tensor([[correct, 2 - correct], [1, 0]])
     sums = Sums(World(0, 1, 0, 1, torch.device("cpu"), 1))
@@ -197,3 +199,26 @@ def test_an_elastic_job_commits_by_the_clock(begin: Begin, clock: Clock) -> None
     assert process.committed.step == 7
     assert [event["event"] for event in process.committed.history][:2] == ["train", "valid"]
     assert saver.saved == []
+
+
+def test_a_checkpoint_that_the_clock_asked_for_comes_when_it_can(begin: Begin, clock: Clock) -> None:
+    """One that was left out stays due; one that came meanwhile will do."""
+    journal, saver = begin("--run.checkpoint_seconds", "60")
+    clock.now = 60
+    assert journal.wants_state()
+    journal.keep(state_at(4, samples=1))
+    saver.is_busy = False
+    journal.keep(state_at(5, samples=2))
+    clock.now = 120
+    assert journal.wants_state()
+    journal.save(dataclasses.replace(state_at(6), epoch=2))
+    journal.keep(state_at(7, samples=1))
+    assert saver.saved == [5, 6]
+
+
+def test_a_state_that_nobody_writes_is_looked_at(begin: Begin) -> None:
+    """From a GPU it is not known to be finite before it is there."""
+    journal, _ = begin(device="cuda")
+    arrival = SimpleNamespace(event=SimpleNamespace(synchronize=lambda: None), numbers=torch.zeros(2))
+    with pytest.raises(NotFiniteError):
+        journal.save(dataclasses.replace(state_at(4, samples=1), arrival=arrival))

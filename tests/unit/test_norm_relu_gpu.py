@@ -231,15 +231,19 @@ def test_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "compiled", "said"),
-    [("bf16", False, "NVIDIA H100, BatchNorm and ReLU not fused: no torch.bfloat16"), ("bf16", True, "NVIDIA H100")],
+    ("compiled", "others", "said"),
+    [
+        (False, [], "NVIDIA H100, BatchNorm and ReLU not fused: no torch.bfloat16"),
+        (True, [], "NVIDIA H100"),
+        (True, ["no compiler"], "NVIDIA H100, BatchNorm and ReLU not fused: no compiler"),
+    ],
 )
 def test_the_header_says_why_they_are_not_taken(
-    precision: str, compiled: bool, said: str, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, others: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the network is compiled they are not wanted."""
+    """By any rank; where the network is compiled they are not wanted."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     monkeypatch.setattr(module, "obstacle", lambda device, dtype: f"no {dtype}")
-    state = SimpleNamespace(precision=Precision(precision))
-    world, step = SimpleNamespace(device=torch.device("cuda", 0)), SimpleNamespace(compiled=compiled)
+    state, step = SimpleNamespace(precision=Precision("bf16")), SimpleNamespace(compiled=compiled)
+    world = SimpleNamespace(device=torch.device("cuda", 0), gather=lambda mine: [mine, *others])
     assert header._device(world, step, state) == said
