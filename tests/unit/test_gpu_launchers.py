@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,6 +58,21 @@ def test_as_many_ranks_as_the_machine_is_for(start: Start) -> None:
     words, _ = start("launch/mpirun.sh", "train", CUDA_VISIBLE_DEVICES="")
     assert words[words.index("-np") + 1] == "2"
     assert words[words.index("-H") + 1] == "localhost:2"
+
+
+def test_make_starts_as_many_ranks_too(tmp_path: Path) -> None:
+    """Of a machine with three GPUs, by what its Python says; a number that is given wins."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\ncase "$2" in *ranks_here*) echo 3; esac\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def ranks(*words: str) -> set[str]:
+        command = ["make", "--dry-run", "train", "bench", "map", f"SETUP_VENV={tmp_path}", *words]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return set(re.findall(r"mpirun -np (\S*)", said))
+
+    assert ranks() == {"3"}
+    assert ranks("NP=4") == {"4"}
 
 
 @pytest.mark.parametrize(
