@@ -55,7 +55,7 @@ def test_one_rank_exchanges_with_itself(asynchronous: str, note: Note) -> None:
     assert found["wrong"] == 0
     assert not found["collectives"]
     assert not found["steps"], "not the bits of steps without an exchange, as graphs (true) or kernel by kernel (false)"
-    assert found["fp16"] < 1e-2
+    assert found["fp16"] < 0.05
     assert "no CUDA graph" not in done.stderr
 
 

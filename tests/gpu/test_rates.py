@@ -14,14 +14,16 @@ from tests.gpu.conftest import Note
 from tests.gpu.loop import Loop, Scale, configuration
 
 MODES = [("bn+head", 4), ("bn+head", 32), ("all", 32), ("head", 32)]  # what trains, images: times 16
-WARM_UP, STEPS, PROFILED = 10, 20, 5
+# Steps of an epoch, those before the figures, which end in the second epoch, and those that are measured in it. Between
+# two epochs an order is drawn, which is no part of a step.
+EPOCH, WARM_UP, STEPS, PROFILED = 40, 46, 24, 5
 LAUNCHES = 40  # of a step as graphs, at most: the two graphs, and what is copied to where they read it
 
 
 def measured(loop: Loop, what: str, note: Note) -> float:
     """Launches of a step; its other figures are noted."""
     torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARM_UP):
+    while loop.state.step < WARM_UP:
         next(loop.steps)
     size, seconds = loop.config.train.batch_size, loop.seconds(STEPS)
     began = time.perf_counter()
@@ -45,7 +47,7 @@ def test_a_step_is_measured(trainable: str, times: int, graphs: bool, scale: Sca
     """In bf16, images on the GPU; of the head alone the epochs in which all else is known."""
     scale = dataclasses.replace(scale, batch=times * scale.batch)
     config = configuration(scale, "adam", trainable, precision="bf16")
-    loop = Loop(config, scale.device, graphs, count=4 * scale.batch)
+    loop = Loop(config, scale.device, graphs, count=EPOCH * scale.batch)
     how = "graphs" if graphs else "kernel by kernel"
     launches = measured(loop, f"{trainable}, batches of {scale.batch}, {how}", note)
     assert loop.graphs_work == graphs
@@ -60,7 +62,7 @@ def test_a_compiled_step_is_measured(times: int, scale: Scale, note: Note) -> No
     config = configuration(scale, "adam", precision="bf16")
     compiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
     began = time.perf_counter()
-    loops = [Loop(one, scale.device, count=4 * scale.batch) for one in (compiled, config)]
+    loops = [Loop(one, scale.device, count=EPOCH * scale.batch) for one in (compiled, config)]
     if loops[0].step.obstacle:
         pytest.skip(loops[0].step.obstacle)
     losses = loops[0].losses(10)

@@ -35,8 +35,8 @@ def test_augmentation_is_the_cpus(keys: dict[str, Any], scale: Scale, note: Note
     data = Data(image_size=SIDE, **keys)
     images = torch.randint(0, 256, (32, SIDE, SIDE, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     indices, epoch = torch.arange(32), torch.tensor(3)
-    there = [one.to(scale.device) for one in (images, indices, epoch)]
-    shown, wanted = augment(*there[:2], 1, there[2], data).cpu(), augment(images, indices, 1, epoch, data)
+    there, places, now = (one.to(scale.device) for one in (images, indices, epoch))
+    shown, wanted = augment(there, places, 1, now, data).cpu(), augment(images, indices, 1, epoch, data)
     off = (shown.int() - wanted.int()).abs()
     if keys is EXACT:
         assert not off.any()
@@ -46,7 +46,7 @@ def test_augmentation_is_the_cpus(keys: dict[str, Any], scale: Scale, note: Note
     )
     assert float((off > 1).float().mean()) < 1e-3  # where a rounded place is on another side of an edge
     for size in (32, 48, SIDE):
-        shown = network_input(*there[:2], 1, there[2], size, data).cpu()
+        shown = network_input(there, places, 1, now, size, data).cpu()
         far = (shown - network_input(images, indices, 1, epoch, size, data)).abs()
         note(f"network input of {size} pixels, greatest difference", float(far.max()))
         assert float((far > (1e-5 if keys is EXACT and size == SIDE else LEVEL)).float().mean()) < 1e-3

@@ -47,6 +47,8 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name, steps in {"EPOCH": 12, "WARM_UP": 14, "STEPS": 2, "PROFILED": 2}.items():
+        monkeypatch.setattr(rates, name, steps)
     block, depths, _ = resnet.BLOCKS[SMALL.arch]
     monkeypatch.setitem(resnet.BLOCKS, SMALL.arch, (block, depths, 8))
     monkeypatch.setattr(native, "library", lambda _: None)  # whose work a tape does not see
