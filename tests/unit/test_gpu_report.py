@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from hvd_eurosat.cluster import device
+from tests.gpu import conftest
 
 pytest_plugins = ["pytester"]
-CONFTEST = Path(__file__).parents[1] / "gpu" / "conftest.py"
+CONFTEST = Path(conftest.__file__)  # imported here, too, or pytester would have all that it imports imported again
 TESTS = """
 import json
 import os
