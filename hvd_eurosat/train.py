@@ -1,6 +1,6 @@
 """Train the modified ResNet-50, each rank on its share of the training images. This is the main job.
 
-horovodrun -np 8 python -m hvd_eurosat.train --config recipes/finetune.toml --data.root data
+horovodrun -np 8 python -m hvd_eurosat.train --config recipes/gpu.toml --data.root data
 """
 
 from __future__ import annotations

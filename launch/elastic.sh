@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts ranks by horovodrun over Gloo. When hosts are lost the others go on; hosts that come (back) join them.
 #
-#   launch/elastic.sh --hostfile hosts.txt --interface eth0 train --config recipes/finetune.toml \
+#   launch/elastic.sh --hostfile hosts.txt --interface eth0 train --config recipes/gpu.toml \
 #     --data.root data/EuroSAT_RGB
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts ranks on one host or several by horovodrun, over MPI (Open MPI 4, MPICH, Intel MPI) or over Gloo, without MPI.
 #
-#   launch/horovodrun.sh --hosts node1:8,node2:8 train --config recipes/finetune.toml --data.root data/EuroSAT_RGB
+#   launch/horovodrun.sh --hosts node1:8,node2:8 train --config recipes/gpu.toml --data.root data/EuroSAT_RGB
 #   HOROVOD_CONTROLLER=gloo launch/horovodrun.sh --hostfile hosts.txt --interface eth0 train --config …
 #
 #   --hosts LIST       host:slots,…; slots are the ranks a host takes, one for each GPU

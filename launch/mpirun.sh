@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Starts ranks on one host or several by Open MPI's mpirun, 4 or 5.
 #
-#   launch/mpirun.sh --hosts node1:8,node2:8 train --config recipes/finetune.toml --data.root data/EuroSAT_RGB
+#   launch/mpirun.sh --hosts node1:8,node2:8 train --config recipes/gpu.toml --data.root data/EuroSAT_RGB
 #   launch/mpirun.sh --hostfile hosts.txt --interface eth0 doctor
 #   launch/mpirun.sh train --config recipes/quickstart.toml --data.root data/sample
 #

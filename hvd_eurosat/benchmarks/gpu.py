@@ -19,11 +19,15 @@ KINDS: dict[str, dict[str, object]] = {
     "graphs": {"train.graphs": True, "train.compile": False},
     "compiled": {"train.graphs": True, "train.compile": True},
 }
-EPOCHS, PEER_SECONDS = 50, 600  # the peer's tutorial, on an A100
+RUN = "train"  # the kind of a job that is a whole run, and no steps alone
+EPOCHS = 50
+RUNS = (("bn+head", 64), ("bn+head", 512), ("head", 512))
+PEER_SIZE, PEER_IMAGES, PEER_SECONDS = 64, 25_380, 600  # its tutorial: as many epochs of EuroSAT, bn+head, on an A100
+COLUMNS = ("images/s", "launches", "GPU busy", "of bf16", "of memory", "MB", "fixed s", f"{EPOCHS} epochs, s")
 
 
 class Task(NamedTuple):
-    """One job: what trains, how its steps are launched, and the images of a step, in turn."""
+    """One job: what trains, how its steps are launched, and the images of a step, in turn; or one run for each size."""
 
     mode: str
     kind: str
@@ -48,6 +52,7 @@ def plan(images: int) -> list[Task]:
         for kind in ("graphs", "eager", "compiled")
         for mode in MODES
     ]
+    tasks[len(MODES) : len(MODES)] = [Task(mode, RUN, (size,) if size <= images else ()) for mode, size in RUNS]
     return [task for task in tasks if task.sizes]
 
 
@@ -59,35 +64,66 @@ def measure(launcher: Launcher, settings: GpuSettings, say: Callable[[str], None
     if not tasks:
         few = f"{settings.data.root} has {images} training images"
         raise UserError(f"benchmark gpu: {few}, fewer than the {SIZES[0]} of the smallest step")
-    found: dict[str, Any] = {"images": images, "cases": []}
+    found: dict[str, Any] = {"images": images, "cases": [], "runs": []}
     for number, task in enumerate(tasks, start=1):
         say(f"{number} of {len(tasks)}: {task.mode}, {task.kind}")
-        keys = {"modes": json.dumps([task.mode]), "sizes": json.dumps(task.sizes), **KINDS[task.kind]}
-        (of,) = launcher.measured("gpu_job", 1, settings.steps, launcher.threads(1), keys)
+        if task.kind == RUN:
+            fitting = {(case["mode"], case["size"]) for case in found["cases"] if "images_per_second" in case}
+            found["runs"] += [run(launcher, task.mode, size) for size in task.sizes if (task.mode, size) in fitting]
+            yield found
+            continue
+        keys = {"modes": json.dumps([task.mode]), "sizes": json.dumps(task.sizes), "train.epochs": EPOCHS}
+        (of,) = launcher.measured("gpu_job", 1, settings.steps, launcher.threads(1), keys | KINDS[task.kind])
         found |= {"GPU": of["GPU"], "precision": of["precision"], "peaks": of["peaks"]}
         found["cases"] += [case | {"mode": task.mode, "kind": task.kind} for case in of["cases"]]
         yield found
 
 
+def run(launcher: Launcher, mode: str, size: int) -> dict[str, Any]:
+    """A whole run of `train`: what trains, images a step, epochs, and its seconds."""
+    keys = {"model.trainable": mode, "train.batch_size": size, "train.epochs": EPOCHS, **KINDS["graphs"]}
+    return {"mode": mode, "size": size, "epochs": EPOCHS, "seconds": launcher.trained(keys)}
+
+
 def rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """The table: a case that found no room in the GPU's memory says so."""
+    """The table: steps, of which those that found no room in the GPU's memory say so; whole runs; and the peer's."""
     for case in found["cases"]:
-        row = {"mode": case["mode"], "what": case["kind"], "images a step": f"{case['size']:,}"}
+        row = _row(case["mode"], case["kind"], case["size"])
         if "images_per_second" not in case:
-            yield row | {"images/s": "too large"} | dict.fromkeys(FIGURES, "")
+            yield row | {"images/s": "too large"}
             continue
-        rate, fixed = case["images_per_second"], sum(case["fixed"].values())
-        steps = rate / case["size"]
-        figures = (
-            f"{case['launches']:,.0f}",
-            "" if case["busy"] is None else f"{100 * case['busy']:.0f} %",
-            f"{100 * case['flops'] * steps / found['peaks']['flops']:.0f} %",
-            f"{100 * case['bytes'] * steps / found['peaks']['bytes']:.0f} %" if case["kind"] != "compiled" else "",
-            f"{case['peak_mb']:,.0f}",
-            f"{fixed:.2f}",
-            f"{EPOCHS * (found['images'] / rate + fixed):,.0f}",
-        )
-        yield row | {"images/s": f"{rate:,.0f}"} | dict(zip(FIGURES, figures, strict=True))
+        yield row | _launched(case) | _bounds(case, found["peaks"])
+        if kept := case.get("kept"):
+            yield row | {"what": f"{case['kind']}, kept"} | _launched(kept)
+    for of in found["runs"]:
+        seconds, beside = of["seconds"]["all"], of["seconds"]["all"] - of["seconds"]["training"]
+        row = _row(of["mode"], RUN, of["size"]) | {"fixed s": f"{beside / of['epochs']:.2f}"}
+        yield row | _whole(of["epochs"] * found["images"], seconds)
+    yield _row("bn+head", "rmldnn on an A100", PEER_SIZE) | _whole(EPOCHS * PEER_IMAGES, PEER_SECONDS)
 
 
-FIGURES = ("launches", "GPU busy", "of bf16", "of memory", "MB", "fixed s", f"{EPOCHS} epochs, s")
+def _row(mode: str, what: str, size: int) -> dict[str, str]:
+    return {"mode": mode, "what": what, "batch": f"{size:,}"} | dict.fromkeys(COLUMNS, "")
+
+
+def _launched(case: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "images/s": f"{case['images_per_second']:,.0f}",
+        "launches": f"{case['launches']:,.0f}",
+        "GPU busy": "" if case["busy"] is None else f"{100 * case['busy']:.0f} %",
+    }
+
+
+def _bounds(case: Mapping[str, Any], peaks: Mapping[str, float]) -> dict[str, str]:
+    steps = case["images_per_second"] / case["size"]
+    compiled = case["kind"] == "compiled"  # fewer bytes than kernel by kernel
+    return {
+        "of bf16": f"{100 * case['flops'] * steps / peaks['flops']:.0f} %",
+        "of memory": "" if compiled else f"{100 * case['bytes'] * steps / peaks['bytes']:.0f} %",
+        "MB": f"{case['peak_mb']:,.0f}",
+        "fixed s": f"{sum(case['fixed'].values()):.2f}",
+    }
+
+
+def _whole(images: int, seconds: float) -> dict[str, str]:
+    return {"images/s": f"{images / seconds:,.0f}", COLUMNS[-1]: f"{seconds:,.0f}"}

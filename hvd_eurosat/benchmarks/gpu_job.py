@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -60,22 +61,44 @@ def measured(
     loop = Loop(world, settings, tree, images["train"], mode)
     if loop.step.obstacle:
         raise SharedError(f"train.compile: {loop.step.obstacle}")
-    for _ in range(settings.warm_up + capture.WARM_UP):
-        next(loop)
-    seconds = timed(loop, settings.steps)
-    events = roofline.profiled(lambda: [next(loop) for _ in range(PROFILED)])
     asked = roofline.work(settings, mode, len(tree.classes), size)
     return {
         "precision": loop.state.precision.name,
         "captured": loop.step.captured,
-        "images_per_second": settings.steps * size / seconds,
-        "launches": roofline.launches(events) / PROFILED,
-        "busy": roofline.busy(events),
+        **launched(loop, settings),
         "flops": asked.flops,
         "bytes": asked.bytes,
         "peak_mb": torch.cuda.max_memory_allocated() / 1e6,
         "fixed": fixed(loop, settings, images),
+        "kept": recalled(loop, settings) if loop.features.keeps else None,
     }
+
+
+def launched(loop: Loop, settings: GpuJobSettings) -> dict[str, Any]:
+    """Of the steps that the loop is fed with: images a second, what the host launches in one, the GPU's busy share."""
+    for _ in range(settings.warm_up + capture.WARM_UP):
+        next(loop)
+    seconds = timed(loop, settings.steps)
+    events = roofline.profiled(lambda: [next(loop) for _ in range(PROFILED)])
+    return {
+        "images_per_second": settings.steps * settings.train.batch_size / seconds,
+        "launches": roofline.launches(events) / PROFILED,
+        "busy": roofline.busy(events),
+    }
+
+
+def recalled(loop: Loop, settings: GpuJobSettings) -> dict[str, Any]:
+    """The same of an epoch whose features the first one has kept, which is trained before. The loop ends with it."""
+    step, state, batches = loop.step, loop.state, loop.batches
+    state.epoch = state.samples = 0
+    step.begin_epoch()
+    loop.feed(batches.epoch(0))
+    for _ in range(batches.steps()):
+        next(loop)
+    step.end_epoch()
+    state.epoch = again = loop.features.first
+    loop.feed(batch for _ in itertools.count() for batch in batches.epoch(again))
+    return launched(loop, settings)
 
 
 def timed(loop: Loop, steps: int) -> float:

@@ -30,6 +30,7 @@ from hvd_eurosat.data.packed import resolve_normalisation
 from hvd_eurosat.data.tree import Tree, open_tree
 from hvd_eurosat.model.resnet import Details, build
 from hvd_eurosat.training import capture
+from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_algorithms, choose_precision
@@ -96,7 +97,8 @@ class Loop:
         self.state = TrainingState(world, config, tree, model, precision)
         self.world = world
         self.clock = Clock(world.device)
-        self.step = Step(self.state, world, config, class_weights(config, images, len(tree.classes)))
+        self.features = Features(world, config, self.state, len(images), 0)
+        self.step = Step(self.state, world, config, class_weights(config, images, len(tree.classes)), self.features)
         self.step.stopwatch = self.clock
         if not self.step.captured:  # else it is one graph with the rest
             self.state.optimiser.register_step_pre_hook(lambda *_: self.clock.begin("optimiser"))
@@ -260,7 +262,8 @@ def time_validation(loop: Loop, settings: JobSettings, images: Images) -> float:
     """Seconds of the validation that follows an epoch. Collective."""
     began = time.perf_counter()
     with loop.state.averaged():
-        evaluate(loop.world, settings, loop.state.model, loop.state.precision, images, lambda: False)
+        of, kept = loop.state, loop.features.valid
+        evaluate(loop.world, settings, of.model, of.precision, images, lambda: False, kept=kept)
     return time.perf_counter() - began
 
 

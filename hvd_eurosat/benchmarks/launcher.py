@@ -20,11 +20,12 @@ from hvd_eurosat.cluster.hosts import is_here
 from hvd_eurosat.config.schema import ENV_PREFIX
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.run.status import read_status
 from hvd_eurosat.training.files import make_folder, write_text
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 RANK_LABEL = re.compile(r"^\[\d+\]<stderr>:\s*")  # horovodrun's
-ALONE = "gpu_job"  # a process by itself, which no launcher starts
+ALONE = ("gpu_job", "train")  # a process by itself, which no launcher starts
 Results = list[dict[str, Any]]
 
 
@@ -115,12 +116,44 @@ class Launcher:
         what = [f"--data={config.data.root}", f"--arch={config.model.arch}", f"--steps={steps}"]
         return self._run("baseline", ranks, threads, [*what, *sizes, *flags])
 
+    def trained(self, keys: Mapping[str, object]) -> dict[str, float]:
+        """Seconds of a whole run of `train`, by one rank and from random weights, as its own records have them: of its
+        "start_up"; after that of "all", of which "training" and "validation" are parts.
+        """
+        flags = [f"--{key}={value}" for key, value in {"train.precision": self.precision, **keys}.items()]
+        with self._folder() as out:
+            run = Path(out, "run")
+            words = ["hvd_eurosat.train", "--config", self.recipe, *flags, "--model.weights=none", "--run.dir", run]
+            self._start("train", 1, self.threads(1), words)
+            status = read_status(run)
+            events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        took = {kind: sum(of["seconds"] for of in events if of["event"] == kind) for kind in ("train", "valid")}
+        return {
+            "start_up": status["preparing_seconds"],
+            "all": status["updated"] - status["starts"][0]["time"],
+            "training": took["train"],
+            "validation": took["valid"],
+        }
+
     def _run(self, module: str, ranks: int, threads: int, words: list[object]) -> Results:
-        """Raises UserError or RunError, with the job's own words, where it fails; over Gloo always RunError."""
+        """What the ranks of a module of ours wrote."""
+        with self._folder() as out:
+            self._start(module, ranks, threads, [f"hvd_eurosat.benchmarks.{module}", *words, "--out", out])
+            return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
+
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        """For what a job writes."""
+        return tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-")
+
+    def _start(self, name: str, ranks: int, threads: int, module: list[object]) -> None:
+        """A job, until it has ended. module: with its words.
+
+        Raises UserError or RunError, with the job's own words, where it fails; over Gloo always RunError.
+        """
         begin: list[object] = [LAUNCH / ("horovodrun.sh" if self.gloo else "mpirun.sh"), "--np", ranks]
         for option, value in {"--hosts": self.settings.hosts, "--interface": self.settings.interface}.items():
             begin += [option, value] if value else []
-        if module == ALONE:
+        if name in ALONE:
             begin = []
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
         variables = {**inherited, "OMP_NUM_THREADS": str(threads)}  # what was configured is in the recipe
@@ -128,18 +161,15 @@ class Launcher:
             variables["CUDA_VISIBLE_DEVICES"] = ""  # of the baseline, too
         if self.gloo:
             variables["HOROVOD_CONTROLLER"] = "gloo"
-        with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix=".job-") as out:
-            program = [sys.executable, "-m", f"hvd_eurosat.benchmarks.{module}", *words, "--out", out]
-            status, errors = _finish([str(word) for word in (*begin, *program)], variables)
-            if status:
-                said = [RANK_LABEL.sub("", line) for line in errors.strip().splitlines()]
-                log = self.settings.folder / "benchmark.log"
-                write_text(log, errors)
-                unsaid = f"it ended with status {status}; what it said is in {log}"
-                error = next((line for line in said if line.startswith("error: ")), unsaid)
-                message = f"{module}, np {ranks}: {error.removeprefix('error: ')}"
-                raise UserError(message) if status == 2 else RunError(message)
-            return [json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(ranks)]
+        status, errors = _finish([str(word) for word in (*begin, sys.executable, "-m", *module)], variables)
+        if status:
+            said = [RANK_LABEL.sub("", line) for line in errors.strip().splitlines()]
+            log = self.settings.folder / "benchmark.log"
+            write_text(log, errors)
+            unsaid = f"it ended with status {status}; what it said is in {log}"
+            error = next((line for line in said if line.startswith("error: ")), unsaid)
+            message = f"{name}, np {ranks}: {error.removeprefix('error: ')}"
+            raise UserError(message) if status == 2 else RunError(message)
 
 
 def _finish(words: list[str], variables: dict[str, str]) -> tuple[int, str]:

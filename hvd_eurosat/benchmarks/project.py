@@ -153,7 +153,8 @@ def measure(launcher: Launcher, settings: ProjectSettings, say: Callable[[str], 
 def refuse(launcher: Launcher, settings: ProjectSettings, before: Mapping[str, Any]) -> None:
     """Raise UserError for what cannot be measured."""
     if not launcher.allows(2):
-        raise UserError("project times messages between two ranks, and there is room for one")
+        way_out = "give --hosts node1:1,node2:1, or --train.device cpu"
+        raise UserError(f"project times messages between two ranks, and there is room for one: {way_out}")
     if any(slots > 1 for slots in launcher.slots):
         raise UserError("project measures links, with one rank on each host: --hosts node1:1,node2:1")
     if settings.link and not launcher.slots:

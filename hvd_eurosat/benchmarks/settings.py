@@ -73,7 +73,8 @@ class DataSettings(StepSettings):
 class GpuSettings(StepSettings):
     """Images per second of one GPU: bn+head, all and head; 32 to 1,024 images a step; kernel by kernel, as CUDA graphs,
     and compiled. Beside each: how often the host launches something in a step, how busy the GPU is, which share of its
-    own bf16 and memory rates the step takes, and the seconds of an epoch that are not steps.
+    own bf16 and memory rates the step takes, and the seconds of an epoch that are not steps. Then whole runs of
+    `train`, of 50 epochs from random weights, with their seconds after start-up.
     """
 
 

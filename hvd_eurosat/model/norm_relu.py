@@ -1,14 +1,15 @@
-"""BatchNorm, the addition of a residual and ReLU in one, where that is faster: in training, on CPUs.
+"""BatchNorm, the addition of a residual and ReLU in one, where that is faster: on CPUs in training, and on GPUs.
 
-There each of them waits for main memory. As one, in C++, they read or write the activations eight times instead of
+Each of them waits for memory. On CPUs, as one, in C++, they read or write the activations eight times instead of
 thirteen (with a residual eleven instead of sixteen), forward and backward together: a step of bn+head takes a fifth
-less on a Xeon with AMX. It is on wherever it could be built.
+less on a Xeon with AMX. It is on wherever it could be built. For GPUs see norm_relu_gpu.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -20,15 +21,18 @@ from hvd_eurosat.model import native
 
 LIBRARY = "norm_relu"
 LANES = 16  # channels that the library works on at a time, at most
+MOST = 2**31  # numbers in one tensor, for the kernels count in 32 bits
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def norm_relu(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(norm(images) + residual), all [B, C, H, W]; the norm alone without `relu`.
 
-    In training updates norm's statistics; may skip its hooks.
+    In training updates norm's statistics (on GPUs but for the batches, see `count`); may skip its hooks.
     """
     if _is_fused(norm, images, residual):
+        if _is_on_gpu(images):
+            return cast(Tensor, _gpu().norm_relu(norm, images, residual, relu))
         bound = 0.0 if relu else -math.inf
         output: Tensor = _NormReLU.apply(images, residual, norm.weight, norm.bias, bound, norm)
         return output
@@ -56,9 +60,51 @@ def is_available() -> bool:
     return native.library(LIBRARY) is not None
 
 
+def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why they are not one on this device for images of this dtype, float32 or bfloat16; None if they are.
+
+    On a GPU the first call takes seconds.
+    """
+    if device.type == "cpu":
+        return None if is_available() else "that takes AVX2, and g++ 11 at set-up"
+    gpu = _gpu()
+    return cast("str | None", gpu.obstacle(device, dtype)) if gpu else "there is no Triton"
+
+
+@cache
+def _gpu() -> Any:
+    """The module of the kernels for GPUs, for which alone Triton is imported; None if there is no Triton."""
+    try:
+        from hvd_eurosat.model import norm_relu_gpu
+    except ImportError:
+        return None
+    return norm_relu_gpu
+
+
 def _is_fused(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not (images.is_cpu and norm.training and is_available()):
+    """Compiled code is inductor's, which fuses them by itself."""
+    if torch.compiler.is_compiling() or not _is_fit(norm, images, residual):
         return False
+    if not _is_on_gpu(images):
+        return images.is_cpu and norm.training and is_available()
+    if images.numel() >= MOST:
+        return False
+    if not norm.training and torch.is_grad_enabled() and _trains(norm.weight, norm.bias, images, residual):
+        return False  # a frozen layer between others that train, which is rare
+    return obstacle(images.device, images.dtype) is None
+
+
+def _is_on_gpu(images: Tensor) -> bool:
+    """And holds numbers: torch's fake tensors are of a class of their own."""
+    return images.is_cuda and type(images) is Tensor
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _is_fit(norm: nn.BatchNorm2d, images: Tensor, residual: Tensor | None) -> bool:
+    """Whether images, residual and norm are of the kind that the fused functions know."""
     if not (norm.affine and norm.weight.dtype == torch.float32 and norm.track_running_stats and norm.momentum):
         return False
     if images.dtype not in NAMES or images.shape[1] % LANES or images.numel() <= images.shape[1]:

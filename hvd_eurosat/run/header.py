@@ -20,8 +20,6 @@ from hvd_eurosat.training.schedule import image_size, peak_rate
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
 
-NOT_FUSED = ", BatchNorm and ReLU not fused: that takes AVX2, and g++ 11 at set-up"
-
 
 def header(
     world: World,
@@ -42,7 +40,7 @@ def header(
     return {
         "recipe": f"{config.config or 'defaults'} -> {config.run.path}",
         "world": f"{counted(world.size, 'rank')} ({world.local_size} on this node), "
-        f"{_device(world, step, state.model)}, {state.precision.name}"
+        f"{_device(world, step, state)}, {state.precision.name}"
         + (", compiled" if step.compiled else "")
         + (f", not compiled: {step.obstacle}" if step.obstacle else "")
         + (", steps as CUDA graphs" if step.captured else "")
@@ -75,9 +73,12 @@ def _kept(features: Features) -> dict[str, str]:
     return {"features": f"not kept: {features.obstacle}"} if features.obstacle else {}
 
 
-def _device(world: World, step: Step, model: nn.Module) -> str:
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_name(world.device)
-    could_be = not step.compiled and any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules())
-    lacking = NOT_FUSED if could_be and not norm_relu.is_available() else ""
+def _device(world: World, step: Step, state: TrainingState) -> str:
+    on_gpu = world.device.type == "cuda"
+    could_be = on_gpu or any(isinstance(m, nn.BatchNorm2d) and m.training for m in state.model.modules())
+    dtype = torch.bfloat16 if state.precision.name == "bf16" else torch.float32
+    obstacle = norm_relu.obstacle(world.device, dtype) if could_be and not step.compiled else None
+    lacking = f", BatchNorm and ReLU not fused: {obstacle}" if obstacle else ""
+    if on_gpu:
+        return torch.cuda.get_device_name(world.device) + lacking
     return f"{counted(world.threads, 'CPU thread')} each ({platform.machine()}{lacking})"

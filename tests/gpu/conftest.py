@@ -27,7 +27,8 @@ from tests.gpu.loop import WHOLE, Scale
 OUT = Path(os.environ.get("OUT", "runs/test-gpu"))
 MINUTES = 6
 GRACE = 15  # seconds after a test's limit, in which it may end by itself
-ORDER = ("test_machine", "test_step", "test_exchange", "test_runs", "test_rates")  # cheap and decisive ones first
+# Cheap and decisive ones first; the kernels of the last are in the steps of the others.
+ORDER = ("test_machine", "test_step", "test_exchange", "test_runs", "test_rates", "test_norm_relu")
 NOT_RUN = "not run"
 
 Note = Callable[[str, str | float | bool], None]

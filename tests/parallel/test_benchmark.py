@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from hvd_eurosat.benchmarks import launcher
+from hvd_eurosat.benchmarks.settings import GpuSettings
 from tests.parallel.conftest import HANGS, LAUNCHERS, SMALL, command, run, survivors, variables, wait_for
 
 JOB = "hvd_eurosat.benchmarks.job"
@@ -108,3 +111,16 @@ def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(
     job = run(words, CXX="/nowhere/g++")
     assert job.returncode == 2
     assert job.stderr.splitlines()[-1].endswith(" has no working /nowhere/g++")
+
+
+def test_a_whole_run_by_its_own_records(monkeypatch: pytest.MonkeyPatch, warm: str, data: Path, tmp_path: Path) -> None:
+    """That of `benchmark gpu`, which would download no weights; on cores."""
+    monkeypatch.setattr(sys, "executable", warm)
+    settings = GpuSettings(
+        model={"arch": "resnet18"}, data={"root": data, "image_size": 32}, run={"dir": tmp_path}, train={"epochs": 9}
+    )
+    began = time.perf_counter()
+    took = launcher.Launcher.of(settings).trained({"model.trainable": "head", "train.epochs": 2})
+    assert 0 < took["training"] + took["validation"] < took["all"] < time.perf_counter() - began
+    assert took["start_up"] > 0
+    assert not list(tmp_path.glob(".job-*"))

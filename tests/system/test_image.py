@@ -27,6 +27,13 @@ def test_what_is_in_it(image: Image) -> None:
     assert image.size() < 7
 
 
+def test_it_has_the_libraries_of_infiniband(image: Image) -> None:
+    """NCCL opens them as it starts, and in silence takes TCP where they are not."""
+    libraries = ("libibverbs.so.1", "librdmacm.so.1", "libmlx5.so.1")  # the last is a driver's, of those that are many
+    opened = image.run("python", "-c", f"import ctypes; list(map(ctypes.CDLL, {libraries}))")
+    assert opened.returncode == 0, opened.stderr
+
+
 def test_its_entry_point(image: Image) -> None:
     assert "python -m hvd_eurosat.<verb>" in image.run("--help").stdout
     assert "--train.epochs" in image.run("train", "--help").stdout

@@ -278,6 +278,7 @@ def test_the_model_is_fitted_checked_and_projected(tmp_path: Path) -> None:
         (("step", "--hosts", "a:many"), "--hosts: 'a:many' is no host: write name:slots"),
         (("scaling", "--cores", "5000"), "--cores 5000: this machine has "),
         (("project", "--hosts", "a:8,b:8"), "with one rank on each host"),
+        (("project", "--hosts", "a:1"), "room for one: give --hosts node1:1,node2:1, or --train.device cpu"),
         (("project", "--link", "1"), "--hosts node1:1,node2:1"),
         (("project", "--link", "1", "--hosts", "a:1,b:1"), "fit it first, by project over MPI without --link"),
     ],

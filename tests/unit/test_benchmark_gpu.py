@@ -18,16 +18,18 @@ from hvd_eurosat.benchmarks.settings import GpuJobSettings, GpuSettings
 from hvd_eurosat.cluster import device
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.errors import UserError
+from hvd_eurosat.model.resnet import LandCoverResNet
 from tests.unit.conftest import Grow
 from tests.unit.test_keys import grow_tree, here
 
 
 def test_the_plan() -> None:
-    tasks = gpu.plan(25_380)
+    tasks = [task for task in gpu.plan(25_380) if task.kind != gpu.RUN]
     assert sorted((task.mode, task.kind) for task in tasks) == sorted((mode, kind) for mode in MODES for kind in KINDS)
     assert {task.sizes for task in tasks if task.kind != "compiled"} == {SIZES}
     assert {task.sizes for task in tasks if task.kind == "compiled"} == {(64, 512)}
     assert tasks[0] == ("bn+head", "graphs", SIZES)
+    assert gpu.plan(25_380)[3:6] == [(mode, gpu.RUN, (size,)) for mode, size in gpu.RUNS]
     assert {task.sizes for task in gpu.plan(100)} == {(32, 64), (64,)}
     assert {task.kind for task in gpu.plan(40)} == {"graphs", "eager"}
     assert not gpu.plan(31)
@@ -83,17 +85,21 @@ PEAKS = {"flops": 8e14, "bytes": 4e12}
 
 
 class Planted:
-    """A launcher whose jobs found this: 1,000 steps a second, whatever the size; 1,024 images do not fit."""
+    """A launcher whose jobs found this: 1,000 steps a second, whatever the size, if it fits: below `limit` images."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 1024) -> None:
+        self.limit = limit
         self.keys: list[dict[str, Any]] = []
+        self.runs: list[dict[str, Any]] = []
 
     def threads(self, ranks: int) -> int:
         return 1
 
     def measured(self, module: str, ranks: int, steps: int, threads: int, keys: dict[str, Any]) -> list[dict[str, Any]]:
         assert (ranks, module) == (1, "gpu_job")
+        assert keys["train.epochs"] == gpu.EPOCHS
         self.keys.append(keys)
+        (mode,) = json.loads(keys["modes"])
         cases = [
             {
                 "size": size,
@@ -104,11 +110,16 @@ class Planted:
                 "bytes": 2e9,
                 "peak_mb": 1234.0,
                 "fixed": {"order": 0.05, "validation": 0.1, "snapshot": 0.05},
+                "kept": {"images_per_second": 9e6, "launches": 2.0, "busy": None} if mode == "head" else None,
             }
             for size in json.loads(keys["sizes"])
         ]
-        cases = [case if case["size"] < 1024 else {"size": 1024} for case in cases]
+        cases = [case if case["size"] < self.limit else {"size": case["size"]} for case in cases]
         return [{"GPU": "NVIDIA H200", "precision": "bf16", "peaks": PEAKS, "cases": cases}]
+
+    def trained(self, keys: dict[str, Any]) -> dict[str, float]:
+        self.runs.append(keys)
+        return {"start_up": 9.0, "all": 20.0, "training": 15.0, "validation": 4.0}
 
 
 @pytest.fixture
@@ -128,11 +139,22 @@ def test_the_table(
     assert [json.loads(keys["modes"]) for keys in launcher.keys] == [[mode] for mode in MODES] * 3
     assert [keys["train.graphs"] for keys in launcher.keys] == [True] * 3 + [False] * 3 + [True] * 3
     assert [keys["train.compile"] for keys in launcher.keys] == [False] * 6 + [True] * 3
-    row = next(gpu.rows(found))
-    assert list(row.values()) == [
-        "bn+head", "graphs", "32", "32,000", "840", "25 %", "10 %", "50 %", "1,234", "0.20", "10",
+    ran = {"model.trainable": "bn+head", "train.batch_size": 64, "train.epochs": 50} | KINDS["graphs"]
+    assert launcher.runs == [ran]  # of 64 images no step has 512
+    rows = list(gpu.rows(found))
+    assert len({tuple(row) for row in rows}) == 1
+    assert list(rows[0].values()) == [
+        "bn+head", "graphs", "32", "32,000", "840", "25 %", "10 %", "50 %", "1,234", "0.20", "",
     ]  # fmt: skip
-    assert next(row for row in gpu.rows(found) if row["what"] == "compiled")["of memory"] == ""
+    assert next(row for row in rows if row["what"] == "compiled")["of memory"] == ""
+    kept = [row for row in rows if row["what"].endswith(", kept")]
+    assert {row["mode"] for row in kept} == {"head"}
+    assert [kept[0][name] for name in ("images/s", "launches", "GPU busy", "fixed s")] == ["9,000,000", "2", "", ""]
+    nothing = [""] * 5
+    assert [list(row.values()) for row in rows[-2:]] == [
+        ["bn+head", "train", "64", "160", *nothing, "0.10", "20"],
+        ["bn+head", "rmldnn on an A100", "64", "2,115", *nothing, "", "600"],
+    ]
     found["cases"][1]["busy"] = None
     assert list(gpu.rows(found))[1]["GPU busy"] == ""
     found["cases"].append({"size": 1024, "mode": "all", "kind": "eager"})
@@ -140,7 +162,16 @@ def test_the_table(
     results.show("gpu", results.read_results(tmp_path)["gpu"])
     said = capsys.readouterr().out
     assert "too large" in said
-    assert all(name in said for name in gpu.FIGURES)
+    assert "rmldnn" in said
+    assert all(name in said for name in gpu.COLUMNS)
+
+
+def test_no_run_of_batches_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    monkeypatch.setattr(device, "visible", lambda: (1, ""))
+    launcher = Planted(limit=64)
+    *_, found = gpu.measure(launcher, GpuSettings(data={"root": data}), lambda _: None)
+    assert not launcher.runs
+    assert [row["images/s"] for row in gpu.rows(found)][:2] == ["32,000", "too large"]
 
 
 def test_cores_are_refused_in_a_line(
@@ -191,6 +222,17 @@ def test_a_case_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     }
     for name, stand_in in nothing.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    calls: list[int] = []
+    whole: list[int] = []
+    features, timed = LandCoverResNet.features, gpu_job.timed
+    monkeypatch.setattr(LandCoverResNet, "features", lambda *given: (calls.append(1), features(*given))[1])
+
+    def counted(loop: job.Loop, steps: int) -> float:
+        before, seconds = len(calls), timed(loop, steps)
+        whole.append(len(calls) - before)
+        return seconds
+
+    monkeypatch.setattr(gpu_job, "timed", counted)
     profile = [Event("cudaLaunchKernel", False, 0, 1)] * 10
     monkeypatch.setattr(roofline, "profiled", lambda task: (task(), profile)[1])
     keys = {"arch": "resnet18", "weights": "none"}
@@ -210,3 +252,5 @@ def test_a_case_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found["flops"] == roofline.work(settings, "head", 2, 4).flops
     assert found["fixed"].keys() == {"order", "validation", "snapshot"}
     assert not found["captured"]
+    assert found["kept"]["images_per_second"] > 0
+    assert whole == [2, 0]  # of the two steps that are timed, first as they begin, then with features kept

@@ -138,6 +138,15 @@ def test_gpus_of_others_do_not_count(machine: Machine, tmp_path: Path, monkeypat
     assert str(devices.choose("auto", 0)) == "cpu"
 
 
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (8, 8)])
+def test_the_ranks_that_a_machine_is_for(monkeypatch: pytest.MonkeyPatch, gpus: int, ranks: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    devices.visible.cache_clear()
+    assert node.ranks_here() == ranks
+    devices.visible.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "built", "runs"),
     [
@@ -210,12 +219,6 @@ def test_ranks_are_all_on_gpus_or_all_on_cores() -> None:
     assert said
     assert said.startswith("rank 2 (b) of 3 has no GPU, which the others have: leave such hosts out, or train all on ")
     assert str(node.alike([gpu, cores, cores])).startswith("rank 1 (b) and 1 others of 3 have no GPU")
-
-
-@pytest.mark.parametrize(("usable", "ranks"), [(0, 2), (1, 1), (8, 8)])
-def test_how_many_ranks_a_machine_is_for(machine: Machine, usable: int, ranks: int) -> None:
-    machine(files=usable, usable=usable)
-    assert node.ranks_here() == ranks
 
 
 @pytest.mark.parametrize(("threads", "compilers"), [(3, "3"), (64, "8")])

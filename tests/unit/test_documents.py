@@ -119,6 +119,21 @@ def keys(schema: type[Settings]) -> Iterator[str]:
         yield from (f"{section}.{key}" for key in getattr(field.annotation, "model_fields", ()))
 
 
+def test_gpus_train_by_their_own_recipe() -> None:
+    """Wherever a command asks for GPUs; and where it leaves its arguments out, they are named beside it."""
+    launchers = [path for path in (*ROOT.glob("launch/**/*"), ROOT / "docker" / "Dockerfile") if path.is_file()]
+    found = 0
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *launchers):
+        text = re.sub(r"\\\n#?\s*", " ", path.read_text())
+        asking = [line for line in text.splitlines() if re.search(r"--gpus|--nv |node1:8.* train", line)]
+        for line in asking:
+            assert "recipes/finetune.toml" not in line, f"{path.name}: {line}"
+        if path.suffix == ".md" and any("train" in line and "…" in line for line in asking):
+            assert "--config recipes/gpu.toml" in text, path.name
+        found += len(asking)
+    assert found > 10
+
+
 def test_every_promise_has_its_test() -> None:
     _, code = split((ROOT / "docs" / "reliability.md").read_text())
     defined = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))

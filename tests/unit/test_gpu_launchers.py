@@ -1,4 +1,5 @@
-"""What the launch scripts do about GPUs: programs that only note how they were called stand in for mpirun and srun."""
+"""What the launch scripts and make do about GPUs: programs that only note how they were called stand in for mpirun and
+srun."""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ PER_TASK = {
     "SLURM_CPUS_PER_TASK": "8",
     "SRUN_CPUS_PER_TASK": "8",
 }
+
+TORCH = "cuda = type('cuda', (), {'is_available': lambda: GPUS > 0, 'device_count': lambda: GPUS})\n"  # enough of it
 
 Start = Callable[..., tuple[list[str], dict[str, str]]]
 
@@ -60,21 +63,6 @@ def test_as_many_ranks_as_the_machine_is_for(start: Start) -> None:
     assert words[words.index("-H") + 1] == "localhost:2"
 
 
-def test_make_starts_as_many_ranks_too(tmp_path: Path) -> None:
-    """Of a machine with three GPUs, by what its Python says; a number that is given wins."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text('#!/bin/sh\ncase "$2" in *ranks_here*) echo 3; esac\n')
-    (tmp_path / "bin" / "python").chmod(0o755)
-
-    def ranks(*words: str) -> set[str]:
-        command = ["make", "--dry-run", "train", "bench", "map", f"SETUP_VENV={tmp_path}", *words]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        return set(re.findall(r"mpirun -np (\S*)", said))
-
-    assert ranks() == {"3"}
-    assert ranks("NP=4") == {"4"}
-
-
 @pytest.mark.parametrize(
     ("hosts", "chosen", "forwarded"),
     [("localhost:2", "0,1", True), ("a:2,b:2", "0,1", False), ("a:2,b:2", "", True)],
@@ -99,3 +87,25 @@ def test_every_rank_sees_all_gpus_of_its_node(start: Start, launcher: str, per_t
     if launcher == "srun":
         assert {"--gpu-bind=none", "--kill-on-bad-exit=1"} <= set(words)
         assert ("--cpus-per-task=8" in words) == bool(per_task)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "ranks"), [(0, (), 2), (1, (), 1), (8, (), 8), (8, ("NP=4",), 4), (1, ("NP=2",), 2)]
+)
+def test_ranks_of_make(tmp_path: Path, gpus: int, given: tuple[str, ...], ranks: int) -> None:
+    """With a torch that sees so many GPUs. A projection takes two ranks: with one, `make bench` does without."""
+    (tmp_path / "torch.py").write_text(f"GPUS = {gpus}\n{TORCH}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    theirs = ("MAKE", "MFLAGS", "NP", "DATA", "RECIPE", "ARGS")  # of a make that runs these tests
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
+    words = ["make", "-n", "train", "bench", f"SETUP_VENV={tmp_path}", *given]
+    said = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"mpirun -np (\S+) .* -m hvd_eurosat\.(train|benchmark step)", said) == [
+        (str(ranks), "train"),
+        (str(ranks), "benchmark step"),
+    ]
+    measured = re.findall(r"hvd_eurosat\.benchmark (\w+)", said)
+    assert measured == ["step", "scaling", *(["project"] if ranks > 1 else []), "memory"]
+    assert ("no projection" in said) == (ranks == 1)

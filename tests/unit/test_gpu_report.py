@@ -98,7 +98,9 @@ def test_what_was_found_failed_and_was_not_run(folder: pytest.Pytester, monkeypa
 
 def test_the_decisive_ones_come_first(folder: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    folder.makepyfile(**dict.fromkeys(("test_rates", "test_new", "test_step", "test_machine"), "def test_it(): ..."))
+    folder.makepyfile(
+        **dict.fromkeys(("test_norm_relu", "test_new", "test_step", "test_machine"), "def test_it(): ...")
+    )
     said = folder.runpytest_inprocess("--collect-only", "-q", "-p", "no:cacheprovider").stdout.lines
     files = [line.partition(".py::")[0] for line in said if "::" in line]
-    assert files == ["test_machine", "test_step", "test_rates", "test_new"]
+    assert files == ["test_machine", "test_step", "test_norm_relu", "test_new"]

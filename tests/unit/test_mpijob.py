@@ -99,6 +99,7 @@ def test_the_numbers_fit_together(job: dict[str, Any]) -> None:
     assert worker["resources"]["limits"]["nvidia.com/gpu"] == slots
     assert launcher["command"][launcher["command"].index("-np") + 1] == str(slots * replicas["Worker"]["replicas"])
     assert launcher["image"] == worker["image"]
+    assert "recipes/gpu.toml" in launcher["args"]
 
 
 @pytest.mark.parametrize(
