@@ -53,7 +53,7 @@ test-faults: setup ## the whole fault suite (docs/reliability.md)
 test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
-test-gpu: setup ## the step on a GPU, and how fast it is: some minutes; skipped where there is none
+test-gpu: setup ## on a GPU: step, exchange, runs and rates, in six minutes at most; skipped where there is none
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 bench: setup data/$(NAME) ## the benchmark: step with NP ranks, scaling, projection, memory; hours (ARGS="--steps 5": less)

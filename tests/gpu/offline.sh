@@ -23,7 +23,8 @@ PATCHES=200   # of each class
 # All that tests/gpu, train and benchmark import but torch, with cmake and what else builds Horovod. What the machine
 # has is not installed.
 NEEDED=(numpy pillow psutil pydantic pydantic-settings rich tomli-w prometheus-client jinja2 matplotlib h5py safetensors
-  pytest pytest-timeout cloudpickle cffi packaging pyyaml 'setuptools<81' wheel cmake)
+  protobuf absl-py pytest pytest-timeout cloudpickle cffi packaging pyyaml 'setuptools<81' wheel cmake)
+ALONE=tensorboard # with as much of what it requires as writes its files: the rest serves pages, in 20 MB
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -76,6 +77,7 @@ END
   pinned >"$WORK/constraints.txt"
   fetch --only-binary :all: --python-version "$VERSION" --implementation cp "${PLATFORMS[@]}" \
     --constraint "$WORK/constraints.txt" "${NEEDED[@]}"
+  fetch --only-binary :all: --no-deps --constraint "$WORK/constraints.txt" "$ALONE"
   horovod=$(grep '^horovod==' "$WORK/constraints.txt")
   fetch --no-binary :all: --no-deps --no-build-isolation "$horovod"
   mv "$PACK"/wheels/horovod-*.tar.gz "$PACK"
@@ -97,10 +99,11 @@ END
     (cd "$ROOT" && "$PYTHON" -m hvd_eurosat.prepare --source "$WORK/part.zip" --out "$PACK/EuroSAT_2000" >/dev/null)
   fi
 
-  # Smaller by half: compressed as a whole, not file by file in each wheel, and without two programs as large as cmake.
+  # Smaller by half: compressed as a whole, not file by file in each wheel, and without two programs as large as cmake
+  # and TensorBoard's pages.
   "$PYTHON" - "$PACK"/wheels/*.whl <<'END'
 import os, sys, zipfile
-SPARED = ("cmake/data/bin/ctest", "cmake/data/bin/cpack")
+SPARED = ("cmake/data/bin/ctest", "cmake/data/bin/cpack", "tensorboard/webfiles.zip")
 for path in sys.argv[1:]:
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(path + ".new", "w") as new:
         for info in old.infolist():

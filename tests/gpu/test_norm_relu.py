@@ -7,6 +7,7 @@ but those that want a real one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from hvd_eurosat.model import norm_relu as module
 from hvd_eurosat.model.norm_relu import norm_relu
 from tests.gpu.conftest import Note
+from tests.gpu.loop import Loop, Scale, configuration
+from tests.gpu.test_step import PRECISIONS
 
 kernels: Any = pytest.importorskip("hvd_eurosat.model.norm_relu_kernels", reason="there is no Triton")
 norm_relu_gpu: Any = pytest.importorskip("hvd_eurosat.model.norm_relu_gpu")
@@ -239,40 +242,28 @@ def test_a_graph_gives_the_same_bits() -> None:
 
 
 @on_a_gpu
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("trainable", ["bn+head", "all"])
-def test_a_step_is_that_of_torchs_operators(trainable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32, by its gradients."""
-    from tests.gpu.test_step import Loop, configuration
-
+def test_a_step_is_that_of_torchs_operators(trainable: str, scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, by its gradients, within what test_step.py allows."""
     gradients = []
     for obstacle in (None, "not wanted"):
         monkeypatch.setattr(module, "obstacle", lambda *_, said=obstacle: said)
-        loop = Loop(configuration("sgd", trainable), torch.device("cuda", 0), graphs=False)
+        loop = Loop(configuration(scale, "sgd", trainable), scale.device, graphs=False)
         loop.losses(1)
         gradients.append(torch.cat(loop.step.gradients.buffers).double())
-    assert apart(*gradients) < 1e-3
+    assert apart(*gradients) < PRECISIONS["fp32"][1]
 
 
 @on_a_gpu
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("size", [64, 512])
-def test_how_fast_it_is(size: int, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("times", [4, 32])
+def test_how_fast_it_is(times: int, scale: Scale, note: Note, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of bn+head in bf16 as graphs, with the kernels and with torch's operators: which is faster decides."""
-    from tests.gpu.test_step import Loop, configuration
-
-    rates = {}
+    scale = dataclasses.replace(scale, batch=times * scale.batch)
     for name, obstacle in (("Triton's kernels", None), ("torch's operators", "not wanted")):
         monkeypatch.setattr(module, "obstacle", lambda *_, said=obstacle: said)
-        config = configuration("adam", "bn+head", batch_size=size, precision="bf16")
-        loop = Loop(config, torch.device("cuda", 0), count=4 * size)
+        loop = Loop(configuration(scale, precision="bf16"), scale.device, count=30 * scale.batch)
         loop.losses(8)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(20):
-            next(loop.steps)
-        end.record()
-        torch.cuda.synchronize()
-        rates[name] = 20 * size / begin.elapsed_time(end) * 1000
-        note(f"bn+head, batches of {size}, graphs, BatchNorm by {name}: images/s", rates[name])
-    assert min(rates.values()) > 0
+        rate = 20 * scale.batch / loop.seconds(20)
+        note(f"bn+head, batches of {scale.batch}, graphs, BatchNorm by {name}: images/s", rate)

@@ -40,6 +40,7 @@ build_horovod() { # for one GPU or horovodrun over Gloo; no MPI is needed
 if [[ ! -f $HERE/finished ]]; then
   "${PYTHON:-python3}" -m venv --system-site-packages "$VENV"
   install --find-links "$HERE/wheels" --requirement "$HERE/requirements.txt"
+  install --find-links "$HERE/wheels" --no-deps tensorboard # offline.sh packs no more of it
   build_horovod
   cd "$HERE/project"
   "$VENV/bin/python" -m hvd_eurosat.prepare --source sample --out "$HERE/sample" --ratios 80,10,10 >/dev/null

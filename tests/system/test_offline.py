@@ -50,7 +50,7 @@ def test_a_pack_is_enough_beside_torch(tmp_path: Path) -> None:
     status, said = run("-m", "pytest", "--collect-only", "-q", "tests/gpu")
     assert status == 0, said
     assert any(line.startswith("tests/gpu/test_") for line in said)
-    names = "numpy, h5py, matplotlib.pyplot, hvd_eurosat.train, hvd_eurosat.benchmarks.gpu_job"
+    names = "numpy, h5py, matplotlib.pyplot, torch.utils.tensorboard, hvd_eurosat.train, hvd_eurosat.benchmarks.gpu_job"
     status, said = run("-c", f"import {names}; print(numpy.__file__)")
     assert status == 0, said
     assert said[-1].startswith(str(tmp_path / "offline/venv"))

@@ -18,17 +18,18 @@ from torch.utils._pytree import tree_leaves
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Data, Model, Optim, Run, Train, mixes
-from hvd_eurosat.data.batches import Draw, Images, TrainBatches
+from hvd_eurosat.data.batches import Draw, Images, TrainBatches, ordered_batches
 from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model.resnet import LandCoverResNet, build
 from hvd_eurosat.run.header import header
-from hvd_eurosat.training import capture, large_batch
+from hvd_eurosat.training import capture, large_batch, metrics
 from hvd_eurosat.training.capture import KEPT, WARM_UP, Captured, Graphs
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.gradients import GradientBuckets
+from hvd_eurosat.training.inference import Network
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step
@@ -231,6 +232,12 @@ def test_why_a_step_is_not_captured(kind: str, keys: dict[str, Any], why: str | 
     assert capture.obstacle(on(kind), configuration(**keys)) == why
 
 
+def test_a_torch_that_is_too_old_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose graphs would be broken by what Horovod's threads call meanwhile."""
+    monkeypatch.setattr(torch.cuda, "graph", lambda cuda_graph, pool=None, stream=None: None)
+    assert capture.obstacle(on("cuda"), configuration()) == f"torch {torch.__version__} is too old"
+
+
 @pytest.mark.parametrize(
     ("why", "said"),
     [(None, ", steps as CUDA graphs"), ("", ""), ("torch is too old", ", steps not as CUDA graphs: torch is too old")],
@@ -289,3 +296,22 @@ def test_all_that_is_captured_is_on_the_device(keys: dict[str, Any], monkeypatch
             step._forward_and_backward(size, drawn)
         step._update(True)
         assert {tensor.device.type for tensor in (step._found, step._sums, model.fc.weight)} == {"cuda"}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("views", [1, 8])
+def test_an_evaluation_is_on_the_device(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the host asks for no number before its sums are whole: fake tensors of a GPU refuse both."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**30))
+    world, config = on("cuda"), configuration()
+    with FakeTensorMode():
+        images = Images(packed(), world.device)
+        with world.device:
+            model = LandCoverResNet("resnet18", CLASSES, config.model.trainable).eval()
+        network, kept = Network(model, config.data, Precision("fp32"), views), {}
+        for temperature in (1.0, 1.5):  # the second time by what the head saw the first time
+            batches = ordered_batches(images, 4)
+            loss, confusion, bins, _ = metrics._evaluate(world, network, batches, lambda: False, temperature, kept)
+            assert {tensor.device.type for tensor in (loss, confusion, bins)} == {"cuda"}
+    assert {feature.device.type for features in kept.values() for feature in features} == {"cuda"}
+    assert [len(features) for features in kept.values()] == [views, views]

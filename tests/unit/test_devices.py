@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from hvd_eurosat.cluster import device as devices
-from hvd_eurosat.cluster import node
+from hvd_eurosat.cluster import job, node
 from hvd_eurosat.cluster.node import Place
+from hvd_eurosat.cluster.world import World
 from hvd_eurosat.diagnosis import checks
 from hvd_eurosat.diagnosis.facts import Facts, Mpirun
 from hvd_eurosat.errors import UserError
@@ -218,6 +219,18 @@ def test_ranks_are_all_on_gpus_or_all_on_cores() -> None:
     assert said
     assert said.startswith("rank 2 (b) of 3 has no GPU, which the others have: leave such hosts out, or train all on ")
     assert str(node.alike([gpu, cores, cores])).startswith("rank 1 (b) and 1 others of 3 have no GPU")
+
+
+@pytest.mark.parametrize(("threads", "compilers"), [(3, "3"), (64, "8")])
+def test_a_rank_has_few_compilers(threads: int, compilers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own number is 32 for each rank of a node."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(node, "threads", lambda _: threads)
+    monkeypatch.setattr(node, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    assert job._placed(world, "cpu").threads == threads
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == compilers
 
 
 def test_a_gpu_wants_cores(monkeypatch: pytest.MonkeyPatch) -> None:
