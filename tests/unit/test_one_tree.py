@@ -279,6 +279,7 @@ def ways(alone: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
         config=load(["--data.image_size", str(SIDE)]).model_dump(mode="json"),
         build_model=lambda device: model,
         views=lambda asked: 1,
+        batch_size=lambda asked, device: 128,
         temperature=lambda views: 1.0,
     )
     open_images = batches.open_images
