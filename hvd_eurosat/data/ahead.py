@@ -1,4 +1,4 @@
-"""What is wanted soon: results that a thread makes meanwhile, and rows of a mapped file, asked for from disk."""
+"""What is wanted soon: results that threads make meanwhile, and rows of a mapped file, asked for from disk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ PIECE = 128 << 10  # bytes: of more, Linux may read only the beginning
 Item = TypeVar("Item")
 
 
-def in_a_thread(works: Iterable[Callable[[], Item]], in_hand: int) -> Generator[Item, None, None]:
-    """What each of `works` gives, in order, by a thread that has `in_hand` more of them. Their errors are raised."""
-    with ThreadPoolExecutor(1, "ahead") as thread:
+def in_threads(
+    works: Iterable[Callable[[], Item]], in_hand: int, threads: int = 1, begin: Callable[[], object] = lambda: None
+) -> Generator[Item, None, None]:
+    """What each of `works` gives, in order, by threads that have `in_hand` more of them. Their errors are raised.
+
+    begin: called first in each thread.
+    """
+    with ThreadPoolExecutor(threads, "ahead", begin) as pool:
         begun: deque[Future[Item]] = deque()
         for work in works:
-            begun.append(thread.submit(work))
+            begun.append(pool.submit(work))
             if len(begun) > in_hand:
                 yield begun.popleft().result()
         while begun:

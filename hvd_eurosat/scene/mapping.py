@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.data.ahead import in_a_thread
+from hvd_eurosat.data.ahead import in_threads
 from hvd_eurosat.data.augment import resized
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.parts import NONE, Parts
@@ -25,6 +25,8 @@ from hvd_eurosat.scene.source import Scene
 from hvd_eurosat.scene.windows import Block
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Network, answer, temper
+
+AT_ONCE = 8  # batches on cores, some 100 MB each; with more cores, several share a batch
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def map_blocks(
     try:
         # It is the reading thread that ticks: who waits for it cannot tell a disk that hangs from one that is slow.
         reads = (partial(read_block, scene, plan, plan.blocks[index], world.tick) for index in mine)
-        for read in in_a_thread(reads, 1):
+        for read in in_threads(reads, 1):
             values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
             if values is None:
                 parts.stop()
@@ -119,7 +121,6 @@ def preview(pixels: NDArray[np.uint8], masked: NDArray[np.bool_], block: Block, 
     return np.stack(means, 2)
 
 
-@torch.no_grad()
 def classify(
     network: Mapper,
     plan: Plan,
@@ -131,21 +132,43 @@ def classify(
 
     The block goes to the device once. Its batches depend on the block alone.
     """
+    if stop():
+        return None
     block, windows = read.block, plan.windows
     pixels = send(read.pixels, network.device)
     rows, columns = np.nonzero(read.classified)
     tops, lefts = windows.tops[block.first : block.end][rows] - block.top, windows.lefts[columns]
     values = np.full((read.classified.size, 1 + network.model.fc.out_features), NONE, np.uint8)
+
+    def work(batch: NDArray[np.int64]) -> Tensor:
+        return judge(network, cut(pixels, tops[batch], lefts[batch], windows.side))
+
     answers = []
-    for batch in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / plan.batch_size) or 1):
+    batches = split(len(rows), plan.batch_size, network.device)
+    for judged in at_once((partial(work, batch) for batch in batches), network.device):
+        answers.append(judged)
+        progress()
         if stop():
             return None
-        if len(batch):
-            answers.append(judge(network, cut(pixels, tops[batch], lefts[batch], windows.side)))
-        progress()
-    if len(rows):
+    if answers:
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
     return values
+
+
+def split(count: int, batch_size: int, device: torch.device) -> list[NDArray[np.int64]]:
+    """The batches of so many windows, as indices; on cores a multiple of AT_ONCE, so that all threads end together."""
+    together = AT_ONCE if device.type == "cpu" else 1
+    batches = math.ceil(count / (batch_size * together)) * together
+    return np.array_split(np.arange(count), min(batches, count)) if count else []
+
+
+def at_once(works: Iterator[Callable[[], Tensor]], device: torch.device) -> Iterator[Tensor]:
+    """What each gives, in order. On cores many go on at a time: threads that share one would wait at every layer."""
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = min(cores, AT_ONCE)
+    if threads == 1:
+        return (work() for work in works)
+    return in_threads(works, threads, threads, partial(torch.set_num_threads, cores // threads))
 
 
 def send(pixels: NDArray[Any], device: torch.device) -> Tensor:
@@ -160,6 +183,7 @@ def cut(pixels: Tensor, tops: NDArray[np.int64], lefts: NDArray[np.int64], side:
     return torch.stack(views)  # row by row; indexing by tensors goes number by number
 
 
+@torch.no_grad()
 def judge(network: Mapper, images: Tensor) -> Tensor:
     """The class and the percents of each image [N, bands, S, S], as uint8 [N, 1 + classes] on its device.
 

@@ -7,7 +7,7 @@ python -m tests.parallel.mapped patches --checkpoint FILE --data ROOT --ms EuroS
 python -m tests.parallel.mapped tile --checkpoint FILE --ms EuroSAT_MS_100.zip --driver COG|JP2OpenJPEG --out FILE
     a scene of 10,980 x 10,980 pixels of 10 m (--side N: of fewer), uint16, B04, B03 and B02, of the patches over and
     over, drawn where FILE is not there: how fast is it mapped, beside the network alone, which is shown the same
-    windows in the same batches from memory, before and after? How much memory does that take?
+    windows from memory in the batches of `predict`, before and after? How much memory does that take?
 python -m tests.parallel.mapped ranks …      (as for tile)
     the same scene as one job of two ranks, beside its halves as two jobs at a time, before and after.
 python -m tests.parallel.mapped kills --checkpoint FILE --scene FILE … [--seed N]      (as for `map`, without --out)
@@ -238,9 +238,8 @@ def beside_network(folder: Path, words: Sequence[str]) -> None:
     after = alone()
     rate, network = found.windows / found.seconds, [one["windows"] / one["seconds"] for one in (before, after)]
     print(
-        f"{found.windows:,} windows of {before['pixels'] / 1e6:,.1f} Mpx, {before['precision']}, in batches of "
-        f"{before['batch_size']} and fewer\n"
-        f"the network alone, before and after: {network[0]:,.1f} and {network[1]:,.1f} windows/s, "
+        f"{found.windows:,} windows of {before['pixels'] / 1e6:,.1f} Mpx, {before['precision']}\n"
+        f"the network alone, in batches of {before['batch_size']}, before and after: {network[0]:,.1f} and {network[1]:,.1f} windows/s, "
         f"with {before['memory'] / 1e9:.2f} GB\n"
         f"from the scene to the map: {rate:,.1f} windows/s, {before['pixels'] / found.seconds / 1e6:.2f} Mpx/s, "
         f"{found.seconds:.1f} s ({found.all_seconds:.1f} s with the start), with {found.memory / 1e9:.2f} GB\n"

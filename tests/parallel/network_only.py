@@ -63,7 +63,7 @@ def zeros(scene: Scene, plan: Plan, block: Block) -> Tensor:
 
 
 def batches(plan: Plan, block: Block, pixels: Tensor) -> Iterator[Tensor]:
-    """All windows of a block in the batches of `map`."""
+    """All windows of a block in the batches of `predict`."""
     tops, lefts = np.meshgrid(plan.windows.tops[block.first : block.end] - block.top, plan.windows.lefts, indexing="ij")
     for some in np.array_split(np.arange(tops.size), math.ceil(tops.size / plan.batch_size)):
         yield cut(pixels, tops.ravel()[some], lefts.ravel()[some], plan.windows.side)

@@ -10,7 +10,7 @@ import re
 import resource
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.scene import mapping, products, windows
 from hvd_eurosat.scene.grid import Grid
-from hvd_eurosat.scene.mapping import cut, masked_counts
+from hvd_eurosat.scene.mapping import AT_ONCE, cut, masked_counts
 from hvd_eurosat.scene.parts import FOLDER, NONE, Parts
 from hvd_eurosat.scene.picture import _drawn as drawn
 from hvd_eurosat.scene.picture import brightened, round_length, write_picture
@@ -267,6 +267,36 @@ def test_a_block_goes_to_the_device_once_however_much_windows_overlap(
         map_of("--scene", scene_file(tmp_path / "s.tif", pixels), "--out", tmp_path / str(stride), "--stride", stride)
         assert pixels.nbytes <= sum(sent) <= most * pixels.nbytes
         assert len(sent) > 1
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Torch's setting, which is put back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_any_number_of_threads_makes_the_same_bytes(
+    tmp_path: Path, map_of: Map, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, one for each batch, and more than there are batches at once."""
+    workers, judge = set(), mapping.judge
+
+    def spied(network: Any, images: Any) -> Any:
+        workers.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return judge(network, images)
+
+    monkeypatch.setattr(mapping, "judge", spied)
+    scene, found = scene_file(tmp_path / "scene.tif", noise(100, 160)), []
+    for cores, share in ((1, 1), (3, 1), (2 * AT_ONCE, 2)):
+        workers.clear()
+        threads(cores)
+        out = tmp_path / str(cores)
+        assert map_of("--scene", scene, "--out", out, "--stride", 16, "--probabilities") == 0
+        assert workers == {(cores == 1, share)}
+        found.append([(out / name).read_bytes() for name in ("classes.tif", "probabilities.tif", "areas.csv")])
+    assert found[0] == found[1] == found[2]
 
 
 def test_windows_with_too_much_masked_have_no_class(tmp_path: Path, map_of: Map) -> None:
