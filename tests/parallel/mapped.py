@@ -239,8 +239,8 @@ def beside_network(folder: Path, words: Sequence[str]) -> None:
     rate, network = found.windows / found.seconds, [one["windows"] / one["seconds"] for one in (before, after)]
     print(
         f"{found.windows:,} windows of {before['pixels'] / 1e6:,.1f} Mpx, {before['precision']}\n"
-        f"the network alone, in batches of {before['batch_size']}, before and after: {network[0]:,.1f} and {network[1]:,.1f} windows/s, "
-        f"with {before['memory'] / 1e9:.2f} GB\n"
+        f"the network alone, in batches of {before['batch_size']}, before and after: {network[0]:,.1f} and "
+        f"{network[1]:,.1f} windows/s, with {before['memory'] / 1e9:.2f} GB\n"
         f"from the scene to the map: {rate:,.1f} windows/s, {before['pixels'] / found.seconds / 1e6:.2f} Mpx/s, "
         f"{found.seconds:.1f} s ({found.all_seconds:.1f} s with the start), with {found.memory / 1e9:.2f} GB\n"
         f"{2 * rate / sum(network):.1%} of the network's rate, {(found.memory - before['memory']) / 1e9:.2f} GB more"
