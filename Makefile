@@ -13,7 +13,7 @@ BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
 BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
-SIDE    = --numprocesses 3 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
+SIDE    = --numprocesses 4 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
 SCRIPTS = .ci/run $(shell find launch docker tests/gpu -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice

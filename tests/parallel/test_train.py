@@ -43,11 +43,24 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run of one epoch, the weights of the convolutions frozen, under a launcher that started every rank itself."""
+    """A run of one epoch, the weights of the convolutions frozen, under a launcher that started every rank itself.
 
+    imported: the modules of each rank.
+    """
+
+    launcher: str
     ranks: int
     job: Job
     run_dir: Path
+    imported: list[set[str]]
+
+
+NOTE_IMPORTS = """
+import atexit, json, os, sys
+path = {folder!r} + "/imported-" + os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("HOROVOD_RANK", "0")) + ".json"
+if sys.orig_argv[1:3] == ["-m", "hvd_eurosat.train"]:
+    atexit.register(lambda: open(path, "w").write(json.dumps(sorted(sys.modules))))
+"""
 
 
 @pytest.fixture(scope="module", params=[("python", 1), ("mpirun", 2), ("horovodrun", 3), ("gloo", 2)], ids=str)
@@ -55,10 +68,13 @@ def finished(
     request: pytest.FixtureRequest, data: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
     launcher, ranks = request.param
-    run_dir = tmp_path_factory.mktemp(launcher) / "run"
-    job = run(command(launcher, ranks, "train", *small(data, run_dir, model__weights=weights, train__epochs=1)))
+    folder = tmp_path_factory.mktemp(launcher)
+    (folder / "sitecustomize.py").write_text(NOTE_IMPORTS.format(folder=str(folder)))
+    flags = small(data, folder / "run", model__weights=weights, train__epochs=1)
+    job = run(command(launcher, ranks, "train", *flags), PYTHONPATH=str(folder))
     assert job.returncode == 0, job.stderr
-    return Finished(ranks, job, run_dir)
+    imported = [set(json.loads((folder / f"imported-{rank}.json").read_text())) for rank in range(ranks)]
+    return Finished(launcher, ranks, job, folder / "run", imported)
 
 
 def test_every_launcher(finished: Finished) -> None:
@@ -85,6 +101,18 @@ def test_every_launcher(finished: Finished) -> None:
     assert page.count("data:image/jpeg") > 10
 
 
+def test_a_rank_imports_what_it_uses(finished: Finished) -> None:
+    """No rank what training does not need; matplotlib, tensorboard and jinja2 rank 0 alone."""
+    main, *others = finished.imported
+    for modules in (main, *others):
+        assert {"torch", "horovod.torch"} <= modules
+        assert ("mpi4py.MPI" in modules) == (finished.launcher in ("mpirun", "horovodrun"))
+        assert not modules & {"torch._dynamo", "torchvision", "h5py"}
+    assert {"matplotlib", "tensorboard", "jinja2"} <= main
+    for modules in others:
+        assert not modules & {"matplotlib", "tensorboard", "jinja2", "prometheus_client"}
+
+
 def test_frozen_weights_stay_bit_identical(finished: Finished, weights: Path) -> None:
     before, after = load_file(weights), checkpoint.load(checkpoint_file(finished.run_dir)).model
     convolutions = [name for name, tensor in before.items() if tensor.ndim == 4]
@@ -102,25 +130,6 @@ def test_checkpoints_say_what_their_network_takes(finished: Finished) -> None:
     assert all(list(band) == sorted(band) for band in wants.quantiles)
     measured = {"mean": wants.mean, "std": wants.std, "quantiles": wants.quantiles}
     assert wants == EUROSAT.model_copy(update=measured)
-
-
-NOTE_IMPORTS = """
-import atexit, json, os, sys
-path = {folder!r} + "/imported-" + os.environ.get("OMPI_COMM_WORLD_RANK", "none") + ".json"
-atexit.register(lambda: open(path, "w").write(json.dumps(sorted(sys.modules))))
-"""
-
-
-def test_a_rank_imports_what_it_uses(data: Path, tmp_path: Path) -> None:
-    """No rank what training does not need; matplotlib, tensorboard and jinja2 rank 0 alone."""
-    (tmp_path / "sitecustomize.py").write_text(NOTE_IMPORTS.format(folder=str(tmp_path)))
-    job = run(command("mpirun", 2, "train", *small(data, tmp_path / "run", train__epochs=1)), PYTHONPATH=str(tmp_path))
-    assert job.returncode == 0, job.stderr
-    main, other = (set(json.loads((tmp_path / f"imported-{rank}.json").read_text())) for rank in (0, 1))
-    assert {"torch", "horovod.torch", "mpi4py.MPI"} <= other
-    assert not (main | other) & {"torch._dynamo", "torchvision", "h5py"}
-    assert {"matplotlib", "tensorboard", "jinja2"} <= main
-    assert not other & {"matplotlib", "tensorboard", "jinja2", "prometheus_client"}
 
 
 def test_over_mpi_training_goes_before_horovods_thread(warm: str) -> None:
