@@ -10,7 +10,7 @@ import pytest
 
 
 def pytest_collection_finish() -> None:
-    """What was imported until now stays: it is not searched for garbage again and again. The rest is, but less often."""
+    """What was imported until now stays: it is not searched for garbage again and again. The rest is, less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)  # Python's own 700, 10, 10 takes an eighth of the time
