@@ -91,9 +91,11 @@ def find(hosts: str | None, hostfile: str | None, ranks: int | None, environment
             return Allocation(parse(_read(Path(path), where), where, is_here), cure)
     if listed := environment.get(MCPU):
         return Allocation(parse(listed, MCPU, is_here), SCHEDULERS["LSB_DJOB_HOSTFILE"])
-    from hvd_eurosat.cluster import node  # which takes seconds, for torch
+    if not ranks:
+        from hvd_eurosat.cluster import node  # which takes seconds, for torch
 
-    return Allocation([Host("localhost", ranks or node.ranks_here(), here=True)])
+        ranks = node.ranks_here()
+    return Allocation([Host("localhost", ranks, here=True)])
 
 
 def _read(path: Path, where: str) -> str:

@@ -121,6 +121,13 @@ def test_a_bad_flag_is_refused_at_once(verb: str) -> None:
     assert not modules & HEAVY
 
 
+@pytest.mark.parametrize("told", [("--np", 2), ("--hosts", "localhost:2")])
+def test_a_launcher_that_is_told_of_its_ranks_needs_no_torch(told: tuple[object, ...]) -> None:
+    status, modules = run("cluster.hosts", *told)
+    assert status == 0
+    assert not modules & HEAVY
+
+
 def test_preparing_needs_neither_torch_nor_the_configuration(grow: Grow, tmp_path: Path) -> None:
     source = grow("source", {"Forest": 5, "River": 5})
     status, modules = run("prepare", "--source", source, "--out", tmp_path / "data")
