@@ -119,7 +119,7 @@ class MapSettings(Settings):
     memory: PositiveFloat = 2.0
     """GB that a rank may take for a scene, beside what the network needs"""
     batch_size: NonNegativeInt = 0
-    """windows per step; 0: as in the run that saved the checkpoint"""
+    """windows per step at most; 0: as in the run that saved the checkpoint"""
     views: Views | None = None
     """1 or 8, how often each window is shown: as it is, or in its eight flips and turns; default: as in the run that
     saved the checkpoint"""

@@ -18,8 +18,8 @@ PIECE = 128 << 10  # bytes: of more, Linux may read only the beginning
 Item = TypeVar("Item")
 
 
-def in_threads(
-    works: Iterable[Callable[[], Item]], in_hand: int, threads: int = 1, begin: Callable[[], object] = lambda: None
+def made_ahead(
+    works: Iterable[Callable[[], Item]], in_hand: int, threads: int = 1, begin: Callable[[], object] | None = None
 ) -> Generator[Item, None, None]:
     """What each of `works` gives, in order, by threads that have `in_hand` more of them. Their errors are raised.
 

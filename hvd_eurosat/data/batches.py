@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
-from hvd_eurosat.data.ahead import Reader, ahead, in_threads
+from hvd_eurosat.data.ahead import Reader, ahead, made_ahead
 from hvd_eurosat.data.augment import mix
 from hvd_eurosat.data.images import BadFilesError, Crop
 from hvd_eurosat.data.mixing import partners
@@ -242,7 +242,7 @@ class TrainBatches:
         if images.on_device:
             yield from (Draw(*one, self) for one in drawn)
         elif images.travels:
-            yield from map(images.send, in_threads((partial(self._hold, *one, epoch) for one in drawn), IN_HAND))
+            yield from map(images.send, made_ahead((partial(self._hold, *one, epoch) for one in drawn), IN_HAND))
         else:
             yield from (self.take(*one, epoch) for one in drawn)
 
@@ -299,6 +299,6 @@ def ordered_batches(images: Images, batch_size: int, shard: int = 0, shards: int
             yield indices, images.weights(batch_size, real), real
 
     if images.travels:
-        yield from map(images.send, in_threads((partial(images.hold, *one) for one in drawn()), IN_HAND))
+        yield from map(images.send, made_ahead((partial(images.hold, *one) for one in drawn()), IN_HAND))
     else:
         yield from (images.batch(*one) for one in drawn())

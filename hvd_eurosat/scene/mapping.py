@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.data.ahead import in_threads
+from hvd_eurosat.data.ahead import made_ahead
 from hvd_eurosat.data.augment import resized
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.scene.parts import NONE, Parts
@@ -26,7 +26,8 @@ from hvd_eurosat.scene.windows import Block
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.inference import Network, answer, temper
 
-AT_ONCE = 8  # batches on cores, some 100 MB each; with more cores, several share a batch
+AT_ONCE = 8  # batches at most that cores work on, some 100 MB each
+LARGEST = 128 * 64**2  # pixels, as the network sees them, of such a batch
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def map_blocks(
     try:
         # It is the reading thread that ticks: who waits for it cannot tell a disk that hangs from one that is slow.
         reads = (partial(read_block, scene, plan, plan.blocks[index], world.tick) for index in mine)
-        for read in in_threads(reads, 1):
+        for read in made_ahead(reads, 1):
             values = classify(network, plan, read, lambda: stop() or parts.is_stopped(), progress)
             if values is None:
                 parts.stop()
@@ -130,8 +131,9 @@ def classify(
 ) -> NDArray[np.uint8] | None:
     """Class and percents of each window of a block, uint8 [N, 1 + classes], NONE where it has none; None if stopped.
 
-    The block goes to the device once. Its batches depend on the block alone.
+    The block goes to the device once. Its batches depend on the block and the kind of device alone.
     """
+    progress()
     if stop():
         return None
     block, windows = read.block, plan.windows
@@ -143,32 +145,40 @@ def classify(
     def work(batch: NDArray[np.int64]) -> Tensor:
         return judge(network, cut(pixels, tops[batch], lefts[batch], windows.side))
 
-    answers = []
-    batches = split(len(rows), plan.batch_size, network.device)
+    answers: list[Tensor] = []
+    batches = split(len(rows), plan.batch_size, network.data.input_side, network.device)
     for judged in at_once((partial(work, batch) for batch in batches), network.device):
         answers.append(judged)
         progress()
-        if stop():
+        if len(answers) < len(batches) and stop():
             return None
     if answers:
         values[read.classified.ravel()] = torch.cat(answers).cpu().numpy()
     return values
 
 
-def split(count: int, batch_size: int, device: torch.device) -> list[NDArray[np.int64]]:
-    """The batches of so many windows, as indices; on cores a multiple of AT_ONCE, so that all threads end together."""
-    together = AT_ONCE if device.type == "cpu" else 1
+def split(count: int, batch_size: int, side: int, device: torch.device) -> list[NDArray[np.int64]]:
+    """The batches of so many windows, as indices. side: of the images that the network sees.
+
+    On cores their number is a multiple of AT_ONCE, so that all threads end together.
+    """
+    together = 1
+    if device.type == "cpu":
+        together, batch_size = AT_ONCE, max(1, min(batch_size, LARGEST // side**2))
     batches = math.ceil(count / (batch_size * together)) * together
     return np.array_split(np.arange(count), min(batches, count)) if count else []
 
 
 def at_once(works: Iterator[Callable[[], Tensor]], device: torch.device) -> Iterator[Tensor]:
-    """What each gives, in order. On cores many go on at a time: threads that share one would wait at every layer."""
-    cores = torch.get_num_threads() if device.type == "cpu" else 1
-    threads = min(cores, AT_ONCE)
+    """What each gives, in order. On cores many go on at a time: threads that share one would wait at every layer.
+
+    The number of threads divides AT_ONCE, and cores that are left share the batches, so that all cores work.
+    """
+    cores = torch.get_num_threads() if device.type == "cpu" else 1  # asked first, it stays this thread's own
+    threads = max((AT_ONCE, AT_ONCE // 2, AT_ONCE // 4, 1), key=lambda n: cores // n * n)
     if threads == 1:
         return (work() for work in works)
-    return in_threads(works, threads, threads, partial(torch.set_num_threads, cores // threads))
+    return made_ahead(works, threads, threads, partial(torch.set_num_threads, cores // threads))
 
 
 def send(pixels: NDArray[Any], device: torch.device) -> Tensor:

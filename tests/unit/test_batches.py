@@ -20,7 +20,7 @@ import torch
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Data, Place
 from hvd_eurosat.data import batches
-from hvd_eurosat.data.ahead import in_threads
+from hvd_eurosat.data.ahead import made_ahead
 from hvd_eurosat.data.augment import (
     augment,
     mix,
@@ -123,14 +123,14 @@ def test_a_thread_that_is_ahead_is_so_by_two() -> None:
         return number
 
     threads = threading.active_count()
-    coming = in_threads((partial(make, number) for number in itertools.count()), 2)
+    coming = made_ahead((partial(make, number) for number in itertools.count()), 2)
     assert next(coming) == 0
     assert next(coming) == 1
     assert len(begun) <= 4
     coming.close()
     assert threading.active_count() == threads
     with pytest.raises(OSError, match="the disk is gone"):
-        list(in_threads((partial(make, number) for number in range(5)), 2))
+        list(made_ahead((partial(make, number) for number in range(5)), 2))
 
 
 def test_each_epoch_has_its_own_order() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
+import itertools
 import json
 import re
 import resource
@@ -30,12 +31,12 @@ from hvd_eurosat import predict
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model
-from hvd_eurosat.errors import RunError, UserError
+from hvd_eurosat.errors import STOPPED, RunError, UserError
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.display import Display
 from hvd_eurosat.scene import mapping, products, windows
 from hvd_eurosat.scene.grid import Grid
-from hvd_eurosat.scene.mapping import AT_ONCE, cut, masked_counts
+from hvd_eurosat.scene.mapping import cut, masked_counts
 from hvd_eurosat.scene.parts import FOLDER, NONE, Parts
 from hvd_eurosat.scene.picture import _drawn as drawn
 from hvd_eurosat.scene.picture import brightened, round_length, write_picture
@@ -280,23 +281,73 @@ def threads() -> Iterator[Callable[[int], None]]:
 def test_any_number_of_threads_makes_the_same_bytes(
     tmp_path: Path, map_of: Map, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One, one for each batch, and more than there are batches at once."""
-    workers, judge = set(), mapping.judge
-
-    def spied(network: Any, images: Any) -> Any:
-        workers.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
-        return judge(network, images)
-
-    monkeypatch.setattr(mapping, "judge", spied)
+    """One that does all, three that share every batch, two and eight that have one each, sixteen in eight pairs."""
+    judge, shown = mapping.judge, []
     scene, found = scene_file(tmp_path / "scene.tif", noise(100, 160)), []
-    for cores, share in ((1, 1), (3, 1), (2 * AT_ONCE, 2)):
-        workers.clear()
+    for cores, at_once, share in ((1, 1, 1), (2, 2, 1), (3, 1, 3), (8, 8, 1), (16, 8, 2)):
+        together, batches = threading.Barrier(at_once), []
+
+        def spied(network: Any, images: Any) -> Any:
+            together.wait(60)  # noqa: B023
+            batches.append((len(images), torch.get_num_threads()))  # noqa: B023
+            return judge(network, images)
+
+        monkeypatch.setattr(mapping, "judge", spied)
         threads(cores)
         out = tmp_path / str(cores)
         assert map_of("--scene", scene, "--out", out, "--stride", 16, "--probabilities") == 0
-        assert workers == {(cores == 1, share)}
+        assert {threads for _, threads in batches} == {share}
+        shown.append(sorted(count for count, _ in batches))
         found.append([(out / name).read_bytes() for name in ("classes.tif", "probabilities.tif", "areas.csv")])
-    assert found[0] == found[1] == found[2]
+    assert all(one == shown[0] for one in shown)
+    assert all(one == found[0] for one in found)
+
+
+def test_batches_of_larger_images_are_smaller_on_cores() -> None:
+    """So that they take as much memory; no window is left out."""
+    sizes = {side: [len(batch) for batch in mapping.split(1000, 128, side, torch.device("cpu"))] for side in (64, 224)}
+    assert {side: (sum(each), max(each)) for side, each in sizes.items()} == {64: (1000, 125), 224: (1000, 10)}
+    assert [len(batch) for batch in mapping.split(1000, 500, 224, torch.device("cuda"))] == [500, 500]
+    assert [len(batch) for batch in mapping.split(3, 128, 64, torch.device("cpu"))] == [1, 1, 1]
+    assert mapping.split(0, 128, 64, torch.device("cpu")) == []
+
+
+def test_a_thread_that_fails_ends_the_map_and_the_others(
+    tmp_path: Path, map_of: Map, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(2)
+    scene, judge, running = scene_file(tmp_path / "scene.tif", noise(100, 160)), mapping.judge, threading.active_count()
+    numbers = itertools.count(1)
+
+    def failing(network: Any, images: Any) -> Any:
+        if next(numbers) == 3:
+            raise RuntimeError("no memory")
+        return judge(network, images)
+
+    monkeypatch.setattr(mapping, "judge", failing)
+    with pytest.raises(RuntimeError, match="no memory"):
+        map_of("--scene", scene, "--out", tmp_path / "map", "--stride", 16)
+    assert threading.active_count() == running
+
+
+def test_asked_to_stop_between_the_batches_of_two_threads(
+    tmp_path: Path, map_of: Map, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads(2)
+    words = ("--scene", scene_file(tmp_path / "scene.tif", noise(100, 160)), "--out", tmp_path / "map", "--stride", 16)
+    judge, judged = mapping.judge, threading.Event()
+
+    def told(network: Any, images: Any) -> Any:
+        judged.set()
+        return judge(network, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapping, "judge", told)
+        patch.setattr(maps, "StopRequest", lambda: judged.is_set)
+        assert map_of(*words) == STOPPED
+    assert not list((tmp_path / "map" / FOLDER).glob("*.part"))
+    assert map_of(*words) == 0
+    assert (tmp_path / "map" / "map.json").exists()
 
 
 def test_windows_with_too_much_masked_have_no_class(tmp_path: Path, map_of: Map) -> None:
