@@ -76,6 +76,7 @@ def serve(listener: int) -> None:
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread, which a forked process would lack")
     gc.freeze()
+    gc.set_threshold(100_000, 50, 100)  # as the tests themselves (conftest.py)
     clients = socket.socket(fileno=listener)
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
