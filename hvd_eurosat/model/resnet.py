@@ -166,7 +166,7 @@ class LandCoverResNet(nn.Module):
 
     def _draw_weights(self, identity_blocks: bool) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there torch imports its compiler first
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules() if identity_blocks else ():
             if isinstance(module, (BasicBlock, Bottleneck)):

@@ -117,8 +117,17 @@ class Checkpoint:
     def build_model(self, device: torch.device) -> LandCoverResNet:
         """The network as it was validated."""
         settings = Model(**self.config["model"])
-        model = _network(settings, len(self.classes), 0, self.wants.bands).to(device)
-        model.load_state_dict(self.model)
+        bands, details = self.wants.bands, Details.of(settings)
+        with torch.device("meta"):  # no random weights are drawn, which takes half a second
+            model = LandCoverResNet(settings.arch, len(self.classes), settings.trainable, details, bands)
+        layouts = {4: torch.channels_last}
+        model.load_state_dict(
+            {
+                name: tensor.to(device, copy=True, memory_format=layouts.get(tensor.ndim, torch.contiguous_format))
+                for name, tensor in self.model.items()
+            },
+            assign=True,
+        )
         return model
 
     def check_resumable(self, config: Config, classes: Sequence[str], digest: str) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hvd_eurosat.config.schema import Model
 from hvd_eurosat.errors import UserError
-from hvd_eurosat.model.resnet import RGB, build
+from hvd_eurosat.model.resnet import RGB, LandCoverResNet
 from hvd_eurosat.weights.first_layer import bands_of, lacking_bands
 from hvd_eurosat.weights.keras_json import read_layers
 from hvd_eurosat.weights.known import NAMES, bands_by_name, check_name
@@ -90,7 +92,8 @@ def _variant(model: Model, weights: Weights | None) -> str:
 def _check_names(model: Model, classes: int) -> None:
     if model.trainable in ("bn+head", "bn+head,conv1", "head", "all"):
         return
-    known = dict(build(model.arch, classes, "all", seed=0).named_modules())
+    with torch.device("meta"):
+        known = dict(LandCoverResNet(model.arch, classes, "all").named_modules())
     for name in model.trainable.split(","):
         if name not in known:
             raise UserError(f"model.trainable: {model.arch} has no module {name}")
