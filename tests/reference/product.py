@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,14 @@ from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.packed import Packed
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import Stopped, UserError
-from hvd_eurosat.model.resnet import Details, LandCoverResNet
+from hvd_eurosat.model.resnet import BLOCKS, Details, LandCoverResNet
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
 from hvd_eurosat.training.step import Step, class_weights
-from tests.reference.trainer import Epoch, Log, Split
+from tests.reference.trainer import WIDTH, Epoch, Log, Split
 
 PATIENCE = 300.0  # seconds that a rank waits for the others
 
@@ -126,17 +127,18 @@ def on_ranks(size: int, work: Callable[[World], Any]) -> list[Any]:
 
 
 class Double(LandCoverResNet):
-    """The network without its last two stages, for speed, and in float64, in which rounding hides nothing.
+    """The network in narrow and without its last two stages, for speed, and in float64: rounding hides nothing.
 
     It keeps what it is shown in each step of training; None where the step knows what the head sees.
     """
 
     def __init__(self, classes: int, settings: Model) -> None:
-        with torch.device("meta"):
+        block, depths, _ = BLOCKS[settings.arch]
+        with torch.device("meta"), mock.patch.dict(BLOCKS, {settings.arch: (block, depths, WIDTH)}):
             super().__init__(settings.arch, classes, settings.trainable, Details.of(settings))
             self.layer3, self.layer4 = nn.Sequential(), nn.Sequential()
-            self.fc.in_features = 128
-            self.fc.weight = nn.Parameter(self.fc.weight[:, :128], requires_grad=self.fc.weight.requires_grad)
+            self.fc.in_features = 2 * WIDTH
+            self.fc.weight = nn.Parameter(self.fc.weight[:, : 2 * WIDTH], requires_grad=self.fc.weight.requires_grad)
         self.to_empty(device="cpu")
         self.to(memory_format=torch.channels_last)
         self.shown: list[Tensor | None] = []

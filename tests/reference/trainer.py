@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
-from torchvision.models import resnet18
 
 from hvd_eurosat.config.schema import Config, Model
 from tests.reference import augmentation, schedule
 from tests.reference.optimisers import optimiser
 
+WIDTH = 16  # channels of the first stage, for speed; torchvision's has 64
 Settle = Callable[[int, int, Tensor], Tensor]
 Moment = tuple[list[Tensor], list[list[Tensor]]]  # weights that train, and statistics of each rank
 
@@ -57,11 +57,24 @@ class DivergedError(Exception):
 
 
 @cache
-def network(settings: Model, classes: int) -> nn.Module:
-    """The first two stages of torchvision's ResNet-18 in float64, and the head; to be copied."""
+def two_stages() -> nn.Module:
+    """Those of torchvision's ResNet-18, WIDTH channels wide; to be copied."""
+    from torchvision.models.resnet import BasicBlock, resnet18
+
     model = resnet18()
+    model.inplanes = WIDTH
+    model.conv1, model.bn1 = nn.Conv2d(3, WIDTH, 7, 2, padding=3, bias=False), nn.BatchNorm2d(WIDTH)
+    model.layer1 = model._make_layer(BasicBlock, WIDTH, 2)
+    model.layer2 = model._make_layer(BasicBlock, 2 * WIDTH, 2, stride=2)
     model.layer3 = model.layer4 = nn.Sequential()
-    model.fc = nn.Linear(128, classes, bias=settings.head_bias)
+    return model
+
+
+@cache
+def network(settings: Model, classes: int) -> nn.Module:
+    """The first two stages of ResNet-18 in float64, and the head; to be copied."""
+    model = copy.deepcopy(two_stages())
+    model.fc = nn.Linear(2 * WIDTH, classes, bias=settings.head_bias)
     for name, module in model.named_modules():
         norm = isinstance(module, nn.BatchNorm2d)
         chosen = settings.trainable.split(",")

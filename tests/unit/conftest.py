@@ -6,21 +6,23 @@ import json
 import os
 import random
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from hvd_eurosat import prepare
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config, Data, Model, Valid
 from hvd_eurosat.model import native
-from hvd_eurosat.model.resnet import LandCoverResNet
+from hvd_eurosat.model.resnet import BLOCKS, DEFAULT, Details, LandCoverResNet
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
 
@@ -137,6 +139,43 @@ def saved_checkpoint(
     state = dataclasses.replace(state, **facts)
     checkpoint.write(state, path, frozen=None)
     return path
+
+
+@contextlib.contextmanager
+def narrow(*arches: str, depths: Sequence[int] = ()) -> Iterator[None]:
+    """These networks, or all, have a quarter of their channels: few questions are of their size.
+
+    depths: of their stages, if not the usual ones.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for arch in arches or tuple(BLOCKS):
+            block, usual, width = BLOCKS[arch]
+            patch.setitem(BLOCKS, arch, (block, list(depths or usual), width // 4))
+        yield
+
+
+@pytest.fixture(name="narrow")
+def _narrow() -> Iterator[None]:
+    with narrow():
+        yield
+
+
+def blank(
+    details: Details = DEFAULT, trainable: str = "all", arch: str = "resnet50", classes: int = 10
+) -> LandCoverResNet:
+    """A network whose weights and statistics are all 0, to be loaded: drawing random ones takes half a second."""
+    with torch.device("meta"):
+        model = LandCoverResNet(arch, classes, trainable, details)
+    state = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model.to(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """The networks of libraries have shapes alone; nothing is drawn, for which torch would import its compiler."""
+    with torch.device("meta"), mock.patch.object(nn.init, "kaiming_normal_"):
+        yield
 
 
 class Canary:

@@ -7,13 +7,13 @@ tests/reference/product.py. Learning rates are powers of two, which float32 (on 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from hvd_eurosat.cluster.world import World
@@ -38,6 +38,7 @@ from tests.reference import product
 from tests.reference.cases import CLASSES, splits, weights
 from tests.reference.product import Trained
 from tests.unit import tape
+from tests.unit.conftest import narrow
 
 IMAGES = 7  # 4 steps an epoch in batches of 2, the last of which is padded
 REPLAYS = 8 - WARM_UP  # of two epochs
@@ -238,6 +239,7 @@ def test_a_torch_that_is_too_old_captures_nothing(monkeypatch: pytest.MonkeyPatc
     assert capture.obstacle(on("cuda"), configuration()) == f"torch {torch.__version__} is too old"
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("why", "said"),
     [(None, ", steps as CUDA graphs"), ("", ""), ("torch is too old", ", steps not as CUDA graphs: torch is too old")],
@@ -256,6 +258,13 @@ def test_the_header_says_how_steps_are_made(why: str | None, said: str, monkeypa
     assert facts["validation"] == "128 images a step on 1 rank"
 
 
+@pytest.fixture
+def shallow() -> Iterator[None]:
+    """A ResNet-18 has a block in each stage."""
+    with narrow(depths=[1, 1, 1, 1]):
+        yield
+
+
 def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the stand-in as by CUDA; and as there nothing that was captured is done."""
     tape.install(monkeypatch)
@@ -266,6 +275,7 @@ def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     "keys",
     [
@@ -278,6 +288,8 @@ def test_a_number_that_the_host_reads_ends_a_capture(monkeypatch: pytest.MonkeyP
 )
 def test_all_that_is_captured_is_on_the_device(keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """And the host asks for no number: fake tensors of a GPU refuse both. They know no backward and no fused Adam."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     tape.install(monkeypatch)
     monkeypatch.setattr(Stopwatch, "mark", lambda _: 0.0)
     monkeypatch.setattr(GradientBuckets, "backward", lambda *_: None)
@@ -299,9 +311,12 @@ def test_all_that_is_captured_is_on_the_device(keys: dict[str, Any], monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("views", [1, 8])
 def test_an_evaluation_is_on_the_device(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the host asks for no number before its sums are whole: fake tensors of a GPU refuse both."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**30))
     world, config = on("cuda"), configuration()
     with FakeTensorMode():
