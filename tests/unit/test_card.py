@@ -1,9 +1,13 @@
-"""What goes with an exported network: its card, its STAC item, and what QGIS' Deepness and torch.export make of it."""
+"""What goes with an exported network: its card, its STAC item, and what ONNX' runtime, QGIS and torch make of it.
+
+The network is small, for nothing here is of its size: exporting it as a graph takes a second and not four.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,18 @@ from hvd_eurosat.data.sample import SCENES
 from hvd_eurosat.errors import UserError
 from hvd_eurosat.export import export
 from hvd_eurosat.model.resnet import LandCoverResNet, build
-from tests.unit.conftest import saved_checkpoint
+from tests.unit.conftest import narrow, saved_checkpoint
 from tests.unit.runs import CLASSES, epoch_events, grow_run
 
 SCHEMA = Path(__file__).with_name("schemas") / "mlm_item.json"
 PIXELS: NDArray[np.uint8] = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
 SMALL = Model(arch="resnet18", trainable="all", weights="none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    with narrow(depths=[1, 1, 1, 1]):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +223,24 @@ KEYS = {
     "model_type", "class_names", "resolution", "tile_size", "tiles_size", "tiles_overlap", "seg_thresh",
     "standardization_mean", "standardization_std",
 }  # fmt: skip
+
+
+def test_onnx(network: LandCoverResNet, tmp_path: Path) -> None:
+    import onnxruntime
+
+    data = Data(resize=72, center_crop=64)
+    path = saved_checkpoint(tmp_path / "alone.pt", network, CLASSES, SMALL, data)
+    exported(tmp_path, path, "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 7, 64):
+        images = torch.randn(count, 3, 64, 64)
+        (theirs,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            assert np.abs(theirs - network(images).numpy()).max() < 1e-4
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == CLASSES
+    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
+    assert [json.loads(facts[key]) for key in ("resize", "center_crop", "image_size")] == [72, 64, 64]
 
 
 def test_onnx_normalises_pixels_itself(checkpoint: Path, tmp_path: Path, network: LandCoverResNet) -> None:

@@ -1,4 +1,4 @@
-"""safetensors, ONNX and torch exports; folders of images; the large-batch optimisers and the schedules."""
+"""safetensors and torch exports; folders of images; the large-batch optimisers and the schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import safetensors
 import torch
 from PIL import Image
-from torchvision.models import resnet18
 
 from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model, Optim
@@ -42,22 +41,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LandCoverResN
     return path, model.eval()
 
 
-def test_onnx(saved: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
-    import onnxruntime
-
-    export(ExportSettings(checkpoint=saved[0], format="onnx", out=tmp_path))
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    for count in (1, 7, 64):
-        images = torch.randn(count, 3, 64, 64)
-        (theirs,) = session.run(None, {"images": images.numpy()})
-        with torch.no_grad():
-            assert np.abs(theirs - saved[1](images).numpy()).max() < 1e-4
-    facts = session.get_modelmeta().custom_metadata_map
-    assert json.loads(facts["classes"]) == CLASSES
-    assert json.loads(facts["mean"]) == [0.485, 0.456, 0.406]
-    assert [json.loads(facts[key]) for key in ("resize", "center_crop", "image_size")] == [72, 64, 64]
-
-
 @pytest.mark.parametrize(("format_", "name"), [("safetensors", "model.safetensors"), ("torch", "model.pt")])
 def test_what_goes_out_comes_back(saved: tuple[Path, LandCoverResNet], tmp_path: Path, format_: str, name: str) -> None:
     export(ExportSettings.model_validate({"checkpoint": saved[0], "format": format_, "out": tmp_path}))
@@ -66,6 +49,8 @@ def test_what_goes_out_comes_back(saved: tuple[Path, LandCoverResNet], tmp_path:
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in saved[1].state_dict().items())
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, "model_card.md", "stac_item.json"]
     if format_ == "torch":
+        from torchvision.models import resnet18
+
         theirs = resnet18(num_classes=3)
         theirs.fc = torch.nn.Linear(512, 3, bias=False)
         theirs.load_state_dict(torch.load(tmp_path / name, weights_only=True))

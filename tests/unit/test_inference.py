@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torchvision.models import resnet18
 
 from hvd_eurosat import evaluate, predict
 from hvd_eurosat.cluster.world import World
@@ -64,6 +63,7 @@ def answers(tmp_path: Path) -> Answer:
     return asked
 
 
+@pytest.mark.usefixtures("narrow")
 def test_files_of_any_size_show_the_same_part_of_a_scene(tmp_path: Path, answers: Answer) -> None:
     """A network that was shown the middle of 64x64 files sees as much in 128x128 ones."""
     cut = Data(image_size=32, center_crop=32)
@@ -84,6 +84,8 @@ def test_files_of_any_size_show_the_same_part_of_a_scene(tmp_path: Path, answers
 @pytest.mark.parametrize("verb", ["predict", "evaluate"])
 def test_precision(tmp_path: Path, answers: Answer, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     """As in training unless fp32 is asked for, which is what an exported network answers; either is named."""
+    from torchvision.models import resnet18
+
     model, settings = build("resnet18", 2, "all", seed=0), Model(arch="resnet18", trainable="all")
     saved = saved_checkpoint(tmp_path / "epoch-0003.pt", model, CLASSES, settings, precision="bf16")
     images = tree(tmp_path / "images", 64) / "test"
@@ -111,7 +113,7 @@ def test_precision(tmp_path: Path, answers: Answer, capsys: pytest.CaptureFixtur
 
 
 @pytest.fixture
-def calibrated(tmp_path: Path) -> tuple[Path, LandCoverResNet, Path]:
+def calibrated(tmp_path: Path, narrow: None) -> tuple[Path, LandCoverResNet, Path]:
     """A checkpoint with temperatures, its network, and images of two classes."""
     model, settings = build("resnet18", 2, "all", seed=0), Model(arch="resnet18", trainable="all")
     saved = saved_checkpoint(tmp_path / "epoch-0003.pt", model, CLASSES, settings, temperatures={1: 2.0, 8: 3.0})
