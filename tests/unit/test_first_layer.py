@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,11 +25,17 @@ from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.weights.loading import load_weights, read_weights
 from hvd_eurosat.weights.settle import settle
-from tests.unit.conftest import saved_checkpoint
+from tests.unit.conftest import narrow, saved_checkpoint
 
 SMALL = {"arch": "resnet18"}
 MEASURED = EUROSAT_MS.model_copy(update={"mean": (1000.0,) * 13, "std": tuple(range(100, 113))})
 NORMALISED = {"mean": MEASURED.mean, "std": MEASURED.std}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _narrow_resnet18() -> Iterator[None]:
+    with narrow("resnet18"):
+        yield
 
 
 def network(bands: Sequence[str], seed: int = 0, trainable: str = "bn+head") -> LandCoverResNet:
@@ -156,12 +161,23 @@ def test_a_checkpoint_says_its_bands_to_others(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def thirteen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LandCoverResNet]:
-    """A checkpoint of a ResNet-50 for EuroSAT's 13 bands, and the network."""
+    """A checkpoint of a ResNet-50, which Keras' export takes, for EuroSAT's 13 bands, and the network."""
     model = build("resnet50", 10, "all", seed=0, bands=EUROSAT13).eval()
-    path = tmp_path_factory.mktemp("thirteen") / "epoch-0003.pt"
+    return saved_13(tmp_path_factory.mktemp("thirteen"), model, Model(trainable="all")), model
+
+
+@pytest.fixture(scope="module")
+def small_13(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LandCoverResNet]:
+    """A checkpoint of a ResNet-18 for EuroSAT's 13 bands of 32 x 32 pixels, and the network."""
+    model = network(EUROSAT13, trainable="all")
+    settings = Model(trainable="all", **SMALL)
+    return saved_13(tmp_path_factory.mktemp("small"), model, settings, image_size=32), model
+
+
+def saved_13(folder: Path, model: LandCoverResNet, settings: Model, **data: int) -> Path:
     inputs = MEASURED.model_dump(mode="json")
-    saved_checkpoint(path, model, list("abcdefghij"), Model(trainable="all"), Data(**NORMALISED), inputs=inputs)
-    return path, model
+    path, images = folder / "epoch-0003.pt", Data(**NORMALISED, **data)
+    return saved_checkpoint(path, model, list("abcdefghij"), settings, images, inputs=inputs)
 
 
 def facts_in(file: Path) -> dict[str, Any]:
@@ -181,18 +197,17 @@ def plain(facts: dict[str, Any], *keys: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "keras"])
-def test_exports_state_bands_and_are_read_back(
-    kind: str, thirteen: tuple[Path, LandCoverResNet], tmp_path: Path
-) -> None:
-    path, model = thirteen
+def test_exports_state_bands_and_are_read_back(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    path, model = request.getfixturevalue("thirteen" if kind == "keras" else "small_13")
+    arch = "resnet50" if kind == "keras" else "resnet18"
     lines = export(ExportSettings(checkpoint=path, format=kind, out=tmp_path))
     file = next(Path(line.removeprefix("wrote ")) for line in lines if "model." in line and "layers" not in line)
     assert read_weights(file).bands == EUROSAT13
     facts = facts_in(file)
     assert facts["unit"] == REFLECTANCE
     assert plain(facts, "mean", "std") == [list(MEASURED.mean), list(MEASURED.std)]
-    ours = build("resnet50", 10, "all", seed=1, bands=SENTINEL2)
-    load_weights(ours, Model(weights=str(file)))
+    ours = build(arch, 10, "all", seed=1, bands=SENTINEL2)
+    load_weights(ours, Model(weights=str(file), arch=arch))
     assert torch.equal(ours.conv1.weight[:, 8], model.conv1.weight[:, 12])
     card = (tmp_path / "model_card.md").read_text()
     assert "float32, (pixel - mean) / std, [N, " in card
@@ -217,23 +232,18 @@ def test_keras_normalises_the_files_numbers(thirteen: tuple[Path, LandCoverResNe
     assert (scale, offset) == (1 / 102, -1000 / 102)
 
 
-def test_deepness_is_for_rgb(thirteen: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
+def test_deepness_is_for_rgb(small_13: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format deepness is for red, green and blue; this network takes B01"):
-        export(ExportSettings(checkpoint=thirteen[0], format="deepness", out=tmp_path / "out"))
+        export(ExportSettings(checkpoint=small_13[0], format="deepness", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def small_checkpoint(folder: Path, model: LandCoverResNet) -> Path:
-    """Of a ResNet-18 for 13 bands of 32 x 32 pixels."""
-    settings, data = Model(trainable="all", **SMALL), Data(image_size=32, **NORMALISED)
-    inputs = MEASURED.model_dump(mode="json")
-    return saved_checkpoint(folder / "epoch-0003.pt", model, list("abcdefghij"), settings, data, inputs=inputs)
-
-
 @pytest.mark.long
-def test_onnx_of_13_bands(tmp_path: Path) -> None:
-    model = network(EUROSAT13, trainable="all")
-    export(ExportSettings(checkpoint=small_checkpoint(tmp_path, model), format="onnx", out=tmp_path))
+def test_onnx_of_13_bands(small_13: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
+    import onnxruntime
+
+    path, model = small_13
+    export(ExportSettings(checkpoint=path, format="onnx", out=tmp_path))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": images(13).numpy()})
     with torch.no_grad():
@@ -244,9 +254,8 @@ def test_onnx_of_13_bands(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_normalising_export_takes_the_files_numbers(tmp_path: Path) -> None:
-    model = network(EUROSAT13, trainable="all")
-    path = small_checkpoint(tmp_path, model)
+def test_a_normalising_export_takes_the_files_numbers(small_13: tuple[Path, LandCoverResNet], tmp_path: Path) -> None:
+    path, model = small_13
     export(ExportSettings.model_validate(
         {"checkpoint": path, "format": "pt2", "out": tmp_path, "with-normalisation": True}
     ))  # fmt: skip

@@ -15,7 +15,7 @@ from hvd_eurosat.model.resnet import Details, LandCoverResNet, build, count_para
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.weights.loading import load_weights
 from hvd_eurosat.weights.settle import settle
-from tests.unit.conftest import saved_checkpoint
+from tests.unit.conftest import blank, saved_checkpoint
 
 BIASED = Details(head_bias=True)
 
@@ -33,22 +33,25 @@ def test_biases_are_parameters_that_train(mode: str) -> None:
     assert [mine - theirs for mine, theirs in zip(*map(count_parameters, (model, plain)), strict=True)] == [10, 10]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_convolutions_are_drawn_the_same() -> None:
     plain, model = build("resnet18", 3, "all", seed=1).state_dict(), biased().state_dict()
     assert all(torch.equal(tensor, model[name]) for name, tensor in plain.items())
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("bias", [torch.ones(3), torch.zeros(3), None])
 def test_a_head_is_kept_with_its_biases(tmp_path: Path, bias: Tensor | None) -> None:
-    state = {**build("resnet18", 3, "all", seed=4).state_dict(), "fc.weight": torch.ones(3, 512)}
+    state = {**build("resnet18", 3, "all", seed=4).state_dict(), "fc.weight": torch.ones(3, 128)}
     torch.save(state if bias is None else {**state, "fc.bias": bias}, tmp_path / "w.pt")
     model = biased()
     taken = load_weights(model, Model(weights=str(tmp_path / "w.pt"), arch="resnet18", head_bias=True))
     assert taken.line == "122 tensors"
-    assert torch.equal(model.fc.weight, torch.ones(3, 512))
+    assert torch.equal(model.fc.weight, torch.ones(3, 128))
     assert torch.equal(model.fc.bias, torch.zeros(3) if bias is None else bias)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_head_that_is_left_out_says_how_to_keep_it(tmp_path: Path) -> None:
     torch.save(biased().state_dict(), tmp_path / "w.pt")
     model = build("resnet18", 3, "all", seed=5)
@@ -56,6 +59,7 @@ def test_a_head_that_is_left_out_says_how_to_keep_it(tmp_path: Path) -> None:
     assert load_weights(model, Model(weights=str(tmp_path / "w.pt"), arch="resnet18")).line == f"120 tensors; {said}"
 
 
+@pytest.mark.usefixtures("narrow")
 def test_a_checkpoint_and_its_exports_have_the_biases(tmp_path: Path) -> None:
     """Divided by the temperature, too."""
     model = biased()
@@ -76,6 +80,6 @@ def test_keras_has_the_biases(tmp_path: Path) -> None:
     export(ExportSettings(checkpoint=path, format="keras", out=tmp_path))
     settled = settle(Model(weights=str(tmp_path / "model.h5"), layers=tmp_path / "layers.json"), 3, 64)
     assert settled.head_bias
-    again = build("resnet50", 3, "all", seed=7, details=Details.of(settled))
+    again = blank(Details.of(settled), classes=3)
     load_weights(again, settled)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
