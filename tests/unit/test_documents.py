@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from docs import generate, pictures
+from docs import generate
 from hvd_eurosat.benchmarks.settings import ProjectSettings
 from hvd_eurosat.config.schema import Config, Settings
 from hvd_eurosat.config.verbs import EvaluateSettings, ExportSettings, MapSettings, PredictSettings
@@ -165,11 +165,15 @@ def test_generating_needs_no_torch() -> None:
 
 
 def test_the_picture_of_speeds_is_drawn_from_the_page(tmp_path: Path) -> None:
+    from docs import pictures
+
     pictures.draw_speeds(tmp_path / "performance.png")
     assert (tmp_path / "performance.png").stat().st_size
 
 
 def test_every_picture_is_shown() -> None:
+    from docs import pictures
+
     shown = "\n".join(path.read_text() for path in PROSE)
     drawn = {*pictures.PLOTS, *pictures.SAMPLES.values(), *(path.name for path in (ROOT / "docs/images").glob("*.png"))}
     assert not {name for name in drawn if f"images/{name}" not in shown}
