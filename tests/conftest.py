@@ -5,10 +5,25 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 gc.disable()  # until all tests are imported: the modules stay, and are searched for garbage again and again
+WARM = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Workers of pytest-xdist share one warm Python (tests/parallel/warm.py), which imports when the first needs it."""
+    if WARM not in node.config.stash:
+        from tests.parallel.conftest import warm_python
+
+        stack = ExitStack()
+        node.config.add_cleanup(stack.close)
+        node.config.stash[WARM] = stack.enter_context(warm_python())
+    node.workerinput["warm"] = node.config.stash[WARM]
 
 
 def pytest_collection_finish() -> None:
@@ -17,6 +32,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     gc.set_threshold(100_000, 50, 100)  # Python's own 700, 10, 10 takes an eighth of the time
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    """ResNet-18 has a quarter of its channels, as in warm ranks: for what the size of a network does not show."""
+    from hvd_eurosat.model import resnet
+
+    block, depths, _ = resnet.BLOCKS["resnet18"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet.BLOCKS, "resnet18", (block, depths, 16))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hvd_eurosat.training import checkpoint
-from tests.parallel.conftest import BIN, LAUNCHERS, checkpoint_file, make_data, small, survivors, unlabelled
+from tests.parallel.conftest import BIN, checkpoint_file, make_data, small, survivors, under, unlabelled
 from tests.parallel.conftest import warm as warm
 from tests.waiting import Moment
 
@@ -75,8 +75,7 @@ def fingerprint(run_dir: Path) -> str:
 
 def launched(launcher: str, ranks: int, module: str, *arguments: object, python: str = sys.executable) -> list[str]:
     """A module as `ranks` ranks under a launcher."""
-    count = [str(ranks)] if LAUNCHERS[launcher] else []
-    return [*LAUNCHERS[launcher], *count, python, "-m", module, *map(str, arguments)]
+    return under(launcher, ranks, python, "-m", module, *arguments)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,10 +28,9 @@ BIN = Path(sys.executable).parent
 THREE = "localhost:1,127.0.0.1:1,127.1:1"  # this host by three names, for Horovod leaves out the host of a lost rank
 MEMORY_ALONE = ("--mca", "btl", "self,vader")  # between ranks: the end of Open MPI's TCP takes a second
 LAUNCHERS = {
-    "python": [],
-    "mpirun": [str(BIN / "mpirun"), *MEMORY_ALONE, "--bind-to", "none", "--oversubscribe", "-np"],
-    "horovodrun": [str(BIN / "horovodrun"), "-np"],
-    "gloo": [str(BIN / "horovodrun"), "--gloo", "--network-interface", "lo", "-np"],
+    "mpirun": ["mpirun", *MEMORY_ALONE, "--bind-to", "none", "--oversubscribe", "-np"],
+    "horovodrun": ["horovodrun", "-np"],
+    "gloo": ["horovodrun", "--gloo", "--network-interface", "lo", "-np"],
 }
 LAUNCHERS["elastic"] = [*LAUNCHERS["gloo"], "1", "--min-np", "1", "-H", THREE, "--max-np"]
 TRAINED = {"model__trainable": "all", "train__epochs": 2, "valid__batch_size": 8}
@@ -38,11 +38,18 @@ Job = subprocess.CompletedProcess[str]
 Launch = Callable[..., Job]
 
 
+def under(launcher: str, ranks: int, python: str, *words: object) -> list[str]:
+    """What a Python is told as `ranks` ranks under a launcher, which lies beside it; "python" is none."""
+    program = [python, *map(str, words)]
+    if launcher == "python":
+        return program
+    name, *options = LAUNCHERS[launcher]
+    return [str(Path(python).with_name(name)), *options, str(ranks), *program]
+
+
 def command(launcher: str, ranks: int, verb: str, *arguments: object, python: str = sys.executable) -> list[str]:
     """A verb as `ranks` ranks under a launcher."""
-    count = [str(ranks)] if LAUNCHERS[launcher] else []
-    program = [python, "-m", f"hvd_eurosat.{verb}", *map(str, arguments)]
-    return [*LAUNCHERS[launcher], *count, *program]
+    return under(launcher, ranks, python, "-m", f"hvd_eurosat.{verb}", *arguments)
 
 
 def unlabelled(text: str) -> str:
@@ -86,14 +93,18 @@ def survivors(run_dir: Path) -> list[int]:
 
 @contextmanager
 def warm_python() -> Iterator[str]:
-    """A Python for ranks, which starts them already imported (warm.py)."""
+    """A Python for ranks, which starts them already imported (warm.py); the launchers beside it start by it, too."""
     with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{name}/ranks")  # a short name, which sockets need, in a folder of this user alone
         listener.listen(64)
         python = Path(name, "python")
         client = shlex.join([sys.executable, "-I", "-S", str(WARM), f"{name}/ranks"])
-        python.write_text(f'#!/bin/sh\nexec {client} "$@"\n')
+        python.write_text(
+            f'#!/bin/sh\ncase $1 in -[mc]) exec {client} "$@" ;; esac\nexec {shlex.quote(sys.executable)} "$@"\n'
+        )
         python.chmod(0o755)
+        shutil.copy(BIN / "horovodrun", name)
+        Path(name, "mpirun").symlink_to(BIN / "mpirun")
         words = [sys.executable, "-m", "tests.parallel.warm", "serve", str(listener.fileno())]
         with subprocess.Popen(
             words, env=variables(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()]
@@ -103,10 +114,13 @@ def warm_python() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[str]:
-    """Of `warm_python`, for all tests but those of the start itself."""
-    with warm_python() as python:
-        yield python
+def warm(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of `warm_python`, for all tests but those of the start itself; pytest's workers share one (tests/conftest.py)."""
+    if shared := getattr(request.config, "workerinput", {}).get("warm"):
+        yield shared
+    else:
+        with warm_python() as python:
+            yield python
 
 
 @pytest.fixture(scope="session")

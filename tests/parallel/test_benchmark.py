@@ -13,21 +13,9 @@ import pytest
 
 from hvd_eurosat.benchmarks import launcher
 from hvd_eurosat.benchmarks.settings import GpuSettings
-from tests.parallel.conftest import HANGS, LAUNCHERS, SMALL, command, run, survivors, variables, wait_for
+from tests.parallel.conftest import HANGS, SMALL, command, run, survivors, variables, wait_for
 
 JOB = "hvd_eurosat.benchmarks.job"
-# The benchmark starts its jobs' ranks by the Python that it finds itself to be.
-PROGRAM = """if True:
-    import runpy, sys
-    sys.executable = {python!r}
-    runpy.run_module("hvd_eurosat.benchmark", run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.fixture
-def benchmark(warm: str) -> list[str]:
-    """The words that start the benchmark, warm as its jobs are."""
-    return [warm, "-c", PROGRAM.format(python=warm)]
 
 
 def flags(data: Path, folder: Path, steps: int) -> list[str]:
@@ -49,12 +37,12 @@ def flags(data: Path, folder: Path, steps: int) -> list[str]:
 
 
 @pytest.mark.long
-def test_step_memory_and_data(benchmark: list[str], data: Path, tmp_path: Path) -> None:
-    words = [*LAUNCHERS["mpirun"], "2", *benchmark, "step", *flags(data, tmp_path, 1)]
+def test_step_memory_and_data(warm: str, data: Path, tmp_path: Path) -> None:
+    words = command("mpirun", 2, "benchmark", "step", *flags(data, tmp_path, 1), python=warm)
     job = run(words, HVD_EUROSAT_TRAIN__BATCH_SIZE="999")  # flags win
     assert job.returncode == 0, job.stderr
     for what in ("memory", "data"):
-        job = run([*benchmark, what, *flags(data, tmp_path, 1)])
+        job = run(command("python", 1, "benchmark", what, *flags(data, tmp_path, 1), python=warm))
         assert job.returncode == 0, job.stderr
     assert (tmp_path / "benchmark.png").exists()
     found = json.loads((tmp_path / "benchmark.json").read_text())
@@ -74,9 +62,9 @@ def test_step_memory_and_data(benchmark: list[str], data: Path, tmp_path: Path) 
     assert all(read["beside"][place]["kept"] > 0 for place in ("none", "memory", "disk"))
 
 
-def test_a_rank_of_a_job_is_killed(benchmark: list[str], data: Path, tmp_path: Path) -> None:
+def test_a_rank_of_a_job_is_killed(warm: str, data: Path, tmp_path: Path) -> None:
     """In the second job: what the first found is kept."""
-    words = [*benchmark, "memory", *flags(data, tmp_path, 20)]
+    words = command("python", 1, "benchmark", "memory", *flags(data, tmp_path, 20), python=warm)
     with subprocess.Popen(words, env=variables(), stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.3")))
         rank = next(
@@ -94,8 +82,8 @@ def test_a_rank_of_a_job_is_killed(benchmark: list[str], data: Path, tmp_path: P
     assert (tmp_path / "benchmark.png").exists()
 
 
-def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
-    words = command("python", 1, "benchmark", "memory", *flags(data, tmp_path, 10_000))  # whose ranks survivors() knows
+def test_ended_it_ends_its_job(warm: str, data: Path, tmp_path: Path) -> None:
+    words = command("python", 1, "benchmark", "memory", *flags(data, tmp_path, 10_000), python=warm)
     process = subprocess.Popen(words, env=variables(), stderr=subprocess.DEVNULL)
     wait_for(lambda: list(tmp_path.glob(".job-*/*.begin.0")))
     process.terminate()
@@ -104,11 +92,12 @@ def test_ended_it_ends_its_job(data: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".job-*"))
 
 
-def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(
-    benchmark: list[str], data: Path, tmp_path: Path
-) -> None:
-    words = [*benchmark, "memory", *flags(data, tmp_path, 1), "--train.compile", "true"]
-    job = run(words, CXX="/nowhere/g++")
+def test_it_does_not_measure_uncompiled_what_is_to_be_compiled(warm: str, data: Path, tmp_path: Path) -> None:
+    words = [*flags(data, tmp_path, 1), "--train.compile", "true"]
+    job = run(
+        command("python", 1, "benchmark", "memory", *words, python=warm),
+        CXX="/nowhere/g++",
+    )
     assert job.returncode == 2
     assert job.stderr.splitlines()[-1].endswith(" has no working /nowhere/g++")
 

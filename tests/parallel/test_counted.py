@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.conftest import LAUNCHERS, Launch, checkpoint_file, run, small, summary
+from tests.parallel.conftest import Launch, checkpoint_file, run, small, summary, under
 
 RANKS = (1, 2, 3, 4)
 
@@ -31,7 +31,7 @@ def folder(warm: str, data: Path, small_run: Path, tmp_path_factory: pytest.Temp
     best = checkpoint_file(small_run, "best.json")
     for ranks in RANKS:
         words = ["-m", "tests.parallel.counted", str(out), str(best), str(data)]
-        job = run([*LAUNCHERS["mpirun"], str(ranks), warm, *words])
+        job = run(under("mpirun", ranks, warm, *words))
         assert job.returncode == 0, job.stderr
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 from hvd_eurosat.cluster.failures import MORE
-from tests.parallel.conftest import LAUNCHERS, run
+from tests.parallel.conftest import run, under
 from tests.parallel.test_failures import errors
 
 PROGRAM = """
@@ -28,14 +28,14 @@ Place.of = staticmethod(lambda device: dataclasses.replace(here(device), **gpu))
 
 
 def test_an_error_of_all_ranks_is_said_once_in_its_own_words(warm: str) -> None:
-    job = run([*LAUNCHERS["mpirun"], "3", warm, "-c", PROGRAM.format(plant="")])
+    job = run(under("mpirun", 3, warm, "-c", PROGRAM.format(plant="")))
     assert job.returncode == 1
     where = f"(rank 0 on {socket.gethostname()})"
     assert errors(job) == [f"error: ncclCommInitRank failed: unhandled system error: {MORE} {where}"]
 
 
 def test_ranks_with_and_without_a_gpu_are_refused(warm: str) -> None:
-    job = run([*LAUNCHERS["mpirun"], "2", warm, "-c", PROGRAM.format(plant=A_GPU_ON_RANK_1)])
+    job = run(under("mpirun", 2, warm, "-c", PROGRAM.format(plant=A_GPU_ON_RANK_1)))
     assert job.returncode == 2
     (said,) = errors(job)
     assert said.startswith(

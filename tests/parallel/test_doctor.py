@@ -12,7 +12,14 @@ import pytest
 
 from hvd_eurosat import doctor
 from hvd_eurosat.diagnosis import facts
-from tests.parallel.conftest import Job, Launch, command, run
+from tests.parallel.conftest import Job, Launch, command, run, under
+
+# The doctor, which looks at libraries by starting the Python that it finds itself to be.
+AS = """
+import runpy, sys
+sys.executable = sys.argv.pop(1)
+runpy.run_module("hvd_eurosat.doctor", run_name="__main__", alter_sys=True)
+"""
 
 HOROVOD_WITHOUT = """
 import importlib, sys
@@ -53,8 +60,9 @@ def cure_of(findings: list[dict[str, str]], what: str) -> str:
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("python", 1), ("gloo", 2)])
-def test_a_healthy_machine(launch: Launch, launcher: str, ranks: int) -> None:
-    job = launch(launcher, ranks, "doctor", "--json")
+def test_a_healthy_machine(warm: str, launcher: str, ranks: int) -> None:
+    """To one rank as libraries are when they are loaded afresh."""
+    job = run(under(launcher, ranks, warm, "-c", AS, sys.executable if ranks == 1 else warm, "--json"))
     assert job.returncode == 0, job.stdout + job.stderr
     found = report(job)
     assert found["healthy"]
@@ -78,7 +86,7 @@ def test_a_machine_with_no_mpirun(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert ["on", "PATH", "none"] in lines
 
 
-def test_settings_and_limits(tmp_path: Path) -> None:
+def test_settings_and_limits(warm: str, tmp_path: Path) -> None:
     """Nine faults at once, each found with its own cure."""
     planted = {
         "HOROVOD_AUTOTUNE": "1",
@@ -89,9 +97,8 @@ def test_settings_and_limits(tmp_path: Path) -> None:
         "PATH": fake_mpirun(tmp_path / "bin", "HYDRA build details: Version 4.0.2"),
         "OMPI_ALLOW_RUN_AS_ROOT": "",
     }
-    job = run(
-        ["/bin/bash", "-c", 'ulimit -n 256; exec "$@"', "-", *command("python", 1, "doctor", "--json")], **planted
-    )
+    words = command("python", 1, "doctor", "--json", python=warm)
+    job = run(["/bin/bash", "-c", 'ulimit -n 256; exec "$@"', "-", *words], **planted)
     assert job.returncode == 1
     findings = report(job)["findings"]
     assert cure_of(findings, "HOROVOD_AUTOTUNE=1") == "unset HOROVOD_AUTOTUNE"
@@ -99,14 +106,14 @@ def test_settings_and_limits(tmp_path: Path) -> None:
     assert cure_of(findings, "HOROVOD_CYCLE_TIME=100") == "unset HOROVOD_CYCLE_TIME"
     assert cure_of(findings, "NCCL_SOCKET_IFNAME names nope0").startswith("NCCL_SOCKET_IFNAME is one of ")
     assert cure_of(findings, "TMPDIR").startswith("set TMPDIR")
-    assert cure_of(findings, "another MPI comes first on PATH").startswith(f"type {Path(sys.executable).parent}")
+    assert cure_of(findings, "another MPI comes first on PATH").startswith(f"type {Path(warm).parent}")
     assert cure_of(findings, "only 256 files can be open").startswith("ulimit -n")
     assert cure_of(findings, "there is no ssh") == "apt-get install openssh-client"
     if os.geteuid() == 0:
         assert cure_of(findings, "Open MPI does not start for root").startswith("export OMPI_ALLOW_RUN_AS_ROOT=1 ")
 
 
-def test_open_mpi_5_and_a_horovod_without_mpi(tmp_path: Path) -> None:
+def test_open_mpi_5_and_a_horovod_without_mpi(warm: str, tmp_path: Path) -> None:
     fake_mpirun(tmp_path / "bin", "mpirun (Open MPI) 5.0.3")
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     script(tmp_path / "site" / "horovod" / "__init__.py", "")
@@ -115,8 +122,8 @@ def test_open_mpi_5_and_a_horovod_without_mpi(tmp_path: Path) -> None:
     prefix = Path(sys.executable).parent.parent
     (tmp_path / "pyvenv.cfg").write_text((prefix / "pyvenv.cfg").read_text())
     (tmp_path / "lib").symlink_to(prefix / "lib")
-    program = [str(tmp_path / "bin" / "python"), "-m", "hvd_eurosat.doctor"]
-    job = run([*program, "--json"], PYTHONPATH=str(tmp_path / "site"))
+    words = under("python", 1, warm, "-c", AS, tmp_path / "bin" / "python", "--json")
+    job = run(words, PYTHONPATH=str(tmp_path / "site"))
     assert job.returncode == 1, job.stderr
     findings = report(job)["findings"]
     assert "launch/mpirun.sh" in cure_of(findings, "Open MPI 5, which breaks horovodrun")
@@ -128,7 +135,7 @@ def test_versions_that_differ_between_ranks(warm: str, tmp_path: Path) -> None:
     other = tmp_path / "torchvision-0.1.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
-    one, two = command("mpirun", 1, "doctor", "--json", python=warm), command("python", 1, "doctor", "--json")
+    one, two = (command(launcher, 1, "doctor", "--json", python=warm) for launcher in ("mpirun", "python"))
     job = run([*one, ":", "-np", "1", "env", f"PYTHONPATH={tmp_path}", *two])
     assert job.returncode == 1
     findings = report(job)["findings"]
@@ -136,10 +143,10 @@ def test_versions_that_differ_between_ranks(warm: str, tmp_path: Path) -> None:
     assert findings[0]["where"].startswith("ranks 1 (")
 
 
-def test_horovod_that_cannot_be_imported(tmp_path: Path) -> None:
+def test_horovod_that_cannot_be_imported(warm: str, tmp_path: Path) -> None:
     """Rank 0, which reports, comes last: the launcher must not have ended it by then for another rank's end."""
     script(tmp_path / "horovod" / "__init__.py", "").write_text(BROKEN_HOROVOD)
-    job = run(command("mpirun", 2, "doctor"), PYTHONPATH=str(tmp_path))
+    job = run(under("mpirun", 2, warm, "-c", AS, sys.executable), PYTHONPATH=str(tmp_path))
     assert job.returncode == 1
     assert job.stdout.count("cannot be imported: ImportError: libmpi.so.40: not found") == 1
     assert "cure: make setup" in job.stdout

@@ -16,7 +16,7 @@ import rasterio
 from affine import Affine
 
 from hvd_eurosat.scene.parts import FOLDER
-from tests.parallel.conftest import LAUNCHERS, Job, Launch, checkpoint_file, run
+from tests.parallel.conftest import Job, Launch, checkpoint_file, run, under
 from tests.parallel.mapped import differing
 from tests.waiting import side_by_side
 
@@ -143,8 +143,7 @@ def alone(launch: Launch, words: list[object], tmp_path_factory: pytest.TempPath
 
 def programmed(warm: str, ranks: int, program: str, *words: object) -> Job:
     """A job whose ranks run a program that changes `map`."""
-    launcher = [*LAUNCHERS["mpirun"], str(ranks)] if ranks > 1 else []
-    return run([*launcher, warm, "-c", program, *map(str, words)])
+    return run(under("mpirun" if ranks > 1 else "python", ranks, warm, "-c", program, *words))
 
 
 def interrupted(warm: str, ranks: int, number: int, rank: int, blocks: int, *words: object) -> Job:

@@ -19,7 +19,6 @@ from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.status import read_status
 from hvd_eurosat.training import checkpoint
 from tests.parallel.conftest import (
-    LAUNCHERS,
     TRAINED,
     Job,
     Launch,
@@ -29,6 +28,7 @@ from tests.parallel.conftest import (
     run,
     small,
     summary,
+    under,
 )
 
 
@@ -143,7 +143,7 @@ def test_over_mpi_training_goes_before_horovods_thread(warm: str) -> None:
             print(of_ranks)
         job.leave_together(0)
     """
-    job = run([*LAUNCHERS["mpirun"], "2", warm, "-c", program])
+    job = run(under("mpirun", 2, warm, "-c", program))
     nicer = min(12, 19 - os.nice(0))
     assert job.stdout.strip() == f"[{nicer}, {nicer}]", job.stderr
 
@@ -163,7 +163,7 @@ def test_ranks_share_values_of_any_size(warm: str, tmp_path: Path, launcher: str
         pathlib.Path(sys.argv[1], str(world.rank)).write_text(json.dumps(same))
         job.leave_together(0)
     """
-    job = run([*LAUNCHERS[launcher], "3", warm, "-c", program, str(tmp_path)])
+    job = run(under(launcher, 3, warm, "-c", program, tmp_path))
     assert job.returncode == 0, job.stderr
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)] == [[True] * 5] * 3
 
@@ -182,7 +182,7 @@ def test_what_ranks_have_is_added_up(warm: str, tmp_path: Path, launcher: str) -
         pathlib.Path(sys.argv[1], str(world.rank)).write_text(json.dumps([sums.tolist(), gradients.tolist()]))
         job.leave_together(0)
     """
-    job = run([*LAUNCHERS[launcher], "3", warm, "-c", program, str(tmp_path)])
+    job = run(under(launcher, 3, warm, "-c", program, tmp_path))
     assert job.returncode == 0, job.stderr
     assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)] == [[[7.0] * 3] * 2] * 3
 

@@ -19,7 +19,7 @@ SEEN = """
 import json, os, resource, sys
 print(json.dumps([
     sys.argv, os.getcwd(), dict(os.environ), sorted(os.sched_getaffinity(0)), resource.getrlimit(resource.RLIMIT_FSIZE),
-    sys.stdin.read(),
+    sys.stdin.read(), sys.path[1], sys.executable,
 ]))
 """
 WAIT = """
@@ -33,7 +33,7 @@ time.sleep(600)
 def test_it_sees_what_a_python_sees(warm: str, tmp_path: Path) -> None:
     def start(python: str) -> list[Any]:
         words = ["sh", "-c", 'ulimit -f 4000; exec "$@"', "-", python, "-c", SEEN, "a b", ""]
-        environment = {"PATH": "/bin", "EMPTY": "", "OMP_NUM_THREADS": "1"}
+        environment = {"PATH": "/bin", "EMPTY": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": "/elsewhere"}
         done = subprocess.run(
             words, cwd=tmp_path, env=environment, input="words", capture_output=True, text=True, check=True
         )
@@ -41,6 +41,7 @@ def test_it_sees_what_a_python_sees(warm: str, tmp_path: Path) -> None:
 
     found, expected = start(warm), start(sys.executable)
     assert found[2].pop("LAUNCHER") == str(os.getpid())  # all that it sees beside
+    assert (found.pop(), expected.pop()) == (warm, sys.executable)
     assert found == expected
     assert found[0] == ["-c", "a b", ""]
     assert found[4] != list(resource.getrlimit(resource.RLIMIT_FSIZE))

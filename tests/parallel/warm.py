@@ -1,9 +1,10 @@
 """A Python that has imported what ranks need, and forks one in 0.1 s of CPU where a start takes 2.
 
-The server imports, joins no job, and waits asleep. `-m MODULE WORD…` or `-c PROGRAM WORD…` of the client, which any
-launcher starts in place of Python, makes it fork a process that becomes the rank: with the client's words, folder,
-variables, cores, limits and streams. The client lives as long as the rank, passes signals on to it and ends as it does;
-when the client is killed, so is the rank. A rank that has ended leaves nothing to the next.
+The server waits asleep for its first client, imports, and joins no job. `-m MODULE WORD…` or `-c PROGRAM WORD…` of the
+client, which any launcher starts in place of Python, makes it fork a process that becomes the rank: with the client's
+words, folder, variables, cores, limits and streams. What that starts by sys.executable is warm, too. The client lives
+as long as the rank, passes signals on to it and ends as it does; when the client is killed, so is the rank. A rank that
+has ended leaves nothing to the next.
 
 What it does not show, and ranks that begin by themselves do (test_train.py, `finished` and `imported`): what a rank
 imports, sets whose order differs from rank to rank, and a run's pictures, which take longer than training here. Its
@@ -27,12 +28,26 @@ import socket
 import sys
 import threading
 import traceback
+import types
 from typing import NoReturn
 
 LIMITS = range(16)  # Linux has so many
 FROM_LAUNCHERS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-VERBS = ("train", "evaluate", "predict", "map", "benchmark", "benchmarks.job", "benchmarks.baseline")
+MAINS = (  # what ranks, launchers and processes of ranks run as their main program
+    "train",
+    "evaluate",
+    "predict",
+    "map",
+    "benchmark",
+    "benchmarks.job",
+    "benchmarks.baseline",
+    "doctor",
+    "cluster.hosts",
+    "weights.hdf5",
+)
 LAZY = (
+    "multiprocessing.spawn",  # which keeps the Python that it starts: this one
+    "horovod.runner.launch",
     "horovod.torch",
     "h5py",
     "jinja2",
@@ -49,7 +64,8 @@ def client(address: str, words: list[str]) -> None:
     """A rank, as its launcher sees it. It knows nothing but the standard library, to be there at once."""
     limits = {number: resource.getrlimit(number) for number in LIMITS}
     variables = {**os.environ, "LAUNCHER": str(os.getppid())}  # whose child the rank is not
-    request = marshal.dumps((words, os.getcwd(), variables, sorted(os.sched_getaffinity(0)), limits))
+    python = os.path.join(os.path.dirname(address), "python")
+    request = marshal.dumps((words, python, os.getcwd(), variables, sorted(os.sched_getaffinity(0)), limits))
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         socket.send_fds(server, [len(request).to_bytes(8, "little")], [0, 1, 2])
@@ -68,10 +84,14 @@ def client(address: str, words: list[str]) -> None:
 
 def serve(listener: int) -> None:
     """Fork a rank for every client, until standard input ends. Returns in the rank, which is to run sys.argv."""
-    for name in (*LAZY, *(f"hvd_eurosat.{verb}" for verb in VERBS)):
+    ready, _, _ = select.select([listener, 0], [], [])
+    if 0 in ready:
+        os._exit(0)
+    mains = [f"hvd_eurosat.{name}" for name in MAINS]
+    for name in (*LAZY, *mains):
         importlib.import_module(name)
-    for verb in VERBS:  # a rank runs them as its main program
-        del sys.modules[f"hvd_eurosat.{verb}"]
+    for name in mains:
+        del sys.modules[name]
     make_small()
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread, which a forked process would lack")
@@ -129,7 +149,7 @@ def keep(connection: socket.socket) -> None:
 
 def become(request: bytes, streams: list[int]) -> None:
     """Take over what the client was given."""
-    sys.argv, folder, variables, cores, limits = marshal.loads(request)
+    sys.argv, sys.executable, folder, variables, cores, limits = marshal.loads(request)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -141,7 +161,7 @@ def become(request: bytes, streams: list[int]) -> None:
         resource.setrlimit(number, limit)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=os.isatty(1))
-    sys.path[0] = folder
+    sys.path[:1] = [folder, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 def run() -> NoReturn:
@@ -154,7 +174,8 @@ def run() -> NoReturn:
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
             sys.argv[0] = kind
-            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), vars(main))
     except SystemExit as end:
         status = end.code or 0
         if not isinstance(status, int):
@@ -175,7 +196,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(int(sys.argv[2]))
         run()
-    elif sys.argv[2] in ("-m", "-c"):
-        client(sys.argv[1], sys.argv[2:])
     else:
-        os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+        client(sys.argv[1], sys.argv[2:])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.parallel.conftest import warm as warm
+
 ROOT = Path(__file__).parents[2]
 TOOLS = (
     "awk",
@@ -34,9 +36,9 @@ NOTE = """#!/bin/sh
 case "$*" in --version) echo "mpirun (Open MPI) ${MAJOR:-4}.1.8" && exit ;; esac
 { printf '%s\\n' "$(basename "$0")" "$@"; echo; env; } >"$NOTES"
 """
-PYTHON = f"""#!/bin/sh
+PYTHON = """#!/bin/sh
 case $1 in -c) shift && exec "$(dirname "$0")/horovodrun" elastic "$@" ;; esac
-exec {sys.executable} "$@"
+exec {} "$@"
 """
 Launch = Callable[..., "Done"]
 
@@ -57,7 +59,7 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(warm: str, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """launch(script, *words, without=…, **variables): nothing else is in the environment, and no other tools."""
     folder = tmp_path_factory.mktemp("launchers")
     venv, tools = folder / "venv" / "bin", folder / "tools"
@@ -65,7 +67,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         place.mkdir(parents=True)
     for name in (*TOOLS, "timeout"):
         (tools / name).symlink_to(str(shutil.which(name)))
-    stubs = {venv / name: NOTE for name in ("mpirun", "horovodrun")} | {venv / "python": PYTHON}
+    stubs = {venv / name: NOTE for name in ("mpirun", "horovodrun")} | {venv / "python": PYTHON.format(warm)}
     stubs |= {tools / "srun": NOTE, tools / "scontrol": "#!/bin/sh\n"}
     stubs[tools / "ssh"] = '#!/bin/sh\n[ "$1" != -T ] || printf "hostname $3\\nport 22\\n"\n'
     for path, text in stubs.items():
