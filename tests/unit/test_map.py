@@ -55,6 +55,8 @@ SIDE = 32
 NAME = 'Süd$t_{irol$, "neu".tif'
 Map = Callable[..., int]
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def scene_file(path: Path, pixels: np.ndarray, crs: CRS | None = UTM, transform: Affine = NORTH_UP) -> Path:
     """A GeoTIFF in red, green and blue of pixels uint8 [h, w, 3], in strips of 16 rows."""
@@ -73,8 +75,8 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.clip(plots.repeat(16, 0).repeat(16, 1)[:height, :width] + texture, 1, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope="session")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory, narrow: None) -> Path:
     """The checkpoint of a random network of three classes, all of which it finds in `noise`."""
     model = build("resnet18", len(CLASSES), "all", seed=0)
     with torch.no_grad():
@@ -705,12 +707,10 @@ def test_a_raster_is_whole_or_not_there_where_the_disk_fills(tmp_path: Path, roo
 def test_a_damaged_part_is_made_again(tmp_path: Path, map_of: Map, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = scene_file(tmp_path / "scene.tif", noise(400, 100))
     words = ("--scene", scene, "--out", tmp_path / "map")
-    monkeypatch.setattr(maps, "write_products", lambda *_: (_ for _ in ()).throw(RunError("killed")))
-    with pytest.raises(RunError, match="killed"):
-        map_of(*words)
-    monkeypatch.undo()
-    monkeypatch.setattr(maps, "StopRequest", lambda: lambda: False)
-    monkeypatch.setattr(World, "watch", lambda world, seconds: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(maps, "write_products", lambda *_: (_ for _ in ()).throw(RunError("killed")))
+        with pytest.raises(RunError, match="killed"):
+            map_of(*words)
     part = sorted((tmp_path / "map" / FOLDER).glob("*.part"))[1]
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(RunError, match=r"was damaged and is removed: start again"):
