@@ -22,8 +22,8 @@ from PIL import Image
 
 from hvd_eurosat import evaluate, predict, prepare, train
 from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config import verbs
-from hvd_eurosat.config.reading import load
+from hvd_eurosat.config.schema import Config, Data
+from hvd_eurosat.config.verbs import EvaluateSettings, PredictSettings
 from hvd_eurosat.data import batches
 from hvd_eurosat.data.inputs import PICTURES
 from hvd_eurosat.data.layout import SPLITS
@@ -244,9 +244,10 @@ class Ways:
         return self.seen, {name for name in names if name in said}, said
 
     def train(self, root: Path) -> None:
-        words = ["--data.root", root, "--data.image_size", SIDE, "--train.batch_size", 1, "--model.arch", "resnet18"]
+        keys = {"train": {"batch_size": 1}, "model": {"arch": "resnet18", "weights": "none"}}
         train.train(
-            self.world, load([*map(str, words), "--model.weights", "none", "--run.dir", str(root.parent / "run")])
+            self.world,
+            Config(data={"root": root, "image_size": SIDE}, run={"dir": root.parent / "run"}, **keys),
         )
 
     def prepare_and_train(self, root: Path) -> None:
@@ -257,13 +258,11 @@ class Ways:
             raise UserError(said.getvalue())
         self.train(out)
 
-    def evaluate(self, *words: object) -> Callable[[], object]:
-        settings = verbs.evaluate(["--checkpoint", "c", *map(str, words)])
-        return lambda: evaluate.main(self.world, settings)
+    def evaluate(self, **keys: object) -> Callable[[], object]:
+        return lambda: evaluate.main(self.world, EvaluateSettings(checkpoint="c", **keys))
 
     def predict(self, root: Path) -> None:
-        words = ["--checkpoint", "c", "--input", str(root), "--out", str(root.parent / "predictions")]
-        predict.main(self.world, verbs.predict(words))
+        predict.main(self.world, PredictSettings(checkpoint="c", input=[root], out=root.parent / "predictions"))
 
 
 @pytest.fixture
@@ -275,8 +274,8 @@ def ways(alone: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
         precision="fp32",
         wants=PICTURES,
         digest="of other images",
-        data=load(["--data.image_size", str(SIDE)]).data,
-        config=load(["--data.image_size", str(SIDE)]).model_dump(mode="json"),
+        data=Data(image_size=SIDE),
+        config=Config(data=Data(image_size=SIDE)).model_dump(mode="json"),
         build_model=lambda device: model,
         views=lambda asked: 1,
         batch_size=lambda asked, device: 128,
@@ -314,9 +313,9 @@ def test_five_ways_agree(ways: Ways, capsys: pytest.CaptureFixture[str], grow: C
             "prepare and train": ways.ask(tree.bad, [lambda: ways.prepare_and_train(tree.root)]),
             "train": ways.ask(tree.bad, [lambda: ways.train(tree.root)]),
             "evaluate --data.root": ways.ask(
-                tree.bad, [ways.evaluate("--data.root", tree.root, "--split", n) for n in SPLITS]
+                tree.bad, [ways.evaluate(data={"root": tree.root}, split=name) for name in SPLITS]
             ),
-            "evaluate --input": ways.ask(tree.bad, [ways.evaluate("--input", split) for split in tree.splits]),
+            "evaluate --input": ways.ask(tree.bad, [ways.evaluate(input=split) for split in tree.splits]),
             "predict": ways.ask(tree.bad, [lambda: ways.predict(tree.root)]),
         }
         content = "\n".join(sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()))
