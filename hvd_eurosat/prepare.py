@@ -84,12 +84,12 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
 
     Raises UserError, for a bad image too, and RunError.
     """
+    if options.link and (spec in ("sample", "download") or os.path.isfile(spec)):  # before it is drawn or fetched
+        raise UserError(f"--link is for folders, whose files stay: the images of {spec} must be copied")
     lists = lists_for(options)
     with appearing(out.resolve()) as folder, open_source(spec, options.seed, options.inside) as given:
         for note in given.layout.notes:
             print(f"note: {note}", file=sys.stderr)
-        if options.link and not given.locate:
-            raise UserError(f"--link is for folders, whose files stay: the images of {spec} must be copied")
         source, rule, placeless = arrange(given, spec, options, lists)
         inputs = _recognised(source, spec, options)
         copies = copy(source, folder, options, inputs)

@@ -84,7 +84,7 @@ def test_what_is_changed_is_no_link(tmp_path: Path, grow: Grow, encode: Encode, 
 
 def test_an_archive_has_nothing_to_link_to(tmp_path: Path, grow: Grow, run: Run) -> None:
     archive = zipped(tmp_path / "photos.zip", grow("photos", {"A": 3, "B": 3}))
-    for source in (archive, "sample"):
+    for source in (archive, "sample", "download"):
         status, _, said = run(source, "--link")
         assert (status, left(tmp_path)) == (2, [])
         assert said == f"error: --link is for folders, whose files stay: the images of {source} must be copied\n"
