@@ -44,7 +44,7 @@ test test-long test-faults test-system: export CUDA_VISIBLE_DEVICES := # they ar
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 
-test-long: setup ## what `make test` leaves out for its length: jobs that compile or measure, more files
+test-long: setup ## what `make test` leaves out for its length: jobs that compile or measure, all of EuroSAT, more files
 	$(BIN)/python -m pytest -m long tests/parallel tests/unit $(ARGS)
 
 test-faults: setup ## the whole fault suite (docs/reliability.md)
