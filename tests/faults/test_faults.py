@@ -353,12 +353,15 @@ def test_the_launcher_dies_and_nobody_reads_what_its_rank_says() -> None:
 def test_a_run_directory_is_used_by_one_job_at_a_time(warm: str, data: Path, tmp_path: Path) -> None:
     arguments = flags(data, tmp_path / "run", train__epochs=1)
     faults = json.dumps({str(tmp_path / "run"): f"0 2 {STEP} sleep"})
-    first = launched("python", 1, "tests.faults.inject", *arguments)
+    first = launched("python", 1, "tests.faults.inject", *arguments, python=warm)
     second = launched("python", 1, "hvd_eurosat.train", *arguments, python=warm)
     with subprocess.Popen(first, env=environment(FAULTS=faults)) as running:
         wait_for(lambda: (tmp_path / "run.fault").exists() or running.poll() is not None)
         refused = subprocess.run(second, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+        named = re.search(r"is in use by another job \(process (\d+) on ", refused.stderr)
+        assert named, refused.stderr
+        assert psutil.pid_exists(int(named[1]))
         running.kill()
     assert refused.returncode == 2
-    assert f"is in use by another job (process {running.pid} on " in refused.stderr
+    wait_for(lambda: not psutil.pid_exists(int(named[1])))  # for it is a process of that job
     assert subprocess.run(second, env=environment(), capture_output=True, timeout=240, check=False).returncode == 0

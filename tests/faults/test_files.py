@@ -31,7 +31,7 @@ from tests.unit.conftest import Canary
 
 
 @pytest.fixture
-def state() -> Checkpoint:
+def state(narrow: None) -> Checkpoint:
     model = build("resnet18", 2, "bn+head", seed=0)
     return Checkpoint(
         model=model.state_dict(),
@@ -88,13 +88,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_the_disk_fills_and_has_room_again(inject: Inject, disk: Path, data: Path, undisturbed: str) -> None:
-    """Another's file takes all the room before the second save; the third finds room again."""
-    job = inject({disk / "run": f"0 {STEPS + 2} {STEP} fill"})
+def test_the_disk_fills_and_has_room_again(inject: Inject, disk: Path, tmp_path: Path) -> None:
+    """Another's file takes all the room before the second save, and the third finds room; before it, a run without."""
+    job = inject({tmp_path / "undisturbed": "", disk / "run": f"0 {STEPS + 2} {STEP} fill"})
     assert job.returncode == 0, job.output
     assert "No space left on device; training goes on, and the earlier checkpoints are whole" in job.output
     assert str(disk / "run" / "checkpoints") in job.output
-    assert fingerprint(disk / "run") == undisturbed
+    assert fingerprint(disk / "run") == fingerprint(tmp_path / "undisturbed")
     assert not list((disk / "run" / "checkpoints").glob(".*"))
 
 
