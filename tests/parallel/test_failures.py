@@ -32,7 +32,7 @@ def with_data_of_its_own(python: str, folder: Path, first: Path, second: Path) -
         f"cd $(mktemp -d -p {folder}) && ln -s $([ $OMPI_COMM_WORLD_RANK = 0 ] && echo {first} || echo {second}) data "
         '&& exec "$@"\n'
     )
-    flags = small(Path("data"), folder / "run", data__cache_dir="cache")
+    flags = small(Path("data"), folder / "run", data__cache_dir="cache", train__epochs=1)
     words = command("mpirun", 2, "train", *flags, python=python)
     program = words.index(python)
     return run([*words[:program], "sh", str(script), *words[program:]])
