@@ -34,17 +34,6 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 50, 100)  # Python's own 700, 10, 10 takes an eighth of the time
 
 
-@pytest.fixture(scope="module")
-def narrow() -> Iterator[None]:
-    """ResNet-18 has a quarter of its channels, as in warm ranks: for what the size of a network does not show."""
-    from hvd_eurosat.model import resnet
-
-    block, depths, _ = resnet.BLOCKS["resnet18"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet.BLOCKS, "resnet18", (block, depths, 16))
-        yield
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Nothing here is read after a machine has lost its power."""

@@ -27,12 +27,13 @@ from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.weights.loading import load_weights
 from tests.faults.conftest import SAVE, STEP, STEPS, Ended, Inject, fingerprint
 from tests.parallel.conftest import checkpoint_file
-from tests.unit.conftest import Canary
+from tests.unit.conftest import Canary, narrow
 
 
 @pytest.fixture
-def state(narrow: None) -> Checkpoint:
-    model = build("resnet18", 2, "bn+head", seed=0)
+def state() -> Checkpoint:
+    with narrow():
+        model = build("resnet18", 2, "bn+head", seed=0)
     return Checkpoint(
         model=model.state_dict(),
         frozen=[name for name, parameter in model.named_parameters() if not parameter.requires_grad],

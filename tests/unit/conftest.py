@@ -160,6 +160,13 @@ def _narrow() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def narrow_resnet18() -> Iterator[None]:
+    """For all tests of a file."""
+    with narrow("resnet18"):
+        yield
+
+
 def blank(
     details: Details = DEFAULT, trainable: str = "all", arch: str = "resnet50", classes: int = 10
 ) -> LandCoverResNet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,14 @@ from hvd_eurosat.model.resnet import LandCoverResNet, build, count_parameters
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.weights.loading import load_weights, read_weights
 from hvd_eurosat.weights.settle import settle
-from tests.unit.conftest import narrow, saved_checkpoint
+from tests.unit.conftest import saved_checkpoint
 
 SMALL = {"arch": "resnet18"}
 MEASURED = EUROSAT_MS.model_copy(update={"mean": (1000.0,) * 13, "std": tuple(range(100, 113))})
 NORMALISED = {"mean": MEASURED.mean, "std": MEASURED.std}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _narrow_resnet18() -> Iterator[None]:
-    with narrow("resnet18"):
-        yield
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 
 
 def network(bands: Sequence[str], seed: int = 0, trainable: str = "bn+head") -> LandCoverResNet:

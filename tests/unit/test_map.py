@@ -55,7 +55,7 @@ SIDE = 32
 NAME = 'Süd$t_{irol$, "neu".tif'
 Map = Callable[..., int]
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 
 
 def scene_file(path: Path, pixels: np.ndarray, crs: CRS | None = UTM, transform: Affine = NORTH_UP) -> Path:
@@ -76,7 +76,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory, narrow: None) -> Path:
+def network(tmp_path_factory: pytest.TempPathFactory, narrow_resnet18: None) -> Path:
     """The checkpoint of a random network of three classes, all of which it finds in `noise`."""
     model = build("resnet18", len(CLASSES), "all", seed=0)
     with torch.no_grad():

@@ -26,11 +26,11 @@ from tests.unit.conftest import Encode, Grow, saved_checkpoint
 CLASSES = ["Forest", "Lake", "River"]
 Asked = Callable[..., tuple[int, str, str]]
 
-pytestmark = pytest.mark.usefixtures("narrow")
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, narrow: None) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory, narrow_resnet18: None) -> Path:
     model, kind = build("resnet18", 3, "all", seed=0), Model(arch="resnet18", trainable="all")
     return saved_checkpoint(tmp_path_factory.mktemp("saved") / "epoch-0003.pt", model, CLASSES, kind)
 
