@@ -20,7 +20,7 @@ from hvd_eurosat.data.listing import SHOWN, is_litter, normal
 from hvd_eurosat.data.multispectral import recognise
 from hvd_eurosat.data.packed import verify_packed
 from hvd_eurosat.data.processes import cores, in_processes
-from hvd_eurosat.data.sources import Source, open_source
+from hvd_eurosat.data.sources import Source, open_source, stays
 from hvd_eurosat.data.split import Ratios
 from hvd_eurosat.data.splits import PUBLISHED, Wish, arrange, lists_for
 from hvd_eurosat.data.tree import CHECKSUMS, MANIFEST, Manifest, check_classes, open_tree, read_manifest, sha256_of
@@ -84,7 +84,7 @@ def prepare(spec: str, out: Path, options: Options) -> Manifest:
 
     Raises UserError, for a bad image too, and RunError.
     """
-    if options.link and (spec in ("sample", "download") or os.path.isfile(spec)):  # before it is drawn or fetched
+    if options.link and not stays(spec):  # before it is drawn or fetched
         raise UserError(f"--link is for folders, whose files stay: the images of {spec} must be copied")
     lists = lists_for(options)
     with appearing(out.resolve()) as folder, open_source(spec, options.seed, options.inside) as given:

@@ -30,6 +30,7 @@ from hvd_eurosat.errors import RunError, UserError
 
 MAX_RATIO = 200  # bytes that one compressed byte of an archive may become ...
 MIN_SUSPECT = 1 << 20  # ... in members over this size: small flat images compress better than that
+GENERATED, FETCHED = "sample", "download"
 WHERE = "get EuroSAT_RGB.zip from https://zenodo.org/records/7711810 and give it with --source EuroSAT_RGB.zip"
 UNPACK = "unpack it and give the folder"
 # APPNOTE.TXT 6.3.10, section 4.4.5. Of these only stored and deflated members are read: the others may take any amount
@@ -71,11 +72,11 @@ def open_source(spec: str, seed: int, inside: str = "") -> Iterator[Source]:
     laid out in class folders, RunError for a failed download.
     """
     path = Path(spec)
-    if spec == "sample":
+    if spec == GENERATED:
         files = dict(generate(seed=seed))
         source = _source("sample", list_names(files, "the sample", files.__getitem__), inside, files.__getitem__, True)
         yield replace(source, extras=draw_scene(seed))
-    elif spec == "download":
+    elif spec == FETCHED:
         with tempfile.TemporaryDirectory(prefix="eurosat-") as folder:
             yield replace(_folder(_download(Path(folder)), "EuroSAT_RGB", inside), locate=None)
     elif _is_folder(path):
@@ -87,6 +88,11 @@ def open_source(spec: str, seed: int, inside: str = "") -> Iterator[Source]:
             else:
                 with _uncompressed(file, path) as tar:
                     yield _tar(tar, path, inside)
+
+
+def stays(spec: str) -> bool:
+    """Whether the files of what spec names stay where they are, as a folder's do. Raises UserError as open_source."""
+    return spec not in (GENERATED, FETCHED) and _is_folder(Path(spec))
 
 
 def _source(name: str, listing: Listing, inside: str, read: Callable[[str], bytes], synthetic: bool = False) -> Source:

@@ -215,7 +215,8 @@ class FrozenLostError(UserError):
 def _made_again(trained: Checkpoint, weights: str) -> bytes:
     """The file of the frozen weights, from model.weights and train.seed. Raises FrozenLostError."""
     settings = Model(**{**trained.config["model"], "weights": weights})
-    model = _network(settings, len(trained.classes), trained.config["train"]["seed"], trained.wants.bands)
+    seed, details, bands = trained.config["train"]["seed"], Details.of(settings), trained.wants.bands
+    model = build(settings.arch, len(trained.classes), settings.trainable, seed, details, bands)
     try:
         load_weights(model, settings)
     except (UserError, RunError) as error:
@@ -225,10 +226,6 @@ def _made_again(trained: Checkpoint, weights: str) -> bytes:
 
 def _frozen_file(model: dict[str, Tensor], names: list[str]) -> bytes:
     return safetensors.torch.save({name: model[name].contiguous() for name in names})
-
-
-def _network(settings: Model, classes: int, seed: int, bands: Sequence[str]) -> LandCoverResNet:
-    return build(settings.arch, classes, settings.trainable, seed, Details.of(settings), bands)
 
 
 def holds(path: Path, checkpoint: Checkpoint) -> bool:
