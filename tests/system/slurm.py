@@ -42,7 +42,8 @@ NodeName=b NodeAddr=10.77.0.2 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=a,b Default=YES MaxTime=INFINITE State=UP
 """
 CPUS = 8  # more than there are, for jobs that mostly wait
-WAITING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
+# A job that goes on has more names than these: SIGNALING while a signal is sent, COMPLETING, REQUEUED, ...
+ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
 class Slurm:
@@ -70,7 +71,7 @@ class Slurm:
     def wait(self, number: str, seconds: float = 600) -> dict[str, str]:
         """The job once it has ended."""
         deadline = time.monotonic() + seconds
-        while (job := self.job(number))["JobState"] in WAITING:
+        while (job := self.job(number))["JobState"] not in ENDED:
             if time.monotonic() > deadline:
                 self.run("scancel", number)
                 raise TimeoutError(f"job {number} is still {job['JobState']}: {job}")
