@@ -51,7 +51,7 @@ test-faults: setup ## the whole fault suite (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
-	$(BIN)/python -m pytest tests/system $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile tests/system $(ARGS)
 
 test-gpu: setup ## on a GPU: step, exchange, runs and rates, in six minutes at most; skipped where there is none
 	$(BIN)/python -m pytest tests/gpu $(ARGS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def need(*tools: str) -> None:
 
 @pytest.fixture(scope="session")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Host]]:
-    """Three hosts a, b and c."""
+    """Three hosts a, b and c, which no other worker of pytest-xdist sees."""
     need("sshd", "ssh", "ip", "nsenter")
     with network("abc", tmp_path_factory.mktemp("hosts")) as started:
         yield started
@@ -61,27 +60,14 @@ def launch(hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory) -> 
     assert not any(left.values()), left
 
 
-@pytest.fixture(scope="session", autouse=True)
-def building(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Future[Image] | None]:
-    """The image, where a test is to ask for it: minutes, beside tests that mostly wait."""
-    if not any("image" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        yield None
-        return
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    """It is built: minutes."""
     need("buildah", "debootstrap")
     folder = tmp_path_factory.mktemp("image")
     try:
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(Image, folder)
-            yield future
-        if not future.exception():
-            future.result().remove()
+        made = Image(folder)
+        yield made
+        made.remove()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def image(building: Future[Image]) -> Image:
-    """The built image."""
-    return building.result()
