@@ -60,11 +60,16 @@ def output(folder: Path) -> str:
     return (folder / "job.out").read_text()
 
 
-# What a rank does before it listens to signals, for as long as this file is there.
+# What a rank does before it listens to signals, for as long as this file is there. That on host a does not end by
+# SIGUSR1: the launcher ends it, once the other is gone.
 HELD = """
-import pathlib, sys, time
-while sys.orig_argv[1:3] == ["-m", "hvd_eurosat.train"] and pathlib.Path(__file__).exists():
-    time.sleep(0.1)
+import pathlib, signal, socket, sys, time
+if sys.orig_argv[1:3] == ["-m", "hvd_eurosat.train"]:
+    if socket.gethostname() == "a":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    pathlib.Path(__file__).with_name(f"held-{socket.gethostname()}").touch()
+    while pathlib.Path(__file__).exists():
+        time.sleep(0.1)
 """
 
 
@@ -88,7 +93,7 @@ def test_training_on_two_nodes_signalled_before_its_ranks_listen_requeued_finish
         environment = f"--export=ALL,LAUNCHER={launcher},LOCAL_DIR={folder},PYTHONPATH={folder}"
         flags = small(data, folder / "run", train__epochs=1)
         number = slurm.submit(*TWO_NODES, f"--output={folder}/job.out", environment, TRAIN, *flags)
-        wait_for(lambda: len(ranks_of(folder / "run")) == 2, 300)
+        wait_for(lambda: len(list(folder.glob("held-*"))) == 2, 300)
         held = ranks_of(folder / "run")
         assert slurm.run("scancel", "--batch", "--signal=USR1", number).returncode == 0
         wait_for(lambda: not held & ranks_of(folder / "run"), 300)
