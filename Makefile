@@ -13,7 +13,8 @@ BIN  := $(or $(SETUP_VENV),.venv)/bin
 NAME := $(basename $(notdir $(DATA:%/=%)))
 RUN  := $(basename $(notdir $(RECIPE)))-$(NAME)
 BENCH = --data.root data/$(NAME) --run.dir runs/benchmark-$(NAME) $(ARGS)
-SIDE    = --numprocesses 4 --dist loadfile --no-loadscope-reorder # side by side: jobs wait much; long files first
+SIDE    = --dist loadfile --no-loadscope-reorder --numprocesses # of files of tests at a time: jobs wait much; long ones first
+LONGEST := $(addprefix tests/system/test_,image.py slurm.py elastic.py)
 SCRIPTS = .ci/run $(shell find launch docker tests/gpu -name '*.sh' -o -name '*.sbatch' -o -name '*.env.example') launch/elastic/ssh
 
 ifeq ($(shell id -u),0) # Open MPI asks root twice
@@ -42,16 +43,16 @@ map: setup data/$(NAME) ## a map of SCENE (default: the sample's) by the best ne
 
 test test-long test-faults test-system: export CUDA_VISIBLE_DEVICES := # they are of CPUs
 test: setup ## the tests, those under mpirun and horovodrun included (ARGS go to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE) -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SIDE) 4 -m "not slow and not long" tests/faults tests/parallel tests/unit $(ARGS)
 
 test-long: setup ## what `make test` leaves out for its length: jobs that compile or measure, all of EuroSAT, more files
-	$(BIN)/python -m pytest -m long tests/parallel tests/unit $(ARGS)
+	$(BIN)/python -m pytest $(SIDE) 2 -m long tests/parallel tests/unit $(ARGS)
 
 test-faults: setup ## the whole fault suite (docs/reliability.md)
 	$(BIN)/python -m pytest tests/faults $(ARGS)
 
 test-system: setup ## Slurm, several hosts, an image: as root, with the packages that .ci/run installs
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile tests/system $(ARGS)
+	$(BIN)/python -m pytest $(SIDE) 3 $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/system/test_*.py)) $(ARGS)
 
 test-gpu: setup ## on a GPU: step, exchange, runs and rates, in six minutes at most; skipped where there is none
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
