@@ -123,22 +123,23 @@ VARIABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def mixes() -> list[dict[str, str]]:
-    """No variable, each with a job's number and nodes, and many at random, the empty ones too."""
+def mixes(count: int) -> list[dict[str, str]]:
+    """No variable, each with a job's number and nodes, and `count` mixes at random, the empty ones too."""
     dice = random.Random(0)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     alone = [{**job, name: values[0]} for name, values in VARIABLES.items()]
     drawn = []
-    for _ in range(20):
+    for _ in range(count):
         some = dice.sample(sorted(VARIABLES), dice.randint(4, len(VARIABLES)))
         drawn.append({name: dice.choice((*VARIABLES[name], *VARIABLES[name], "")) for name in some})
     return [{}, *alone, *drawn]
 
 
-def test_no_mix_of_variables_is_unbound(launch: Launch) -> None:
+@pytest.mark.parametrize("count", [5, pytest.param(40, marks=pytest.mark.long)])
+def test_no_mix_of_variables_is_unbound(launch: Launch, count: int) -> None:
     """A script under a mix of Slurm's variables starts its launcher, or says in one line what is missing."""
     started = 0
-    for number, mix in enumerate(mixes()):
+    for number, mix in enumerate(mixes(count)):
         script = SCRIPTS[number % len(SCRIPTS)]
         done = launch(*script, **mix)
         assert "unbound variable" not in done.errors, (script, mix)

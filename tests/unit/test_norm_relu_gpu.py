@@ -29,6 +29,7 @@ DEVICE = torch.device("cpu")
 ON_GPU = "tests/gpu/test_norm_relu.py"
 
 
+@pytest.mark.long
 def test_they_compute_what_torch_does() -> None:
     """The tests for a GPU, by Triton's interpreter, which must be asked for before Triton is imported."""
     words = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-q", ON_GPU]

@@ -21,16 +21,22 @@ from tests.reference.cases import Case, cases, check
 from tests.reference.trainer import Trainer
 
 
-@settings(
-    max_examples=15,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
-)
+def drawn(count: int) -> settings:
+    """As many cases, the same every time."""
+    plain = settings(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return settings(plain, max_examples=count, phases=(Phase.generate,))
+
+
+@drawn(8)
 @given(cases())
 def test_the_package_trains_as_the_reference_does(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.long
+@drawn(40)
+@given(cases())
+def test_and_in_more_cases(case: Case) -> None:
     check(case)
 
 
