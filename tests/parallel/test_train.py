@@ -236,7 +236,7 @@ def test_finished_run_is_not_run_again(launch: Launch, data: Path, tmp_path: Pat
 def test_head_mode_has_one_loss_curve_on_any_number_of_ranks(launch: Launch, data: Path, tmp_path: Path) -> None:
     """horovodrun without --gloo starts mpirun, so that one number of ranks shows it all."""
     curves = []
-    for launcher, ranks in (("mpirun", 1), ("mpirun", 2), ("horovodrun", 4)):
+    for launcher, ranks in (("mpirun", 1), ("mpirun", 2), ("mpirun", 4), ("horovodrun", 4)):
         keys = {"model__trainable": "head", "train__epochs": 3, "train__batch_size": 24 // ranks, "data__max_shift": 3}
         run_dir = tmp_path / f"{launcher}-{ranks}"
         job = launch(launcher, ranks, "train", *small(data, run_dir, **keys))

@@ -608,7 +608,7 @@ def test_a_terapixel_takes_no_more_memory_than_a_piece_of_it(tmp_path: Path) -> 
 def test_damaged_scenes_are_refused_or_mapped(count: int, tmp_path: Path) -> None:
     """In a process of their own, for GDAL could crash."""
     words = [sys.executable, "-m", "tests.unit.mutants", str(tmp_path), str(count)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=max(210, count), check=False)
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, (outcomes[-1], done.stderr)
     messages = [what for _, _, what in outcomes if what.startswith("refused: ")]
