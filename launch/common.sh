@@ -116,10 +116,12 @@ allow_root() { # Open MPI asks twice
 
 # Open MPI answers SIGTERM by killing the ranks, a second later or, with odls_base_sigkill_timeout, that much later
 # for every failed job too. It forwards SIGUSR1 at once; at that the ranks save and end with 75, which it passes on.
-# TOLD: 1 once a signal has come.
+# Told before (TOLD), it starts nothing and returns 138, the status of what SIGUSR1 kills.
 TOLD=0
+trap 'TOLD=1' USR1
 run_until_saved() {
   local child status signalled
+  ((!TOLD)) || return 138
   "$@" <&0 &
   child=$!
   trap 'signalled=1 TOLD=1; kill -USR1 "$child" 2>/dev/null' TERM USR1

@@ -51,11 +51,11 @@ class Slurm:
 
     def __init__(self, host: Host, folder: Path, environment: dict[str, str]) -> None:
         self._host = host
-        self._environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {**environment, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *words: object, typed: str = "") -> Job:
         """A finished command on host a, and what is typed into it."""
-        return self._host.run([str(word) for word in words], typed=typed, **self._environment)
+        return self._host.run([str(word) for word in words], typed=typed, **self.environment)
 
     def submit(self, *words: object) -> str:
         """The number of a new job."""

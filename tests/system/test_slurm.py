@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,40 @@ def test_training_on_two_nodes_signalled_before_its_ranks_listen_requeued_finish
         assert list(folder.glob("hvd_eurosat-*/*.npy"))
 
     side_by_side([partial(finish, launcher) for launcher in ("mpirun", "horovodrun", "srun")], at_once=3)
+
+
+# A tool that, once, signals the job's script before it does its work. mpirun must have ended before its srun does: a
+# late one would start the ranks.
+SIGNALLING = """#!/bin/sh
+if mkdir "$0-signalled" 2>/dev/null; then
+  script=$PPID
+  until grep -q slurm_script "/proc/$script/cmdline"; do script=$(cut -d ' ' -f 4 "/proc/$script/stat"); done
+  kill -USR1 "$script"
+  [ "${0##*/}" != srun ] || while [ "$(cut -d ' ' -f 4 /proc/$$/stat)" = "$PPID" ]; do sleep 0.1; done
+fi
+exec %s "$@"
+"""
+READING_HOSTS = """
+import subprocess, sys
+if sys.orig_argv[1:3] == ["-m", "hvd_eurosat.cluster.hosts"]:
+    subprocess.run(["true"], check=True)
+"""
+
+
+@pytest.mark.parametrize("tool", ["true", "srun"])
+def test_signalled_before_its_ranks_are_started_requeued_finished(
+    slurm: Slurm, data: Path, tmp_path: Path, tool: str
+) -> None:
+    """While the script reads its hosts, and while mpirun's helpers start."""
+    (tmp_path / "sitecustomize.py").write_text(READING_HOSTS)
+    (tmp_path / tool).write_text(SIGNALLING % shutil.which(tool))
+    (tmp_path / tool).chmod(0o755)
+    environment = f"--export=ALL,PYTHONPATH={tmp_path},PATH={tmp_path}:{slurm.environment['PATH']}"
+    flags = small(data, tmp_path / "run", train__epochs=1)
+    job = slurm.wait(slurm.submit(*TWO_NODES, f"--output={tmp_path}/job.out", environment, TRAIN, *flags))
+    assert (tmp_path / f"{tool}-signalled").exists(), output(tmp_path)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
+    assert summary(tmp_path / "run")["world_size"] == 2
 
 
 COUNTED = """#!/bin/sh
