@@ -116,7 +116,7 @@ for path in sys.argv[1:]:
                 new.writestr(info, content)
     os.replace(path + ".new", path)
 END
-  XZ_OPT=-T0 tar cJ -C "$WORK" offline >"$OUT"
+  XZ_OPT=${XZ_OPT:--T0} tar cJ -C "$WORK" offline >"$OUT"
   SIZE=$(wc -c <"$OUT")
   COMMIT=$(git -C "$ROOT" rev-parse --short HEAD)
   printf '%s: %s, %d MB, for Python %s\n' "$OUT" "$COMMIT" "$((SIZE / 1000000))" "$VERSION"
