@@ -21,7 +21,7 @@ PACKAGES = {
     "slurmctld": "slurm-wlm",
     "munged": "munge",
     "buildah": "buildah",
-    "debootstrap": "debootstrap",
+    "mmdebstrap": "mmdebstrap",
     "chromium": "chromium",
 }
 Launch = Callable[..., Job]
@@ -63,7 +63,7 @@ def launch(hosts: dict[str, Host], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     """It is built: minutes."""
-    need("buildah", "debootstrap")
+    need("buildah", "mmdebstrap")
     folder = tmp_path_factory.mktemp("image")
     try:
         made = Image(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tests.system.hosts import Job
 
 ROOT = Path(__file__).parents[2]
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+PIP = Path("/etc/pip.conf")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 
 
@@ -20,27 +20,27 @@ class Image:
 
     def __init__(self, folder: Path) -> None:
         self._store = ("--root", str(folder / "root"), "--runroot", str(folder / "run"))
-        self._make_base(folder / "debian")
+        self._make_base(folder / "debian.tar")
         arguments = ("--build-arg=BASE=localhost/base", "--build-arg=EXTRAS=openssh-server")
         build = ("bud", "--format=docker", *arguments, "--file=docker/Dockerfile")
         self.buildah(*build, f"--volume={CACHE}:/cache", "--tag=hvd_eurosat", str(ROOT))
         self._container = self.buildah("from", "hvd_eurosat").stdout.strip()
         self.config = json.loads(self.buildah("inspect", self._container).stdout)["Docker"]["config"]
 
-    def _make_base(self, folder: Path) -> None:
+    def _make_base(self, archive: Path) -> None:
         """Debian, and this machine's way to a package index."""
-        subprocess.run(["debootstrap", "--variant=minbase", "bookworm", folder], check=True, stdout=subprocess.DEVNULL)
-        (folder / "etc/dpkg/dpkg.cfg.d/docker").write_text("force-unsafe-io\n")  # as in Debian's own image
-        shutil.copy(CERTIFICATES, folder / "host.crt")
-        if (pip := Path("/etc/pip.conf")).exists():
-            shutil.copy(pip, folder / "etc")
+        options = ("--quiet", "--variant=minbase", "--dpkgopt=force-unsafe-io")  # the last as in Debian's own image
+        subprocess.run(["mmdebstrap", *options, "bookworm", archive], check=True)
         base = self.buildah("from", "scratch").stdout.strip()
-        self.buildah("copy", base, str(folder), "/")
+        self.buildah("add", base, str(archive), "/")
+        self.buildah("copy", base, str(CERTIFICATES), "/host.crt")
+        if PIP.exists():
+            self.buildah("copy", base, str(PIP), "/etc/")
         variables = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "UV_"))}
         variables |= {"PIP_CERT": "/host.crt", "SSL_CERT_FILE": "/host.crt"}
         self.buildah("config", *(f"--env={name}={value}" for name, value in variables.items()), base)
         self.buildah("commit", "--rm", base, "base")
-        shutil.rmtree(folder)
+        archive.unlink()
 
     def buildah(self, *words: str, check: bool = True) -> Job:
         """A finished buildah command."""

@@ -135,7 +135,7 @@ def mixes(count: int) -> list[dict[str, str]]:
     return [{}, *alone, *drawn]
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_no_mix_of_variables_is_unbound(launch: Launch, count: int) -> None:
     """A script under a mix of Slurm's variables starts its launcher, or says in one line what is missing."""
     started = 0

@@ -34,7 +34,7 @@ def test_the_package_trains_as_the_reference_does(case: Case) -> None:
 
 
 @pytest.mark.long
-@drawn(40)
+@drawn(20)
 @given(cases())
 def test_and_in_more_cases(case: Case) -> None:
     check(case)
