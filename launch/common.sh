@@ -116,15 +116,18 @@ allow_root() { # Open MPI asks twice
 
 # Open MPI answers SIGTERM by killing the ranks, a second later or, with odls_base_sigkill_timeout, that much later
 # for every failed job too. It forwards SIGUSR1 at once; at that the ranks save and end with 75, which it passes on.
-# Told before (TOLD), it starts nothing and returns 138, the status of what SIGUSR1 kills.
-TOLD=0
+# If SIGUSR1 came before (TOLD), it starts nothing and returns 138, the status of what that signal kills.
+: "${TOLD:=0}"
 trap 'TOLD=1' USR1
 run_until_saved() {
   local child status signalled
   ((!TOLD)) || return 138
   "$@" <&0 &
   child=$!
-  trap 'signalled=1 TOLD=1; kill -USR1 "$child" 2>/dev/null' TERM USR1
+  while cmp -s "/proc/$$/cmdline" "/proc/$child/cmdline"; do sleep 0.01; done # until its exec it would miss a signal
+  trap 'signalled=1; kill -USR1 "$child" 2>/dev/null' TERM
+  trap 'signalled=1 TOLD=1; kill -USR1 "$child" 2>/dev/null' USR1
+  ((!TOLD)) || kill -USR1 "$child" 2>/dev/null || true
   while
     signalled='' status=0
     wait "$child" || status=$?

@@ -57,8 +57,9 @@ def limited(slurm: Slurm, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def output(folder: Path) -> str:
-    """What a job said, which writes there."""
-    return (folder / "job.out").read_text()
+    """What a job said so far, which writes there."""
+    said = folder / "job.out"
+    return said.read_text() if said.exists() else ""
 
 
 # What a rank does before it listens to signals, for as long as this file is there. That on host a does not end by
@@ -111,12 +112,15 @@ def test_training_on_two_nodes_signalled_before_its_ranks_listen_requeued_finish
     side_by_side([partial(finish, launcher) for launcher in ("mpirun", "horovodrun", "srun")], at_once=3)
 
 
-# A tool that, once, signals the job's script before it does its work. mpirun must have ended before its srun does: a
-# late one would start the ranks.
+# A tool that, once, signals the job's script before it does its work. srun waits until mpirun has ended: while mpirun
+# lives, it would still start the ranks.
 SIGNALLING = """#!/bin/sh
 if mkdir "$0-signalled" 2>/dev/null; then
   script=$PPID
-  until grep -q slurm_script "/proc/$script/cmdline"; do script=$(cut -d ' ' -f 4 "/proc/$script/stat"); done
+  until grep -q slurm_script "/proc/$script/cmdline"; do
+    [ "$script" -gt 1 ] || exit 1
+    script=$(cut -d ' ' -f 4 "/proc/$script/stat")
+  done
   kill -USR1 "$script"
   [ "${0##*/}" != srun ] || while [ "$(cut -d ' ' -f 4 /proc/$$/stat)" = "$PPID" ]; do sleep 0.1; done
 fi
@@ -143,6 +147,16 @@ def test_signalled_before_its_ranks_are_started_requeued_finished(
     assert (tmp_path / f"{tool}-signalled").exists(), output(tmp_path)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output(tmp_path)
     assert summary(tmp_path / "run")["world_size"] == 2
+
+
+def test_a_cancelled_job_does_not_come_back(slurm: Slurm, data: Path, tmp_path: Path) -> None:
+    """srun's ranks hear of it, save, and end with 75 as at a time limit."""
+    options = (*TWO_NODES, f"--output={tmp_path}/job.out", "--export=ALL,LAUNCHER=srun")
+    number = slurm.submit(*options, TRAIN, *small(data, tmp_path / "run", train__epochs=3000))
+    wait_for(lambda: "epoch 1/" in output(tmp_path), 300)
+    assert slurm.run("scancel", number).returncode == 0
+    assert slurm.wait(number, 60)["JobState"] == "CANCELLED"
+    assert "stopped on request" in output(tmp_path)
 
 
 COUNTED = """#!/bin/sh
