@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.reading import load
@@ -564,6 +565,19 @@ def a_run(tmp_path: Path, *words: str) -> tuple[Config, RunDirectory, Tree]:
     config = load(["--run.dir", str(tmp_path / "run"), "--model.arch", "resnet18", *words])
     tree = Tree(tmp_path, ("a", "b"), "d", synthetic=False, image_size=64, checksums=Checksums.of({}))
     return config, RunDirectory(config, lambda _: None, 0.0, lambda: None), tree
+
+
+def test_tensorboard_reads_as_one_undisturbed_run(tmp_path: Path, state: Checkpoint) -> None:
+    """What was recorded before the checkpoint stays; what came after it is recorded anew, and counts once."""
+    _, directory, _ = a_run(tmp_path)
+    directory.begin(None)
+    for epoch, loss in ((1, 0.5), (2, 0.25), (3, 0.125)):
+        directory.record("valid", epoch, loss=loss)
+    directory.begin(at(state, 2, 0.5))
+    directory.record("valid", 3, loss=0.75)
+    directory.close()
+    curves = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in curves.Scalars("loss/valid")] == [(1, 0.5), (2, 0.25), (3, 0.75)]
 
 
 @pytest.mark.parametrize("resume", ["never", "auto"])
