@@ -229,7 +229,8 @@ class Train(Section):
     are fewer epochs than sizes, the smallest are left out. 0: full size from the start"""
     ema: Fraction = 0.0
     """decay per step of a running average of the weights and of BatchNorm's statistics, 0.999 for example, which is
-    validated, saved and exported in their place; 0: the weights as they are"""
+    validated, saved and exported in their place. It begins anew when the images grow (train.start_size). 0: the weights
+    as they are"""
     mixup: Mixing = 0.0
     """alpha of mixup: each training image is blended with another, and so are their labels, by a share drawn from
     Beta(alpha, alpha); 0.2 is usual, 1 draws any share alike, 0 blends nothing"""

@@ -38,6 +38,11 @@ class Average:
             mean.lerp_(live, part.to(mean.dtype))
         self.share.copy_(torch.where(skip, self.share, share))
 
+    def begin_anew(self) -> None:
+        """From the weights as they are, which count no more than at the start."""
+        _copy_all(self._means(), self._live)
+        self.share.zero_()
+
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
         """Within the block the network has the average weights."""

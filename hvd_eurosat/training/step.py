@@ -123,9 +123,15 @@ class Step:
         state.advance(batch.total)
 
     def begin_epoch(self) -> None:
-        """Before the steps of an epoch, or of what is left of it."""
+        """Before the steps of an epoch, or of what is left of it.
+
+        Where the images have grown the average begins anew: BatchNorm's statistics of smaller images would spoil it.
+        """
+        state = self._state
+        if state.average and state.samples == 0 and self._grows(state.epoch):
+            state.average.begin_anew()
         if self.features:
-            self.features.begin(self._state.epoch, self._state.samples)
+            self.features.begin(state.epoch, state.samples)
         self.stopwatch.work()
 
     def end_epoch(self) -> None:
@@ -138,6 +144,11 @@ class Step:
         if self.features and self.features.knows(epoch):
             return 0
         return image_size(self._config.data, self._config.train, self._epochs, epoch)
+
+    def _grows(self, epoch: int) -> bool:
+        """Whether its images are larger than those of the epoch before."""
+        size = partial(image_size, self._config.data, self._config.train, self._epochs)
+        return epoch > 0 and size(epoch - 1) < size(epoch)
 
     def _tell(self, total: int, learning_rate: float, stop: bool, keep: bool) -> None:
         """What the host knows of the step goes to the device in one copy: epoch, samples, wishes, rates of groups."""

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -167,6 +167,8 @@ class Trainer:
         length = len(self.splits["train"].labels)
         while self.epoch < self.config.train.epochs:
             order = self._order(world)
+            if self.samples == 0 and self._grows():
+                self.taken, self.first = [], self._moment()
             while self.samples < length:
                 self._step(order, world, faults, settle)
                 if self.in_a_row == 3:
@@ -175,6 +177,10 @@ class Trainer:
                     return
             self._validate()
             self.epoch, self.samples, self.sums = self.epoch + 1, 0, np.zeros(4)
+
+    def _grows(self) -> bool:
+        size = partial(schedule.image_size, self.config)
+        return self.epoch > 0 and size(self.epoch - 1) < size(self.epoch)
 
     def _order(self, world: int) -> list[int]:
         length = len(self.splits["train"].labels)

@@ -72,6 +72,15 @@ def test_epochs_of_the_head_alone(augment: bool, epochs: int, stop: int | None) 
     check(dataclasses.replace(case, config=config, stop=stop, faults=((1, 0),)))
 
 
+@pytest.mark.parametrize("images", [13, 40])
+def test_an_average_begins_anew_when_images_grow(images: int) -> None:
+    """Of the second epoch's two steps, or five, it takes in none, or one."""
+    case = usual()
+    train = case.config.train.model_copy(update={"ema": 0.9, "start_size": 16})
+    config = case.config.model_copy(update={"train": train})
+    check(dataclasses.replace(case, config=config, images=images))
+
+
 def test_a_small_fault_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the reference, as it happens: one rank's gradients count a ten-thousandth more."""
     check(usual())

@@ -106,6 +106,18 @@ def test_before_its_first_step_that_counts_the_average_is_the_weights_as_they_ar
     assert (average.weights["w"].item(), average.share.item()) == (2, 0)
 
 
+def test_an_average_that_begins_anew_holds_nothing_of_before() -> None:
+    weight, statistics = torch.nn.Parameter(torch.tensor([1.0])), torch.tensor([10.0])
+    average = Average({"w": weight}, statistics, decay=0.9)
+    well = torch.tensor(False)
+    average.update(well)
+    for value in (3.0, 5.0):
+        weight.data.fill_(value)
+        statistics.fill_(10 * value)
+        average.begin_anew() if value == 3 else average.update(well)
+        assert (average.weights["w"].item(), average.statistics.item()) == (value, 10 * value)
+
+
 def test_accuracy_line() -> None:
     confusion = torch.tensor([[130, 5], [5, 130]])
     assert Evaluation(0.1, confusion, torch.zeros(3, 15)).line("test") == "test accuracy: 96.30% (260/270)"
