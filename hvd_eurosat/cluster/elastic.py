@@ -9,7 +9,7 @@ from typing import cast
 
 from hvd_eurosat.cluster import rendezvous
 from hvd_eurosat.cluster.backend import horovod
-from hvd_eurosat.cluster.failures import LOST, explain, say
+from hvd_eurosat.cluster.explanations import LOST, explain, say
 from hvd_eurosat.cluster.world import Process
 from hvd_eurosat.errors import RunError
 

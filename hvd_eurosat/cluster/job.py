@@ -19,7 +19,7 @@ from hvd_eurosat.cluster import node
 from hvd_eurosat.cluster.backend import horovod, start
 from hvd_eurosat.cluster.elastic import elastically
 from hvd_eurosat.cluster.environment import is_parallel, launched, under_mpi
-from hvd_eurosat.cluster.failures import LOST, explain, say
+from hvd_eurosat.cluster.explanations import LOST, explain, say
 from hvd_eurosat.cluster.node import Place
 from hvd_eurosat.cluster.world import Process, SharedError, World
 from hvd_eurosat.config.schema import Settings

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_eurosat.cluster.failures import say
+from hvd_eurosat.cluster.explanations import say
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.schema import Config
 

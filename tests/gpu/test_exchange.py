@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from hvd_eurosat.cluster.failures import INTERFACE
+from hvd_eurosat.cluster.explanations import INTERFACE
 from tests.gpu.commands import horovodrun, needs_horovod, python
 from tests.gpu.conftest import Note
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from hvd_eurosat.cluster.failures import MORE
+from hvd_eurosat.cluster.explanations import MORE
 from tests.parallel.conftest import run, under
 from tests.parallel.test_failures import errors
 

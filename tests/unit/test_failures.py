@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from hvd_eurosat.cluster import device as devices
-from hvd_eurosat.cluster import elastic, failures, job, node
-from hvd_eurosat.cluster.failures import LOST, explain
+from hvd_eurosat.cluster import elastic, explanations, job, node
+from hvd_eurosat.cluster.explanations import LOST, explain
 from hvd_eurosat.cluster.node import Place
 from hvd_eurosat.cluster.world import Process, World
 from hvd_eurosat.config.schema import Config
@@ -54,9 +54,9 @@ class HorovodInternalError(RuntimeError):
             "Multiple Ranks are using the same GPU/Partition. Set X=1",
             "one rank per GPU; MIG instances",
         ),
-        ("unhandled system error", "Bootstrap : no socket interface found", failures.INTERFACE),
-        ("unhandled system error", "Connect to 10.0.0.1<4000> failed : Network is unreachable", failures.INTERFACE),
-        ("unhandled system error", "connect to 10.0.0.1<4000> returned Connection refused", failures.INTERFACE),
+        ("unhandled system error", "Bootstrap : no socket interface found", explanations.INTERFACE),
+        ("unhandled system error", "Connect to 10.0.0.1<4000> failed : Network is unreachable", explanations.INTERFACE),
+        ("unhandled system error", "connect to 10.0.0.1<4000> returned Connection refused", explanations.INTERFACE),
         ("unhandled system error", "/dev/shm/nccl-x (size 33), error: No space left on device", "a larger /dev/shm: "),
         ("unhandled cuda error", "Cuda failure 'out of memory'", "smaller batches (train.batch_size, "),
         (
@@ -64,12 +64,12 @@ class HorovodInternalError(RuntimeError):
             "Cuda failure 'CUDA driver version is insufficient'",
             "install a driver for this torch",
         ),
-        ("remote process exited or there was a network error", "", failures.MORE),
-        ("an error that is new", "", failures.MORE),
+        ("remote process exited or there was a network error", "", explanations.MORE),
+        ("an error that is new", "", explanations.MORE),
     ],
 )
 def test_an_error_of_nccl(monkeypatch: pytest.MonkeyPatch, words: str, last: str, cure: str) -> None:
-    monkeypatch.setattr(failures, "last_of_nccl", lambda: last)
+    monkeypatch.setattr(explanations, "last_of_nccl", lambda: last)
     said = explain(HorovodInternalError(f"ncclCommInitRank failed: {words} (run with NCCL_DEBUG=INFO for details)"))
     assert said
     assert said.startswith(f"ncclCommInitRank failed: {words}: {last and last + ': '}{cure}")
@@ -88,7 +88,7 @@ def test_an_error_of_nccl(monkeypatch: pytest.MonkeyPatch, words: str, last: str
             "Mismatched CPU/GPU device selection: One rank specified device CPU, but another device GPU: all ranks on "
             "GPUs, or all on cores: --train.device cpu",
         ),
-        ("cudaEventRecord failed: a new error", f"cudaEventRecord failed: a new error: {failures.MORE}"),
+        ("cudaEventRecord failed: a new error", f"cudaEventRecord failed: a new error: {explanations.MORE}"),
         ("Horovod has been shut down. This was caused by an exception on one of the ranks or an attempt to …", LOST),
         (
             "[/tmp/build/gloo/transport/tcp/pair.cc:598] Connection closed by peer [10.0.0.2]:41514",
@@ -97,7 +97,7 @@ def test_an_error_of_nccl(monkeypatch: pytest.MonkeyPatch, words: str, last: str
     ],
 )
 def test_an_error_of_horovod(monkeypatch: pytest.MonkeyPatch, words: str, said: str) -> None:
-    monkeypatch.setattr(failures, "last_of_nccl", lambda: "")
+    monkeypatch.setattr(explanations, "last_of_nccl", lambda: "")
     assert explain(HorovodInternalError(words)) == said
 
 
@@ -154,9 +154,9 @@ def test_the_document_has_them_as_they_are_printed(
         said.append(str(raised.value))
     said += [str(node.alike([gpu, cores])), *node.warnings([gpu] * 8)]
     for last in ("Bootstrap : no socket interface found", "/dev/shm/nccl-x, error: No space left on device"):
-        monkeypatch.setattr(failures, "last_of_nccl", lambda last=last: last)
+        monkeypatch.setattr(explanations, "last_of_nccl", lambda last=last: last)
         said.append(str(explain(HorovodInternalError("ncclCommInitRank failed: unhandled system error"))))
-    monkeypatch.setattr(failures, "last_of_nccl", lambda: "")
+    monkeypatch.setattr(explanations, "last_of_nccl", lambda: "")
     words = "ncclAllReduce failed: remote process exited or there was a network error"
     said.append(str(explain(HorovodInternalError(words))))
 
@@ -181,7 +181,7 @@ def test_nccl_tells_what_its_status_does_not() -> None:
     """The pinned NCCL itself, which needs no GPU to find that there is no such interface."""
     program = """if True:
         import ctypes, torch
-        from hvd_eurosat.cluster.failures import explain
+        from hvd_eurosat.cluster.explanations import explain
         nccl = ctypes.CDLL("libnccl.so.2")
         nccl.ncclGetErrorString.restype = ctypes.c_char_p
         status = nccl.ncclGetUniqueId(ctypes.create_string_buffer(128))
