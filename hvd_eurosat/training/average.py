@@ -14,9 +14,9 @@ EVERY = 8  # steps: in each, reading and writing every weight once more would co
 class Average:
     """Exponential means of the weights that train and of this rank's BatchNorm statistics, corrected for their start.
 
-    They take in the first step and every EVERY-th after it. The correction is Adam's (Kingma & Ba 2015): the weights of
-    all that was taken in add up to 1 from the first on. weights: by name; statistics: float32 [n], as Statistics.flat;
-    share: float64 [], 1 - decay^steps.
+    They take in the first step and every EVERY-th of the run. The correction is Adam's (Kingma & Ba 2015): the weights
+    of all that was taken in add up to 1 from the first on. weights: by name; statistics: float32 [n], as
+    Statistics.flat; share: float64 [], 1 - decay^steps.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], statistics: Tensor, decay: float) -> None:
@@ -39,8 +39,7 @@ class Average:
         self.share.copy_(torch.where(skip, self.share, share))
 
     def begin_anew(self) -> None:
-        """From the weights as they are, which count no more than at the start."""
-        _copy_all(self._means(), self._live)
+        """With the step that comes next, which is to be taken in."""
         self.share.zero_()
 
     @contextlib.contextmanager

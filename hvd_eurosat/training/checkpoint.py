@@ -23,6 +23,7 @@ from hvd_eurosat.data.listing import normal
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
+from hvd_eurosat.training.schedule import image_size
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
@@ -78,6 +79,13 @@ class Checkpoint:
         if not data.center_crop or data.resize or not self.image_side:
             return data
         return data.model_copy(update={"resize": self.image_side})
+
+    @property
+    def side(self) -> int:
+        """Of the images of the last step, in pixels; 0 before the first."""
+        optim, train = Optim(**self.config["optim"]), Train(**self.config["train"])
+        epoch = self.epoch if self.samples else self.epoch - 1
+        return image_size(self.data, train, schedule_epochs(optim, train), epoch) if self.step else 0
 
     def views(self, asked: int | None) -> int:
         """In how many of its views each image is shown: as asked, or else as in the run."""

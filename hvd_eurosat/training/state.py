@@ -30,9 +30,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 class TrainingState:
     """Model, optimiser, BatchNorm statistics, and how far the run has come.
 
-    epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; sums: of this rank;
-    inputs: what the numbers in the images are, for whoever uses the network later; average: of the weights, with
-    train.ema.
+    epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; side: of the last step's
+    images, in pixels, 0 before the first; sums: of this rank; inputs: what the numbers in the images are, for whoever
+    uses the network later; average: of the weights, with train.ema.
     """
 
     def __init__(
@@ -53,15 +53,20 @@ class TrainingState:
         decay = config.train.ema
         self.average = Average(self._trainable(), self.statistics.flat, decay) if decay else None
         self.sums = Sums(world)
-        self.epoch = self.samples = self.step = 0
+        self.epoch = self.samples = self.step = self.side = 0
         self.weights: str | None = None  # the digest of the file that the run began with
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
         self._seals: dict[int, tuple[object, Tensor]] = {}
 
-    @property
-    def averages(self) -> bool:
-        """Whether the step that is being made counts for the average of the weights."""
-        return self.average is not None and self.step % EVERY == 0
+    def begin_step(self, side: int) -> bool:
+        """A step begins, of images of this side. Returns whether it counts for the average of the weights.
+
+        The average begins anew where the side changes: BatchNorm's statistics of another would spoil it.
+        """
+        resized, self.side = side != self.side, side
+        if self.average and resized:
+            self.average.begin_anew()
+        return self.average is not None and (resized or self.step % EVERY == 0)
 
     def advance(self, samples: int) -> None:
         """A step was made with so many samples."""
@@ -85,6 +90,7 @@ class TrainingState:
         if self.average:
             self.average.restore(saved.model, buffers[count:], saved.share)
         self.epoch, self.samples, self.step = saved.epoch, saved.samples, saved.step
+        self.side = saved.side
         self.weights = saved.weights
         if same_world:
             self.sums.total.copy_(saved.sums[world.rank])

@@ -113,42 +113,27 @@ class Step:
     def __call__(self, batch: Batch | Draw, learning_rate: float, stop: bool, keep: bool = False) -> None:
         """Train on a batch; `stop` asks all ranks to stop after it, `keep` to keep the state. Then `check` tells."""
         state = self._state
+        side = image_size(self._config.data, self._config.train, self._epochs, state.epoch)
+        averages = state.begin_step(side)
         self._tell(batch.total, learning_rate, stop, keep)
-        self._learn(self._size(state.epoch), batch)
+        self._learn(0 if self.features and self.features.knows(state.epoch) else side, batch)
         self.stopwatch.wait()
         self.gradients.wait()
         self.stopwatch.work()
-        self._improve(state.averages)
+        self._improve(averages)
         self._findings.add(self._found)
         state.advance(batch.total)
 
     def begin_epoch(self) -> None:
-        """Before the steps of an epoch, or of what is left of it.
-
-        Where the images have grown the average begins anew: BatchNorm's statistics of smaller images would spoil it.
-        """
-        state = self._state
-        if state.average and state.samples == 0 and self._grows(state.epoch):
-            state.average.begin_anew()
+        """Before the steps of an epoch, or of what is left of it."""
         if self.features:
-            self.features.begin(state.epoch, state.samples)
+            self.features.begin(self._state.epoch, self._state.samples)
         self.stopwatch.work()
 
     def end_epoch(self) -> None:
         """After its last step. Collective."""
         if self.features:
             self.features.end(self._state.epoch)
-
-    def _size(self, epoch: int) -> int:
-        """Of the images that the network is shown; 0 if it is shown none, for what the head sees is known."""
-        if self.features and self.features.knows(epoch):
-            return 0
-        return image_size(self._config.data, self._config.train, self._epochs, epoch)
-
-    def _grows(self, epoch: int) -> bool:
-        """Whether its images are larger than those of the epoch before."""
-        size = partial(image_size, self._config.data, self._config.train, self._epochs)
-        return epoch > 0 and size(epoch - 1) < size(epoch)
 
     def _tell(self, total: int, learning_rate: float, stop: bool, keep: bool) -> None:
         """What the host knows of the step goes to the device in one copy: epoch, samples, wishes, rates of groups."""
@@ -160,7 +145,10 @@ class Step:
         self._numbers.copy_(torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned), non_blocking=True)
 
     def _forward_and_backward(self, size: int, drawn: Batch | Draw) -> None:
-        """The gradients of images of this size (see _size), and what else the ranks are to add up, into the buckets."""
+        """The gradients, and what else the ranks are to add up, into the buckets.
+
+        size: of the images that the network is shown; 0 where it is shown none, for what the head sees is known.
+        """
         state, gradients = self._state, self.gradients
         epoch, total, wishes = self._numbers[0].long(), self._numbers[1].float(), self._numbers[2:4]
         self._before.copy_(state.statistics.flat)

@@ -335,7 +335,13 @@ def test_saved_statistics_are_the_average_over_the_ranks(trained: Path) -> None:
 
 def test_images_grow_during_training(launch: Launch, data: Path, tmp_path: Path) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    keys = {"model__trainable": "all", "train__epochs": 3, "train__start_size": 32, "data__image_size": 64}
+    keys = {
+        "model__trainable": "all",
+        "train__epochs": 3,
+        "train__start_size": 32,
+        "train__ema": 0.9,
+        "data__image_size": 64,
+    }
     job = launch("mpirun", 2, "train", *small(data, whole, **keys))
     assert job.returncode == 0, job.stderr
     assert "images of 64x64, in training from 32x32 on" in job.stdout

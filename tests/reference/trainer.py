@@ -167,8 +167,6 @@ class Trainer:
         length = len(self.splits["train"].labels)
         while self.epoch < self.config.train.epochs:
             order = self._order(world)
-            if self.samples == 0 and self._grows():
-                self.taken, self.first = [], self._moment()
             while self.samples < length:
                 self._step(order, world, faults, settle)
                 if self.in_a_row == 3:
@@ -178,9 +176,10 @@ class Trainer:
             self._validate()
             self.epoch, self.samples, self.sums = self.epoch + 1, 0, np.zeros(4)
 
-    def _grows(self) -> bool:
+    def _grown(self) -> bool:
+        """Whether the step is the first on larger images than before."""
         size = partial(schedule.image_size, self.config)
-        return self.epoch > 0 and size(self.epoch - 1) < size(self.epoch)
+        return self.samples == 0 and self.epoch > 0 and size(self.epoch - 1) < size(self.epoch)
 
     def _order(self, world: int) -> list[int]:
         length = len(self.splits["train"].labels)
@@ -216,9 +215,12 @@ class Trainer:
             self._update(summed, rate)
         else:
             sums, self.in_a_row = np.array([0, 0, 0, 1]), self.in_a_row + 1
-        if self.step % 8 == 0 and finite:
+        if grown := self._grown():
+            self.taken = []
+        counts = grown or self.step % 8 == 0
+        if counts and finite:
             self.taken.append(self._moment())
-        elif self.step % 8 == 0 and not self.taken:
+        elif counts and not self.taken:
             self.first = self._moment()
         self.log.losses.append(float(loss))
         self.log.rates.append(rate)

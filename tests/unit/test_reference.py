@@ -74,7 +74,7 @@ def test_epochs_of_the_head_alone(augment: bool, epochs: int, stop: int | None) 
 
 @pytest.mark.parametrize("images", [13, 40])
 def test_an_average_begins_anew_when_images_grow(images: int) -> None:
-    """Of the second epoch's two steps, or five, it takes in none, or one."""
+    """With the second epoch's first step, which is its only one of two that counts, or one of two out of five."""
     case = usual()
     train = case.config.train.model_copy(update={"ema": 0.9, "start_size": 16})
     config = case.config.model_copy(update={"train": train})

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import stat
 import threading
@@ -106,16 +107,16 @@ def test_before_its_first_step_that_counts_the_average_is_the_weights_as_they_ar
     assert (average.weights["w"].item(), average.share.item()) == (2, 0)
 
 
-def test_an_average_that_begins_anew_holds_nothing_of_before() -> None:
+@pytest.mark.parametrize("skipped", [False, True])
+def test_an_average_that_begins_anew_holds_nothing_of_before(skipped: bool) -> None:
     weight, statistics = torch.nn.Parameter(torch.tensor([1.0])), torch.tensor([10.0])
     average = Average({"w": weight}, statistics, decay=0.9)
-    well = torch.tensor(False)
-    average.update(well)
-    for value in (3.0, 5.0):
-        weight.data.fill_(value)
-        statistics.fill_(10 * value)
-        average.begin_anew() if value == 3 else average.update(well)
-        assert (average.weights["w"].item(), average.statistics.item()) == (value, 10 * value)
+    average.update(torch.tensor(False))
+    average.begin_anew()
+    weight.data.fill_(3)
+    statistics.fill_(30)
+    average.update(torch.tensor(skipped))
+    assert (average.weights["w"].item(), average.statistics.item()) == (3, 30)
 
 
 def test_accuracy_line() -> None:
@@ -148,6 +149,16 @@ def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Chec
     """The state at another time."""
     history = [{"event": "valid", "epoch": epoch, "accuracy": accuracy}]
     return dataclasses.replace(state, epoch=epoch, samples=samples, step=10 * epoch + samples, history=history)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "samples", "side"), [(0, 0, 0), (0, 5, 32), (3, 0, 32), (3, 5, 48), (6, 0, 48), (9, 0, 64)]
+)
+def test_a_checkpoint_knows_the_size_of_the_last_images(state: Checkpoint, epoch: int, samples: int, side: int) -> None:
+    """Of nine epochs that grow from 32 to 64 pixels, of which the next epoch may have another size."""
+    config = load(["--data.image_size", "64", "--train.start_size", "32", "--train.epochs", "9"])
+    saved = dataclasses.replace(at(state, epoch, 0.5, samples), config=config.model_dump(mode="json"))
+    assert saved.side == side
 
 
 def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
@@ -585,6 +596,8 @@ def test_tensorboard_reads_as_one_undisturbed_run(tmp_path: Path, state: Checkpo
     directory.begin(None)
     for epoch, loss in ((1, 0.5), (2, 0.25), (3, 0.125)):
         directory.record("valid", epoch, loss=loss)
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    file.rename(file.with_name(re.sub(r"\d{10}", "0000000001", file.name, count=1)))  # as if of an earlier second
     directory.begin(at(state, 2, 0.5))
     directory.record("valid", 3, loss=0.75)
     directory.close()
