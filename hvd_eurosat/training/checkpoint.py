@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from hvd_eurosat import __version__
-from hvd_eurosat.config.schema import Config, Data, Model, Optim, Train, Valid, flatten, schedule_epochs
+from hvd_eurosat.config.schema import Config, Data, Model, Valid, flatten, schedule_epochs
 from hvd_eurosat.data.inputs import Inputs, inputs_of
 from hvd_eurosat.data.listing import normal
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
-from hvd_eurosat.training.schedule import image_size
+from hvd_eurosat.training.schedule import image_size, saved_schedule
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
@@ -83,9 +83,9 @@ class Checkpoint:
     @property
     def side(self) -> int:
         """Of the images of the last step, in pixels; 0 before the first."""
-        optim, train = Optim(**self.config["optim"]), Train(**self.config["train"])
+        _, train, epochs = saved_schedule(self.config)
         epoch = self.epoch if self.samples else self.epoch - 1
-        return image_size(self.data, train, schedule_epochs(optim, train), epoch) if self.step else 0
+        return image_size(self.data, train, epochs, epoch) if self.step else 0
 
     def views(self, asked: int | None) -> int:
         """In how many of its views each image is shown: as asked, or else as in the run."""
@@ -145,7 +145,7 @@ class Checkpoint:
             raise UserError(
                 f"cannot resume: the checkpoint is of another version of hvd_eurosat (see {other}): use another run.dir"
             )
-        before = schedule_epochs(Optim(**self.config["optim"]), Train(**self.config["train"]))
+        *_, before = saved_schedule(self.config)
         if before == schedule_epochs(config.optim, config.train):  # by whichever key
             now["optim.schedule_epochs"] = was.get("optim.schedule_epochs")
         for key in sorted(was.keys() | now.keys()):

@@ -74,10 +74,15 @@ def image_size(data: Data, train: Train, epochs: int, epoch: int) -> int:
     return sizes[-1 - left * len(sizes) // epochs]
 
 
+def saved_schedule(saved: Mapping[str, Any]) -> tuple[Optim, Train, int]:
+    """Of a saved configuration: optim, train, and the epochs that its schedule was made for."""
+    optim, train = Optim(**saved["optim"]), Train(**saved["train"])
+    return optim, train, schedule_epochs(optim, train)
+
+
 def jump(saved: Mapping[str, Any], config: Config, global_batch: int, progress: float) -> str | None:
     """What another train.epochs than the saved configuration's changes at once, if anything, in a line."""
-    optim, train = Optim(**saved["optim"]), Train(**saved["train"])
-    before, now = schedule_epochs(optim, train), schedule_epochs(config.optim, config.train)
+    (optim, train, before), now = saved_schedule(saved), schedule_epochs(config.optim, config.train)
     rates = [learning_rate(optim, epochs, global_batch, progress) for epochs in (before, now)]
     sizes = [image_size(config.data, train, epochs, math.floor(progress)) for epochs in (before, now)]
     what = [f"the learning rate from {rates[0]:.3g} to {rates[1]:.3g}"] if rates[0] != rates[1] else []
