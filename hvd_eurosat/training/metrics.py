@@ -40,11 +40,11 @@ class Sums:
         return over_all
 
     @staticmethod
-    def of(log_probabilities: Tensor, batch: Batch) -> Tensor:
-        """A batch's loss, correct and samples, float64 [3]."""
-        losses = F.nll_loss(log_probabilities, batch.labels, reduction="none")
-        correct = log_probabilities.argmax(1) == batch.labels
-        return torch.stack([losses, correct, torch.ones_like(losses)]).double() @ batch.weights.double()
+    def of(log_probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """A batch's loss, correct and samples, float64 [3]; labels, weights: as Batch has them."""
+        losses = F.nll_loss(log_probabilities, labels, reduction="none")
+        correct = log_probabilities.argmax(1) == labels
+        return torch.stack([losses, correct, torch.ones_like(losses)]).double() @ weights.double()
 
     def add(self, sums: Tensor, skipped: Tensor) -> None:
         """Those of a batch, unless its step was skipped (bool []); without waiting for the device."""

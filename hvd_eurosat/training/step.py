@@ -161,7 +161,7 @@ class Step:
         gradients.notes[0].copy_(loss.detach() / total)
         gradients.notes[1:].copy_(wishes / self._ranks)
         gradients.backward(loss / total)
-        self._sums.copy_(Sums.of(log_probabilities.detach(), batch))
+        self._sums.copy_(Sums.of(log_probabilities.detach(), _most_of(batch, share), batch.weights))
 
     def _answer(self, images: Tensor, batch: Batch, epoch: Tensor, recall: bool) -> Tensor:
         """Log-probabilities, float32 [B, C], of what the network is shown, or of what the head saw of these images."""
@@ -273,6 +273,13 @@ class Step:
             batch.images, batch.indices, others.images, others.indices, *drawn, *self._quantiles
         )
         return mixed
+
+
+def _most_of(batch: Batch, share: Tensor | None) -> Tensor:
+    """The class that each image shows most of, its own or its partner's: int64 [B]."""
+    if batch.partners is None or share is None:
+        return batch.labels
+    return torch.where(share < 0.5, batch.partners.labels, batch.labels)
 
 
 class _Findings:

@@ -43,7 +43,7 @@ def bare(step: Step, batch: Batch) -> None:
     gradients.wait()
     state.optimiser.found_inf = None  # type: ignore[attr-defined]
     state.optimiser.step()
-    state.sums.add(Sums.of(log_probabilities.detach(), batch), torch.tensor(False))
+    state.sums.add(Sums.of(log_probabilities.detach(), batch.labels, batch.weights), torch.tensor(False))
 
 
 def durable(world: World, step: Step, batch: Batch) -> None:

@@ -235,15 +235,15 @@ class Trainer:
         for norm in self.norms:
             norm.train(norm.trains)
         values = torch.log_softmax(self.model(settle(self.step, rank, torch.stack(shown))), 1)
-        own = -values[range(len(mine)), labels]
         smoothing = self.config.train.label_smoothing
         share, losses = torch.tensor(shares, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for part, target in ((share, labels), (1 - share, other_labels)):
             of_target = -values[range(len(mine)), target]
             smoothed = (1 - smoothing) * of_target - smoothing * values.mean(1)
             losses = losses + part * smoothed * self.weights[target]
-        correct = (values.argmax(1) == labels).double()
-        facts = [float((fact.detach() * counts).sum()) for fact in (own, correct, torch.ones_like(own))]
+        most = torch.where(share < 0.5, other_labels, labels)  # what each image shows most of
+        nll, correct = -values[range(len(mine)), most], (values.argmax(1) == most).double()
+        facts = [float((fact.detach() * counts).sum()) for fact in (nll, correct, torch.ones_like(nll))]
         return (losses * counts).sum(), np.array(facts)
 
     def _shown(self, index: int) -> tuple[augmentation.Pixels, int, float]:
