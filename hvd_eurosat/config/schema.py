@@ -228,12 +228,13 @@ class Train(Section):
     steps of 16 to data.input_size. Every size has equally many epochs, and the last epoch is at full size. Where there
     are fewer epochs than sizes, the smallest are left out. 0: full size from the start"""
     ema: Fraction = 0.0
-    """decay per step of a running average of the weights and of BatchNorm's statistics, 0.999 for example, which is
-    validated, saved and exported in their place. It begins anew when the images grow (train.start_size). 0: the weights
-    as they are"""
+    """decay per step of a running average of the weights, 0.99 for example, which is validated, saved and exported in
+    their place. BatchNorm's statistics with it are estimated after each epoch, from 1,280 training images. 0: the
+    weights as they are"""
     mixup: Mixing = 0.0
     """alpha of mixup: each training image is blended with another, and so are their labels, by a share drawn from
-    Beta(alpha, alpha); 0.2 is usual, 1 draws any share alike, 0 blends nothing"""
+    Beta(alpha, alpha); 0.2 is usual, 1 draws any share alike, 0 blends nothing. Training's accuracy goes by the class
+    that an image shows most of"""
     cutmix: Mixing = 0.0
     """alpha of CutMix: a square of each training image is replaced by that of another, and the same share of its label
     by that image's; 1 is usual. If mixup is set as well, each image gets one of the two by chance"""

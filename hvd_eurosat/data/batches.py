@@ -108,6 +108,13 @@ class Images:
         """So many images, or fewer, spread evenly: uint8 or uint16 [n, S, S, bands]."""
         return np.asarray(self.images[:: -(-len(self) // count)].cpu())
 
+    def spread(self, size: int, count: int) -> Tensor:
+        """The places of so many batches, or fewer, each spread evenly over the split: int64 [count, size], or less."""
+        size = min(size, len(self))
+        count = min(count, len(self) // size)
+        places = torch.arange(size * count, device=self.storage) * len(self) // (size * count)
+        return places.view(size, count).T
+
     def weights(self, size: int, real: int) -> Tensor:
         """Of a batch whose first `real` samples count: float32 [size]."""
         return (torch.arange(size, device=self.device) < real).float()

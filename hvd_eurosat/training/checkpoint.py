@@ -23,7 +23,7 @@ from hvd_eurosat.data.listing import normal
 from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import Details, LandCoverResNet, build
 from hvd_eurosat.training.files import replacing, write_text
-from hvd_eurosat.training.schedule import image_size, saved_schedule
+from hvd_eurosat.training.schedule import saved_schedule
 from hvd_eurosat.weights.loading import digest_of, load_weights
 from hvd_eurosat.weights.stored import Blob, Record, named, read_content, read_record
 
@@ -39,8 +39,8 @@ class Checkpoint:
     """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
     model: state dict with the BatchNorm statistics averaged over the ranks; frozen: the weights that do not train, by
-    name; rank_buffers: float32 [world size, n], each rank's own statistics, flattened, and with train.ema n more, their
-    running averages; sums: float64 [world size, 4], each rank's Sums of the epoch in progress;
+    name; rank_buffers: float32 [world size, n], each rank's own statistics, flattened; sums: float64 [world size, 4],
+    each rank's Sums of the epoch in progress;
     config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
     took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
     training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted;
@@ -79,13 +79,6 @@ class Checkpoint:
         if not data.center_crop or data.resize or not self.image_side:
             return data
         return data.model_copy(update={"resize": self.image_side})
-
-    @property
-    def side(self) -> int:
-        """Of the images of the last step, in pixels; 0 before the first."""
-        _, train, epochs = saved_schedule(self.config)
-        epoch = self.epoch if self.samples else self.epoch - 1
-        return image_size(self.data, train, epochs, epoch) if self.step else 0
 
     def views(self, asked: int | None) -> int:
         """In how many of its views each image is shown: as asked, or else as in the run."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hvd_eurosat.cluster.world import SharedError, World
 from hvd_eurosat.config.schema import Config
+from hvd_eurosat.data.batches import Images
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model.convolution import Convolution
@@ -18,6 +19,7 @@ from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
 from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.copies import arrival, copied, highest
+from hvd_eurosat.training.inference import Network
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision
@@ -30,9 +32,9 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 class TrainingState:
     """Model, optimiser, BatchNorm statistics, and how far the run has come.
 
-    epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; side: of the last step's
-    images, in pixels, 0 before the first; sums: of this rank; inputs: what the numbers in the images are, for whoever
-    uses the network later; average: of the weights, with train.ema.
+    epoch: completed ones; samples: seen of the epoch in progress by all ranks; step: in all; sums: of this rank;
+    inputs: what the numbers in the images are, for whoever uses the network later; average: of the weights, with
+    train.ema.
     """
 
     def __init__(
@@ -51,22 +53,17 @@ class TrainingState:
         self.optimiser = build_optimiser(model, config.optim)
         self.statistics = Statistics(model)
         decay = config.train.ema
-        self.average = Average(self._trainable(), self.statistics.flat, decay) if decay else None
+        self.average = Average(self._trainable(), decay) if decay else None
         self.sums = Sums(world)
-        self.epoch = self.samples = self.step = self.side = 0
+        self.epoch = self.samples = self.step = 0
         self.weights: str | None = None  # the digest of the file that the run began with
         self._frozen: dict[str, Tensor] = {}  # on the CPU, copied once
         self._seals: dict[int, tuple[object, Tensor]] = {}
 
-    def begin_step(self, side: int) -> bool:
-        """A step begins, of images of this side. Returns whether it counts for the average of the weights.
-
-        The average begins anew where the side changes: BatchNorm's statistics of another would spoil it.
-        """
-        resized, self.side = side != self.side, side
-        if self.average and resized:
-            self.average.begin_anew()
-        return self.average is not None and (resized or self.step % EVERY == 0)
+    @property
+    def averages(self) -> bool:
+        """Whether the step that comes counts for the average of the weights."""
+        return self.average is not None and self.step % EVERY == 0
 
     def advance(self, samples: int) -> None:
         """A step was made with so many samples."""
@@ -84,31 +81,37 @@ class TrainingState:
         same_world = len(saved.rank_buffers) == world.size
         self.model.load_state_dict(saved.model | saved.live)
         self.optimiser.load_state_dict(copied(saved.optimiser))  # it keeps the tensors that it is given
-        buffers = saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0)
-        count = len(self.statistics.flat)
-        self.statistics.flat.copy_(buffers[:count])
         if self.average:
-            self.average.restore(saved.model, buffers[count:], saved.share)
+            self.average.restore(saved.model, saved.share, self.statistics.flat.clone() if saved.epoch else None)
+        self.statistics.flat.copy_(saved.rank_buffers[world.rank] if same_world else saved.rank_buffers.mean(0))
         self.epoch, self.samples, self.step = saved.epoch, saved.samples, saved.step
-        self.side = saved.side
         self.weights = saved.weights
         if same_world:
             self.sums.total.copy_(saved.sums[world.rank])
         elif world.is_main:
             self.sums.total.copy_(saved.sums.sum(0))
 
+    def estimate(self, images: Images) -> None:
+        """At an epoch's end: BatchNorm's statistics with the average of the weights, from training images. Collective.
+
+        Those of training are of other weights. Nothing without train.ema.
+        """
+        if self.average:
+            with self.average.shown():
+                network = Network(self.model, self._config.data, self.precision, 1)
+                self.average.statistics = self.statistics.estimate(self._world, network, images)
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Tensor]:
         """Within the block the model is as it is validated and saved, after it as this rank trains it. Collective.
 
-        Its statistics are the average over the ranks; with train.ema, so they are of the running averages, and its
-        weights are averages too. Yields the statistics of every rank, followed by their running averages, if any:
-        float32 [world size, n or 2 n].
+        Its statistics are the mean over the ranks. With train.ema its weights are averages, and the statistics those of
+        the last estimate, if there was one. Yields the statistics of every rank: float32 [world size, n].
         """
         flat, average = self.statistics.flat, self.average
-        every = self._world.stack(torch.cat([flat, average.statistics]) if average else flat)
+        every = self._world.stack(flat)
         kept = flat.clone()
-        flat.copy_(every.mean(0)[-len(flat) :])
+        flat.copy_(every.mean(0) if average is None or average.statistics is None else average.statistics)
         try:
             with average.shown() if average else contextlib.nullcontext():
                 yield every

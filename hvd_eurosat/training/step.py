@@ -114,13 +114,12 @@ class Step:
         """Train on a batch; `stop` asks all ranks to stop after it, `keep` to keep the state. Then `check` tells."""
         state = self._state
         side = image_size(self._config.data, self._config.train, self._epochs, state.epoch)
-        averages = state.begin_step(side)
         self._tell(batch.total, learning_rate, stop, keep)
         self._learn(0 if self.features and self.features.knows(state.epoch) else side, batch)
         self.stopwatch.wait()
         self.gradients.wait()
         self.stopwatch.work()
-        self._improve(averages)
+        self._improve(state.averages)
         self._findings.add(self._found)
         state.advance(batch.total)
 

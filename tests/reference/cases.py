@@ -249,8 +249,6 @@ def compare_weights(saved: Checkpoint, ours: Trainer, start: dict[str, Tensor]) 
     flat = torch.stack([torch.cat(one) for one in ours.statistics])
     first = torch.cat([t for name, t in start.items() if name.endswith(("running_mean", "running_var"))])
     if ours.config.train.ema:
-        averages = torch.stack([torch.cat(one) for one in ours.averages()[1]])
-        flat, first = torch.cat([flat, averages], 1), first.repeat(2)
         for name, tensor in ours.model.named_parameters():
             if tensor.requires_grad:
                 close(name, saved.live[name], tensor.detach(), start[name])

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from tests.reference.optimisers import optimiser
 
 WIDTH = 16  # channels of the first stage, for speed; torchvision's has 64
 Settle = Callable[[int, int, Tensor], Tensor]
-Moment = tuple[list[Tensor], list[list[Tensor]]]  # weights that train, and statistics of each rank
 
 
 @dataclass
@@ -96,6 +95,11 @@ def show(norms: list[Any], statistics: list[Tensor]) -> None:
         norm.running_mean, norm.running_var = mean.clone(), variance.clone()
 
 
+def statistics_of(norms: list[Any]) -> list[Tensor]:
+    """Their running means and variances."""
+    return [t.clone() for norm in norms for t in (norm.running_mean, norm.running_var)]
+
+
 def mean_of_ranks(statistics: list[list[Tensor]]) -> list[Tensor]:
     """Of each rank's."""
     return [torch.stack(every).mean(0) for every in zip(*statistics, strict=True)]
@@ -116,53 +120,66 @@ class Trainer:
         self.optimiser = optimiser(self.model, config.optim)  # with a group for each weight
         self.stages = [name.split(".")[0] for name, p in self.model.named_parameters() if p.requires_grad]
         self.norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.statistics = [self._statistics()]  # of each rank
-        self.taken: list[Moment] = []  # into the running average
-        self.first = self._moment()
+        self.statistics = [statistics_of(self.norms)]  # of each rank
+        self.taken: list[list[Tensor]] = []  # weights, into the running average
+        self.first = self._weights()
+        self.estimated: list[Tensor] | None = None  # statistics of the average, at the last epoch's end
         self.epoch = self.samples = self.step = self.in_a_row = 0
         self.sums = np.zeros(4)
         self.log = Log()
         weights = torch.tensor(config.train.class_weights or [1.0] * classes, dtype=torch.float64)
         self.weights = weights / weights[splits["train"].labels].mean()
 
-    def _statistics(self) -> list[Tensor]:
-        return [t.clone() for norm in self.norms for t in (norm.running_mean, norm.running_var) if t is not None]
-
     def trainable(self) -> list[nn.Parameter]:
         """The weights that train."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _moment(self) -> Moment:
-        return [p.detach().clone() for p in self.trainable()], self.statistics
+    def _weights(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trainable()]
 
-    def averages(self) -> Moment:
-        """With train.ema: each moment counts decay^8 times what the next one does."""
+    def _average(self) -> list[Tensor]:
+        """Of the weights, with train.ema: each moment counts decay^8 times what the next one does."""
         moments, decay = self.taken or [self.first], self.config.train.ema**8
         shares = [decay**age for age in reversed(range(len(moments)))]
-
-        def mean(every: list[Tensor]) -> Tensor:
-            return sum(share * one for share, one in zip(shares, every, strict=True)) / sum(shares)
-
-        weights = [mean(every) for every in map(list, zip(*(w for w, _ in moments), strict=True))]
-        ranks = zip(*(s for _, s in moments), strict=True)  # of each rank, its statistics at each moment
-        return weights, [[mean(list(every)) for every in zip(*one, strict=True)] for one in ranks]
+        every = zip(*moments, strict=True)
+        return [sum(s * one for s, one in zip(shares, each, strict=True)) / sum(shares) for each in every]
 
     def as_saved(self) -> nn.Module:
         """A copy of the model as it is validated and saved."""
         model = copy.deepcopy(self.model)
-        weights, statistics = self.averages() if self.config.train.ema else self._moment()
+        weights = self._average() if self.config.train.ema else self._weights()
         with torch.no_grad():
             for parameter, weight in zip((p for p in model.parameters() if p.requires_grad), weights, strict=True):
                 parameter.copy_(weight)
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        show(norms, mean_of_ranks(statistics))
+        show(norms, self.estimated or mean_of_ranks(self.statistics))
         return model
+
+    @torch.no_grad()
+    def _estimate(self) -> list[Tensor]:
+        """Statistics of the average of the weights: their mean over ten batches of 128 plain images, or fewer."""
+        images = self.splits["train"].images
+        size = min(128, len(images))
+        count = min(10, len(images) // size)
+        model, found = self.as_saved(), []
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.train(norm.trains)
+            norm.momentum = 1.0
+        for batch in range(count):
+            places = [place * len(images) // (size * count) for place in range(batch, size * count, count)]
+            model(self._plain(images[places]))
+            found.append(statistics_of(norms))
+        return mean_of_ranks(found)
+
+    def _plain(self, images: augmentation.Pixels) -> Tensor:
+        data = self.config.data
+        return torch.stack([augmentation.normalised(one, data.input_size or data.image_size, data) for one in images])
 
     def run(self, world: int, stop: int | None, faults: dict[int, int], settle: Settle) -> None:
         """Train on `world` ranks to the end, or up to step `stop`. faults: the rank whose loss is nan, by step."""
         if len(self.statistics) != world:
-            moments = [(weights, spread(every, world)) for weights, every in (self.first, *self.taken)]
-            self.statistics, (self.first, *self.taken) = spread(self.statistics, world), moments
+            self.statistics = spread(self.statistics, world)
         self.in_a_row = 0
         length = len(self.splits["train"].labels)
         while self.epoch < self.config.train.epochs:
@@ -173,13 +190,9 @@ class Trainer:
                     raise DivergedError
                 if self.step == stop:
                     return
+            self.estimated = self._estimate() if self.config.train.ema else None
             self._validate()
             self.epoch, self.samples, self.sums = self.epoch + 1, 0, np.zeros(4)
-
-    def _grown(self) -> bool:
-        """Whether the step is the first on larger images than before."""
-        size = partial(schedule.image_size, self.config)
-        return self.samples == 0 and self.epoch > 0 and size(self.epoch - 1) < size(self.epoch)
 
     def _order(self, world: int) -> list[int]:
         length = len(self.splits["train"].labels)
@@ -206,7 +219,7 @@ class Trainer:
             loss, facts = self._loss(mine, counts, rank, settle)
             gradients.append(self._gradients(loss / total))
             losses.append((loss / total).detach())
-            after.append(self._statistics())
+            after.append(statistics_of(self.norms))
             sums[:3] += facts
         loss, summed = self._sum(losses), [self._sum(list(every)) for every in zip(*gradients, strict=True)]
         finite = all(bool(g.isfinite().all()) for g in [loss, *summed])
@@ -215,13 +228,10 @@ class Trainer:
             self._update(summed, rate)
         else:
             sums, self.in_a_row = np.array([0, 0, 0, 1]), self.in_a_row + 1
-        if grown := self._grown():
-            self.taken = []
-        counts = grown or self.step % 8 == 0
-        if counts and finite:
-            self.taken.append(self._moment())
-        elif counts and not self.taken:
-            self.first = self._moment()
+        if self.step % 8 == 0 and finite:
+            self.taken.append(self._weights())
+        elif self.step % 8 == 0 and not self.taken:
+            self.first = self._weights()
         self.log.losses.append(float(loss))
         self.log.rates.append(rate)
         self.sums += sums
@@ -278,13 +288,11 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        split, data = self.splits["valid"], self.config.data
+        split = self.splits["valid"]
         model = self.as_saved().eval()
-        size = data.input_size or data.image_size
         each = []
         for view in range(self.config.valid.views):
-            turned = [augmentation.view_of(image, view) for image in split.images]
-            each.append(torch.stack([augmentation.normalised(image, size, data) for image in turned]))
+            each.append(self._plain([augmentation.view_of(image, view) for image in split.images]))
         values = torch.stack([torch.softmax(model(images), 1) for images in each]).mean(0).log()
         confusion = np.zeros((values.shape[1],) * 2, int)
         for label, row in zip(split.labels, values, strict=True):

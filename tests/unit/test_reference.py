@@ -72,9 +72,9 @@ def test_epochs_of_the_head_alone(augment: bool, epochs: int, stop: int | None) 
     check(dataclasses.replace(case, config=config, stop=stop, faults=((1, 0),)))
 
 
-@pytest.mark.parametrize("images", [13, 40])
-def test_an_average_begins_anew_when_images_grow(images: int) -> None:
-    """With the second epoch's first step, which is its only one of two that counts, or one of two out of five."""
+@pytest.mark.parametrize("images", [13, 270])
+def test_an_average_has_statistics_of_its_own(images: int) -> None:
+    """From one batch of all images, or from two that leave some out; of full size, whatever that of training."""
     case = usual()
     train = case.config.train.model_copy(update={"ema": 0.9, "start_size": 16})
     config = case.config.model_copy(update={"train": train})

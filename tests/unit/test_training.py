@@ -80,20 +80,19 @@ def test_learning_rates_by_depth() -> None:
 
 
 def test_the_average_is_corrected_for_its_start_and_left_by_skipped_steps() -> None:
-    """With half of it kept at each update: 1, then (1 / 2 + 3) / (3 / 2); statistics alike."""
-    weight, statistics = torch.nn.Parameter(torch.tensor([1.0])), torch.tensor([10.0])
-    average = Average({"w": weight}, statistics, decay=0.5 ** (1 / EVERY))
+    """With half of it kept at each update: 1, then (1 / 2 + 3) / (3 / 2)."""
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    average = Average({"w": weight}, decay=0.5 ** (1 / EVERY))
     well, skipped = torch.tensor(False), torch.tensor(True)
     average.update(well)
-    assert (average.weights["w"].item(), average.statistics.item()) == (1, 10)
+    assert average.weights["w"].item() == 1
     weight.data.fill_(3)
-    statistics.fill_(30)
     average.update(well)
-    found = average.weights["w"].item(), average.statistics.item(), average.share.item()
-    assert found == pytest.approx((7 / 3, 70 / 3, 3 / 4))
+    found = average.weights["w"].item(), average.share.item()
+    assert found == pytest.approx((7 / 3, 3 / 4))
     weight.data.fill_(99)
     average.update(skipped)
-    assert (average.weights["w"].item(), average.statistics.item(), average.share.item()) == found
+    assert (average.weights["w"].item(), average.share.item()) == found
     with average.shown():
         assert weight.item() == found[0]
     assert weight.item() == 99
@@ -101,22 +100,10 @@ def test_the_average_is_corrected_for_its_start_and_left_by_skipped_steps() -> N
 
 def test_before_its_first_step_that_counts_the_average_is_the_weights_as_they_are() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0]))
-    average = Average({"w": weight}, torch.zeros(1), decay=0.9)
+    average = Average({"w": weight}, decay=0.9)
     weight.data.fill_(2)  # loaded since
     average.update(torch.tensor(True))
     assert (average.weights["w"].item(), average.share.item()) == (2, 0)
-
-
-@pytest.mark.parametrize("skipped", [False, True])
-def test_an_average_that_begins_anew_holds_nothing_of_before(skipped: bool) -> None:
-    weight, statistics = torch.nn.Parameter(torch.tensor([1.0])), torch.tensor([10.0])
-    average = Average({"w": weight}, statistics, decay=0.9)
-    average.update(torch.tensor(False))
-    average.begin_anew()
-    weight.data.fill_(3)
-    statistics.fill_(30)
-    average.update(torch.tensor(skipped))
-    assert (average.weights["w"].item(), average.statistics.item()) == (3, 30)
 
 
 def test_accuracy_line() -> None:
@@ -149,16 +136,6 @@ def at(state: Checkpoint, epoch: int, accuracy: float, samples: int = 0) -> Chec
     """The state at another time."""
     history = [{"event": "valid", "epoch": epoch, "accuracy": accuracy}]
     return dataclasses.replace(state, epoch=epoch, samples=samples, step=10 * epoch + samples, history=history)
-
-
-@pytest.mark.parametrize(
-    ("epoch", "samples", "side"), [(0, 0, 0), (0, 5, 32), (3, 0, 32), (3, 5, 48), (6, 0, 48), (9, 0, 64)]
-)
-def test_a_checkpoint_knows_the_size_of_the_last_images(state: Checkpoint, epoch: int, samples: int, side: int) -> None:
-    """Of nine epochs that grow from 32 to 64 pixels, of which the next epoch may have another size."""
-    config = load(["--data.image_size", "64", "--train.start_size", "32", "--train.epochs", "9"])
-    saved = dataclasses.replace(at(state, epoch, 0.5, samples), config=config.model_dump(mode="json"))
-    assert saved.side == side
 
 
 def test_training_on_leaves_the_checkpoint_as_it_was(tmp_path: Path) -> None:
