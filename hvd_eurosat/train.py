@@ -92,8 +92,7 @@ def train(world: World, config: Config) -> int:
         while state.epoch < config.train.epochs:
             train_epoch(world, config, state, step, batches, journal, stop)
             world.tick(f"validation after epoch {state.epoch + 1}")
-            state.estimate(images["train"])
-            with state.averaged():
+            with state.validated(images["train"], stop):
                 validation = evaluate(world, config, model, state.precision, images["valid"], stop, kept=features.valid)
             sums, rate = state.sums.over_all(world), state.optimiser.param_groups[0]["lr"]
             state.end_epoch()

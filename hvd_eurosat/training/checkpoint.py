@@ -38,16 +38,16 @@ VERSIONS = {"hvd_eurosat": __version__, "torch": str(torch.__version__), "python
 class Checkpoint:
     """The state of a run after `epoch` epochs and `samples` samples of the next, in `step` steps.
 
-    model: state dict with the BatchNorm statistics averaged over the ranks; frozen: the weights that do not train, by
-    name; rank_buffers: float32 [world size, n], each rank's own statistics, flattened; sums: float64 [world size, 4],
-    each rank's Sums of the epoch in progress;
-    config: the resolved configuration (nested keys); digest: of the data's content; precision: the one that the run
-    took; history: the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the
-    training images' files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted;
-    weights: the digest of model.weights' file, if it is one; live: with train.ema, the weights that train as training
-    goes on with them, where model has their average; share: of the steps in that average, as Average.share;
-    temperatures: by the number of views that an image is shown in, as FILE.json has them; arrival: of a snapshot on its
-    way from a GPU, see copies.whole.
+    model: state dict with the BatchNorm statistics averaged over the ranks, or with train.ema estimated at the end of
+    the last epoch; frozen: the weights that do not train, by name; rank_buffers: float32 [world size, n], each rank's
+    own statistics, flattened; sums: float64 [world size, 4], each rank's Sums of the epoch in progress; config: the
+    resolved configuration (nested keys); digest: of the data's content; precision: the one that the run took; history:
+    the events of metrics.jsonl; seconds: of training in the epoch in progress; image_side: of the training images'
+    files in pixels, None where unknown; inputs: see data.inputs.Inputs, None where it was not noted; weights: the
+    digest of model.weights' file, if it is one; live: with train.ema, the weights that train as training goes on with
+    them, where model has their average; share: of the steps in that average, as Average.share; temperatures: by the
+    number of views that an image is shown in, as FILE.json has them; arrival: of a snapshot on its way from a GPU, see
+    copies.whole.
     """
 
     model: dict[str, Tensor]

@@ -14,12 +14,13 @@ from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.batches import Images
 from hvd_eurosat.data.inputs import Inputs
 from hvd_eurosat.data.tree import Tree
+from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.convolution import Convolution
 from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
 from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.checkpoint import Checkpoint
 from hvd_eurosat.training.copies import arrival, copied, highest
-from hvd_eurosat.training.inference import Network
+from hvd_eurosat.training.inference import Network, Stop
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.training.precision import Precision
@@ -91,15 +92,27 @@ class TrainingState:
         elif world.is_main:
             self.sums.total.copy_(saved.sums.sum(0))
 
-    def estimate(self, images: Images) -> None:
-        """At an epoch's end: BatchNorm's statistics with the average of the weights, from training images. Collective.
+    @contextlib.contextmanager
+    def validated(self, images: Images, stop: Stop) -> Iterator[None]:
+        """As `averaged`, at an epoch's end. Collective.
 
-        Those of training are of other weights. Nothing without train.ema.
+        With train.ema, BatchNorm's statistics are estimated from training images: those of training are of other
+        weights. Raises Stopped on every rank if `stop` came true on one; then, or if validation does, they are as
+        before: a checkpoint at this step has one content.
         """
-        if self.average:
-            with self.average.shown():
-                network = Network(self.model, self._config.data, self.precision, 1)
-                self.average.statistics = self.statistics.estimate(self._world, network, images)
+        average = self.average
+        before = average.statistics if average else None
+        try:
+            if average:
+                with average.shown():
+                    network = Network(self.model, self._config.data, self.precision, 1)
+                    average.statistics = self.statistics.estimate(self._world, network, images, stop)
+            with self.averaged():
+                yield
+        except Stopped:
+            if average:
+                average.statistics = before
+            raise
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[Tensor]:

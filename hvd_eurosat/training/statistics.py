@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.data.batches import Images
+from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
-from hvd_eurosat.training.inference import Network
+from hvd_eurosat.training.inference import Network, Stop
 
 BATCHES, BATCH = 10, 128  # of an estimate; 10 of 128 took 3 % of an epoch of EuroSAT
 
@@ -23,29 +26,37 @@ class Statistics:
             buffer.set_(piece.view_as(buffer))
 
     @torch.no_grad()
-    def estimate(self, world: World, network: Network, images: Images) -> Tensor:
+    def estimate(self, world: World, network: Network, images: Images, stop: Stop) -> Tensor:
         """Of the model as it is: the mean over batches of plain images, float32 [n]; `flat` stays. Collective.
 
         The same on all ranks, whatever their number, for they share the batches out (Izmailov et al. 2018, "Averaging
-        Weights Leads to Wider Optima").
+        Weights Leads to Wider Optima"). Raises Stopped on every rank if `stop` came true on one.
         """
+        norms = [module for module in network.model.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+        if not norms:
+            return self.flat.clone()
         kept = {name: buffer.clone() for name, buffer in network.model.named_buffers()}
-        total = torch.zeros_like(self.flat, dtype=torch.float64)
-        batches = images.spread(BATCH, BATCHES)
-        mine = batches[world.rank :: world.size]
+        places = images.spread(BATCH, BATCHES)
+        mine = places[world.rank :: world.size]
         images.want(mine.flatten().tolist())
-        _set_momentum(network.model, 1.0)  # the statistics are a batch's own
+        _set_momentum(norms, 1.0)  # the statistics are a batch's own
+        total, stopped = torch.zeros_like(self.flat, dtype=torch.float64), False
         for indices in mine:
-            network.features(images.batch(indices, images.weights(len(indices), len(indices)), len(indices)).images)
+            if stopped := stop():
+                break
+            batch = images.batch(indices, images.weights(len(indices), len(indices)), len(indices))
+            network.features(batch.images)
             total += self.flat
             world.tick()
-        _set_momentum(network.model, network.model.details.momentum)
+        _set_momentum(norms, network.model.details.momentum)
         for name, buffer in network.model.named_buffers():
             buffer.copy_(kept[name])
-        return (world.sum(total) / len(batches)).to(self.flat.dtype)
+        sums = world.sum(torch.cat([total, total.new_tensor([stopped])]))
+        if sums[-1]:
+            raise Stopped
+        return (sums[:-1] / len(places)).to(self.flat.dtype)
 
 
-def _set_momentum(model: nn.Module, momentum: float) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
+def _set_momentum(norms: Iterable[nn.BatchNorm2d], momentum: float) -> None:
+    for norm in norms:
+        norm.momentum = momentum

@@ -273,8 +273,7 @@ def _train(
         while state.epoch < config.train.epochs:
             asked = (lambda: state.step + 1 == stop) if world.is_main else (lambda: False)
             train.train_epoch(world, config, state, step, batches, Recorder(log), asked)
-            state.estimate(images["train"])
-            with state.averaged():
+            with state.validated(images["train"], lambda: False):
                 seen = features.valid
                 found = evaluate(world, config, model, state.precision, images["valid"], lambda: False, kept=seen)
             sums = state.sums.over_all(world)

@@ -35,7 +35,6 @@ from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.train import train
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.gradients import GradientBuckets
@@ -77,33 +76,6 @@ def test_learning_rates_by_depth() -> None:
     assert {tuple(p.shape) for group in groups[-2:] for p in group["params"]} == {(64, 3, 7, 7), (64,)}
     assert [rate_share(optim, depth, 4) for depth in range(6)] == [1, 0.5, 0.25, 0, 0, 0]
     assert rate_share(optim, 5, 10) == 1 / 32
-
-
-def test_the_average_is_corrected_for_its_start_and_left_by_skipped_steps() -> None:
-    """With half of it kept at each update: 1, then (1 / 2 + 3) / (3 / 2)."""
-    weight = torch.nn.Parameter(torch.tensor([1.0]))
-    average = Average({"w": weight}, decay=0.5 ** (1 / EVERY))
-    well, skipped = torch.tensor(False), torch.tensor(True)
-    average.update(well)
-    assert average.weights["w"].item() == 1
-    weight.data.fill_(3)
-    average.update(well)
-    found = average.weights["w"].item(), average.share.item()
-    assert found == pytest.approx((7 / 3, 3 / 4))
-    weight.data.fill_(99)
-    average.update(skipped)
-    assert (average.weights["w"].item(), average.share.item()) == found
-    with average.shown():
-        assert weight.item() == found[0]
-    assert weight.item() == 99
-
-
-def test_before_its_first_step_that_counts_the_average_is_the_weights_as_they_are() -> None:
-    weight = torch.nn.Parameter(torch.tensor([1.0]))
-    average = Average({"w": weight}, decay=0.9)
-    weight.data.fill_(2)  # loaded since
-    average.update(torch.tensor(True))
-    assert (average.weights["w"].item(), average.share.item()) == (2, 0)
 
 
 def test_accuracy_line() -> None:
