@@ -13,7 +13,7 @@ from hvd_eurosat.errors import Stopped
 from hvd_eurosat.model.resnet import LandCoverResNet, batch_norm_buffers
 from hvd_eurosat.training.inference import Network, Stop
 
-BATCHES, BATCH = 10, 128  # of an estimate; 10 of 128 took 3 % of an epoch of EuroSAT
+BATCHES, BATCH = 10, 128  # of an estimate; the last weights of a run were as accurate with it as with training's own
 
 
 class Statistics:
