@@ -20,11 +20,16 @@ from torch import nn
 
 from hvd_eurosat import prepare
 from hvd_eurosat.cluster.world import World
+from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, Data, Model, Valid
+from hvd_eurosat.data.names import Checksums
+from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.model import native
-from hvd_eurosat.model.resnet import BLOCKS, DEFAULT, Details, LandCoverResNet
+from hvd_eurosat.model.resnet import BLOCKS, DEFAULT, Details, LandCoverResNet, build
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.precision import Precision
+from hvd_eurosat.training.state import TrainingState
 
 EUROSAT = Path(__file__).parents[3] / "shared" / "data" / "EuroSAT_RGB.zip"
 EUROSAT_13 = EUROSAT.with_name("EuroSAT_MS_100.zip")  # 100 of the patches of 13 bands
@@ -193,3 +198,11 @@ class Canary:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, (f"touch {self.path}",)
+
+
+def averaging(folder: Path, trainable: str) -> TrainingState:
+    """A state of one rank, with an average of the weights that has taken in nothing yet."""
+    config = load(["--run.dir", str(folder), "--model.arch", "resnet18", "--train.ema", "0.9"])
+    tree = Tree(folder, ("a", "b"), "d", synthetic=True, image_size=None, checksums=Checksums.of({}))
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
+    return TrainingState(world, config, tree, build("resnet18", 2, trainable, seed=0), Precision("fp32"))

@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.reading import load
 from hvd_eurosat.data.batches import Images
-from hvd_eurosat.data.names import Checksums
 from hvd_eurosat.data.packed import Packed
-from hvd_eurosat.data.tree import Tree
 from hvd_eurosat.errors import Stopped
-from hvd_eurosat.model.resnet import LandCoverResNet, build
+from hvd_eurosat.model.resnet import LandCoverResNet
 from hvd_eurosat.training.average import EVERY, Average
 from hvd_eurosat.training.inference import never
-from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
+from tests.unit.conftest import averaging
 
 
 def test_the_average_is_corrected_for_its_start_and_left_by_skipped_steps() -> None:
@@ -56,12 +52,9 @@ def images() -> Images:
     return Images(Packed(pixels, np.zeros(13, np.int64), ()), torch.device("cpu"))
 
 
-def averaging(folder: Path, trainable: str) -> TrainingState:
-    """A state with an average of one step."""
-    config = load(["--run.dir", str(folder), "--model.arch", "resnet18", "--train.ema", "0.9"])
-    tree = Tree(folder, ("a", "b"), "d", synthetic=True, image_size=None, checksums=Checksums.of({}))
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
-    state = TrainingState(world, config, tree, build("resnet18", 2, trainable, seed=0), Precision("fp32"))
+def taken_in(folder: Path, trainable: str) -> TrainingState:
+    """A state whose average has taken in a step."""
+    state = averaging(folder, trainable)
     assert state.average is not None
     state.average.update(torch.tensor(False))
     return state
@@ -69,7 +62,7 @@ def averaging(folder: Path, trainable: str) -> TrainingState:
 
 def test_statistics_are_estimated_for_validation_and_stay_with_the_average(tmp_path: Path, images: Images) -> None:
     """Training goes on with its own, and with as many batches counted."""
-    state = averaging(tmp_path, "bn+head")
+    state = taken_in(tmp_path, "bn+head")
     before = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
     with state.validated(images, never):
         shown = state.statistics.flat.clone()
@@ -82,7 +75,7 @@ def test_statistics_are_estimated_for_validation_and_stay_with_the_average(tmp_p
 @pytest.mark.parametrize("in_validation", [False, True])
 def test_a_stop_leaves_the_average_as_it_was(tmp_path: Path, images: Images, in_validation: bool) -> None:
     """While the statistics are estimated, or in validation after that."""
-    state = averaging(tmp_path, "bn+head")
+    state = taken_in(tmp_path, "bn+head")
     with state.averaged():
         before = state.statistics.flat.clone()
 
@@ -100,7 +93,7 @@ def test_a_stop_leaves_the_average_as_it_was(tmp_path: Path, images: Images, in_
 def test_a_head_that_trains_alone_costs_no_look_at_images(
     tmp_path: Path, images: Images, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = averaging(tmp_path, "head")
+    state = taken_in(tmp_path, "head")
     monkeypatch.setattr(LandCoverResNet, "features", lambda *_: pytest.fail("the network was shown images"))
     with state.validated(images, never):
         pass

@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hvd_eurosat.cluster.world import World
-from hvd_eurosat.config.reading import load
-from hvd_eurosat.data.names import Checksums
-from hvd_eurosat.data.tree import Tree
-from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import copies
 from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder, holds
 from hvd_eurosat.training.copies import NotFiniteError, copied, whole
-from hvd_eurosat.training.precision import Precision
 from hvd_eurosat.training.state import TrainingState
+from tests.unit.conftest import averaging
 
 PATIENCE = 60.0  # seconds
 
@@ -56,10 +51,7 @@ class Device:
 @pytest.fixture
 def state(tmp_path: Path) -> TrainingState:
     """Of a head that trains, and its average."""
-    config = load(["--run.dir", str(tmp_path), "--model.arch", "resnet18", "--train.ema", "0.9"])
-    tree = Tree(tmp_path, ("a", "b"), "d", synthetic=True, image_size=None, checksums=Checksums.of({}))
-    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), threads=1)
-    return TrainingState(world, config, tree, build("resnet18", 2, "bn+head", seed=0), Precision("fp32"))
+    return averaging(tmp_path, "bn+head")
 
 
 def train(state: TrainingState) -> None:
