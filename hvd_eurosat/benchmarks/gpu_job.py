@@ -117,8 +117,8 @@ def fixed(loop: Loop, settings: GpuJobSettings, images: dict[str, Images]) -> di
     began = time.perf_counter()
     next(loop.batches.epoch(1))
     order = time.perf_counter() - began
-    time_validation(loop, settings, images["valid"])  # the first sets libraries up
-    validation = time_validation(loop, settings, images["valid"])
+    time_validation(loop, settings, images)  # the first sets libraries up
+    validation = time_validation(loop, settings, images)
     began = time.perf_counter()
     if saved := loop.state.snapshot():
         whole(saved)

@@ -32,6 +32,7 @@ from hvd_eurosat.model.resnet import Details, build
 from hvd_eurosat.training import capture
 from hvd_eurosat.training.features import Features
 from hvd_eurosat.training.gradients import GradientBuckets
+from hvd_eurosat.training.inference import never
 from hvd_eurosat.training.metrics import evaluate
 from hvd_eurosat.training.precision import choose_algorithms, choose_precision
 from hvd_eurosat.training.state import TrainingState
@@ -223,7 +224,7 @@ def main(world: World, settings: JobSettings, number: int) -> None:
             found |= {"reading": reading.measure(world, loop, images["train"], settings.steps)}
             found["images_file"] = images["train"].images.nbytes / MB
         if settings.validation:
-            found["modes"][mode]["validation"] = time_validation(loop, settings, images["valid"])
+            found["modes"][mode]["validation"] = time_validation(loop, settings, images)
         if settings.messages:
             bytes_each = WIRE[settings.optim.compression].itemsize
             found["modes"][mode]["buckets"] = [b.numel() * bytes_each for b in loop.step.gradients.buffers]
@@ -258,12 +259,12 @@ def measure(loop: Loop, settings: JobSettings, number: int) -> dict[str, Any]:
     return seconds | {"images": images}
 
 
-def time_validation(loop: Loop, settings: JobSettings, images: Images) -> float:
+def time_validation(loop: Loop, settings: JobSettings, images: dict[str, Images]) -> float:
     """Seconds of the validation that follows an epoch. Collective."""
     began = time.perf_counter()
-    with loop.state.averaged():
+    with loop.state.validated(images["train"], never):
         of, kept = loop.state, loop.features.valid
-        evaluate(loop.world, settings, of.model, of.precision, images, lambda: False, kept=kept)
+        evaluate(loop.world, settings, of.model, of.precision, images["valid"], never, kept=kept)
     return time.perf_counter() - began
 
 
