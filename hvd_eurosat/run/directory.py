@@ -22,7 +22,8 @@ from hvd_eurosat.run import outfile, plots
 from hvd_eurosat.run.predictions import CSV, HDF5
 from hvd_eurosat.training import checkpoint
 from hvd_eurosat.training.calibration import Calibration
-from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.checkpoint_folder import CheckpointFolder
 from hvd_eurosat.training.files import free_name, make_folder, write_text
 from hvd_eurosat.training.lock import FolderLock
 from hvd_eurosat.training.metrics import Evaluation

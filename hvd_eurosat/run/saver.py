@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable
 
 from hvd_eurosat.errors import RunError
-from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.checkpoint_folder import CheckpointFolder
 from hvd_eurosat.training.copies import NotFiniteError, whole
 
 FAILURES = 3

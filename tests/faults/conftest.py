@@ -22,7 +22,7 @@ from tests.parallel.conftest import warm as warm
 from tests.waiting import Moment
 
 STEP = "hvd_eurosat.training.step:Step.__call__"
-SAVE = "hvd_eurosat.training.checkpoint:CheckpointFolder.add"
+SAVE = "hvd_eurosat.training.checkpoint_folder:CheckpointFolder.add"
 EPOCHS, STEPS = 3, 4
 COLD = ("kill-launcher", "at-the-very-end")
 

@@ -22,7 +22,7 @@ from hvd_eurosat.data.batches import Batch, TrainBatches, open_images
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.saver import Saver
-from hvd_eurosat.training.checkpoint import CheckpointFolder
+from hvd_eurosat.training.checkpoint_folder import CheckpointFolder
 from hvd_eurosat.training.metrics import Sums
 from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState

@@ -22,7 +22,8 @@ from hvd_eurosat.errors import RunError, UserError
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.checkpoint_folder import CheckpointFolder
 from hvd_eurosat.training.optimiser import build_optimiser
 from hvd_eurosat.weights.loading import load_weights
 from tests.faults.conftest import SAVE, STEP, STEPS, Ended, Inject, fingerprint

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.training import copies
-from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder, holds
+from hvd_eurosat.training.checkpoint import Checkpoint, holds
+from hvd_eurosat.training.checkpoint_folder import CheckpointFolder
 from hvd_eurosat.training.copies import NotFiniteError, copied, whole
 from hvd_eurosat.training.state import TrainingState
 from tests.unit.conftest import averaging

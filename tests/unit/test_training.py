@@ -35,7 +35,8 @@ from hvd_eurosat.run.journal import Journal
 from hvd_eurosat.run.saver import Saver
 from hvd_eurosat.train import train
 from hvd_eurosat.training import checkpoint
-from hvd_eurosat.training.checkpoint import Checkpoint, CheckpointFolder
+from hvd_eurosat.training.checkpoint import Checkpoint
+from hvd_eurosat.training.checkpoint_folder import CheckpointFolder
 from hvd_eurosat.training.files import replacing, write_text
 from hvd_eurosat.training.gradients import GradientBuckets
 from hvd_eurosat.training.metrics import Evaluation, Sums
