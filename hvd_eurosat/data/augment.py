@@ -65,7 +65,7 @@ def network_input(images: Tensor, indices: Tensor, seed: int, epoch: Tensor, siz
 
     indices int64 [B]; epoch int64 []: as a tensor, so that where this is compiled every epoch has the same code.
     """
-    return normalise(resized(augment(images, indices, seed, epoch, data), size), data)
+    return normalise(resized(augment(images, indices, seed, epoch, data, size), size), data)
 
 
 def plain_input(images: Tensor, data: Data) -> Tensor:
@@ -73,10 +73,12 @@ def plain_input(images: Tensor, data: Data) -> Tensor:
     return normalise(resized(images, data.input_side), data)
 
 
-def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data) -> Tensor:
+def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, data: Data, size: int = 0) -> Tensor:
     """Another view of each image every epoch, all eight in eight epochs, and what else the configuration asks for.
 
     images [B, C, S, S], indices int64 [B] (of the samples in their split). Random in (seed, epoch, index) only.
+    What turns or zooms brings them to a larger `size` at once: two bilinear steps would blur them more than one does
+    those that are judged.
     Going through the views in turn shows more variety than drawing them (Jordan 2024, "alternating flip").
     """
     if data.augment:
@@ -90,7 +92,7 @@ def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, dat
             flips = uniform(seed, indices, epoch, FLIP + key) < probability
             images = torch.where(flips.view(-1, 1, 1, 1), images.flip(axis), images)
     if data.random_rotate or data.jitter_crop or data.random_zoom:
-        images = resample(images, _places(indices, seed, epoch, data))
+        images = resample(images, _places(indices, seed, epoch, data), max(size, images.shape[-1]))
     if data.random_brightness or data.random_contrast or data.random_gain:
         images = recolour(images, *_colours(images.shape[1], indices, seed, epoch, data))
     if data.random_erase:
@@ -98,12 +100,14 @@ def augment(images: Tensor, indices: Tensor, seed: int, epoch: int | Tensor, dat
     return images
 
 
-def resample(images: Tensor, places: Tensor) -> Tensor:
-    """Each image [B, C, S, S] seen through its own affine map, float32 [B, 2, 3] of the output's coordinates.
+def resample(images: Tensor, places: Tensor, size: int) -> Tensor:
+    """Each image [B, C, S, S] seen through its own affine map, float32 [B, 2, 3] of the output's coordinates, as
+
+    [B, C, size, size].
 
     Bilinear, mirrored at the border; coordinates run from -1 to 1 between the image's edges.
     """
-    grid = F.affine_grid(places, list(images.shape), align_corners=False)
+    grid = F.affine_grid(places, [*images.shape[:2], size, size], align_corners=False)
     sampled = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
     return sampled.round().to(images.dtype)
 

@@ -55,7 +55,7 @@ def mixed_input(
 
     mixup, cutmix: quantiles of their shares. Also the share that each image keeps, and its label with it: float64 [B].
     """
-    images, others = (augment(i, n, seed, epoch, data) for i, n in ((images, indices), (others, other_indices)))
+    images, others = (augment(i, n, seed, epoch, data, size) for i, n in ((images, indices), (others, other_indices)))
     mixed, share = mix_pairs(images, others, indices, seed, epoch, mixup, cutmix)
     return normalise(resized(mixed, size), data), share
 

@@ -17,7 +17,7 @@ from PIL import Image
 from hvd_eurosat.config import verbs
 from hvd_eurosat.config.schema import Data, Model, Optim
 from hvd_eurosat.config.verbs import ExportSettings
-from hvd_eurosat.data.augment import augment, resample
+from hvd_eurosat.data.augment import augment, network_input, plain_input, resample, resized
 from hvd_eurosat.data.folder import Seen, class_numbers, file_batches, find_images, find_labelled
 from hvd_eurosat.data.images import Crop, decode, to_array
 from hvd_eurosat.data.inputs import PICTURES
@@ -162,13 +162,26 @@ def test_crops() -> None:
 def test_resampling_turns_and_zooms() -> None:
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     quarter = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]).expand(2, 2, 3)
-    assert torch.equal(resample(images, quarter), torch.rot90(images, 1, (2, 3)))
+    assert torch.equal(resample(images, quarter, 16), torch.rot90(images, 1, (2, 3)))
     indices = torch.tensor([3, 4])
     flipped = augment(images, indices, 0, 0, Data(augment=False, random_horizontal_flip=1))
     assert torch.equal(flipped, images.flip(3))
     constant = torch.full((2, 3, 16, 16), 77, dtype=torch.uint8)
     data = Data(augment=False, random_rotate=180, jitter_crop=0.5, random_zoom=0.5)
     assert torch.equal(augment(constant, indices, 0, 0, data), constant)
+
+
+def test_turned_images_are_as_sharp_as_plain_ones() -> None:
+    """They are sampled once, at the size that the network sees, however much larger that is."""
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    places = torch.eye(2, 3).expand(2, 2, 3)
+    for size in (16, 24, 32):
+        assert (resample(images, places, size).int() - resized(images, size).int()).abs().max() <= 1
+    data = Data(augment=False, random_rotate=1e-3, input_size=32)
+    indices, epoch = torch.arange(2), torch.tensor(0)
+    turned, plain = network_input(images, indices, 0, epoch, 32, data), plain_input(images, data)
+    assert (turned - plain).abs().max() < 0.05
+    assert network_input(images, indices, 0, epoch, 8, data).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb", "adagrad", "rmsprop", "sgd", "adamw"])
