@@ -9,7 +9,6 @@ run.dir (default runs/benchmark) after every round, where the subcommands' resul
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from hvd_eurosat.benchmarks.settings import (
     StepSettings,
 )
 from hvd_eurosat.cluster import environment
+from hvd_eurosat.config.command import Parser
 from hvd_eurosat.config.reading import read
 from hvd_eurosat.errors import RunError, UserError
 
@@ -46,11 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank, _ = environment.launched()
     if rank > 0:  # the launcher only says how many ranks the jobs are to have
         return 0
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m hvd_eurosat.benchmark",
         description=__doc__,
         epilog="\n".join(f"{name:<9} {what}" for name, (_, _, what) in SUBCOMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=SUBCOMMANDS, help="`benchmark <what> --help` lists its keys")
     name = parser.parse_args(arguments[:1]).what

@@ -8,7 +8,6 @@ It ends with 0, or with 1 when something must be mended. Its output belongs in e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hvd_eurosat.cluster import environment
+from hvd_eurosat.config.command import Parser
 from hvd_eurosat.diagnosis.checks import Finding, across_ranks, installation, machine
 from hvd_eurosat.diagnosis.facts import Facts, Mpirun, collect
 
@@ -38,12 +38,7 @@ GIB = 2**30
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Examine this rank alone, then, if it can join, the job; rank 0 reports. Collective."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hvd_eurosat.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m hvd_eurosat.doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     as_json = parser.parse_args(argv).json
     facts = collect()

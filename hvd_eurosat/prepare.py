@@ -10,6 +10,7 @@ from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
+from hvd_eurosat.config.command import Parser
 from hvd_eurosat.data import telling
 from hvd_eurosat.data.appearing import appearing
 from hvd_eurosat.data.copying import Copies, Options, copy, measure, split, without_contradictions
@@ -251,13 +252,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m hvd_eurosat.prepare",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m hvd_eurosat.prepare", description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", metavar="FILE|DIR|sample|download", help="where the images come from")
@@ -303,7 +298,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _add_splits(parser: argparse.ArgumentParser) -> None:
+def _add_splits(parser: Parser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--split",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_eurosat.config.command import Parser
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config, schedule_epochs
 from hvd_eurosat.data.images import BadImageError, read_file
@@ -237,18 +238,11 @@ def _confusion(
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and what is left of the words: of `schedule` the keys of a configuration."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m hvd_eurosat.report",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=raw,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m hvd_eurosat.report", description=__doc__, epilog=EXAMPLES)
     verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run|page|runs|status", required=True)
 
-    def verb(name: str, does: str, more: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}", allow_abbrev=False)
+    def verb(name: str, does: str, more: str) -> Parser:
+        return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}")
 
     sample = verb(
         "samples",

@@ -11,7 +11,6 @@ Sources: sge_pe(5) of Grid Engine, qsub of PBS Professional, the environment var
 
 from __future__ import annotations
 
-import argparse
 import functools
 import ipaddress
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from hvd_eurosat.cluster import slurm
 from hvd_eurosat.cluster.hostlist import Host, parse
+from hvd_eurosat.config.command import Parser
 from hvd_eurosat.errors import UserError
 
 OAR = "OAR gave no more: ask for oarsub -l nodes=N/core=N, or say --hosts"
@@ -147,7 +147,7 @@ def cut_alike(hosts: Sequence[Host]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what the launchers go by, or one line of what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m hvd_eurosat.cluster.hosts", allow_abbrev=False)
+    parser = Parser(prog="python -m hvd_eurosat.cluster.hosts")
     parser.add_argument("--hosts")
     parser.add_argument("--hostfile")
     parser.add_argument("--np")

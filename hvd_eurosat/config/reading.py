@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 import sys
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from hvd_eurosat.config import rmldnn
+from hvd_eurosat.config.command import Parser, likely
 from hvd_eurosat.config.jsonfile import read_json
 from hvd_eurosat.config.schema import ENV_PREFIX, Config, Settings, current
 from hvd_eurosat.errors import UserError
@@ -40,11 +40,11 @@ METAVARS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, not after two screens of usage."""
+class _Parser(Parser):
+    """Of keys. It does not end the program, for the ranks of a job check their command lines together."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists every key)")
+        raise UserError(f"{self.explained(message)} (--help lists every key)")
 
 
 def load(argv: Sequence[str]) -> Config:
@@ -66,10 +66,8 @@ def read(schema: type[S], argv: Sequence[str], verb: str, **lists: Sequence[str]
         prog=f"python -m hvd_eurosat.{verb}",
         usage=_usage(schema),
         description=inspect.cleandoc(schema.__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    cli = CliSettingsSource[argparse.ArgumentParser](schema, root_parser=parser)
+    cli = CliSettingsSource[Parser](schema, root_parser=parser)
     _plainly(parser)
     _refuse_unknown_environment()
     flags = vars(parser.parse_args(list(argv)))
@@ -93,7 +91,7 @@ def _usage(schema: type[Settings]) -> str:
     return " ".join(["%(prog)s [--config FILE]", *required, "[--KEY VALUE …]"])
 
 
-def _plainly(parser: argparse.ArgumentParser) -> None:
+def _plainly(parser: Parser) -> None:
     """Types and defaults in the words of a help page, where pydantic writes Python."""
     for action in parser._actions:
         action.metavar = METAVARS.get(str(action.metavar), action.metavar)
@@ -131,6 +129,12 @@ def _sections() -> list[str]:
     return [name for name in Config.model_fields if name != "config"]
 
 
+def _keys() -> list[str]:
+    """Sections, and keys as section.key."""
+    fields = {name: getattr(Config.model_fields[name].annotation, "model_fields", ()) for name in _sections()}
+    return [*fields, *(f"{name}.{key}" for name, keys in fields.items() for key in keys)]
+
+
 def _refuse_unknown_environment() -> None:
     """pydantic reads the variables that it knows; a misspelt section would pass in silence."""
     for variable in sorted(os.environ):
@@ -146,5 +150,5 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"--{key} is required"
     if problem["type"] == "extra_forbidden":
-        return f"unknown configuration key {key} (--help lists every key)"
+        return f"unknown configuration key {key}{likely(key, _keys())} (--help lists every key)"
     return f"{key}: {message}, got {problem['input']!r}" if key else message

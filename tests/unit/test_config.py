@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,7 @@ def test_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train.epoch", "3"], "unrecognized arguments: --train.epoch 3"),
+        (["--train.batch-size", "3"], "--train.batch-size 3: did you mean --train.batch_size? (--help"),
         (["--train.epochs", "many"], "train.epochs: Input should be a valid integer"),
         (["--train.batch_size", "-3"], "train.batch_size: Input should be greater than 0, got '-3'"),
         (["--train.epochs"], "--train.epochs: expected one argument"),
@@ -149,11 +151,19 @@ def test_bad_arguments(arguments: list[str], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("verb", ["prepare", "doctor", "benchmark", "report", "cluster.hosts", "evaluate", "map"])
+def test_a_wrong_command_line_is_one_line(verb: str) -> None:
+    command = [sys.executable, "-m", f"hvd_eurosat.{verb}", "--nonsense"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith("error: ")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("r.toml", "[train]\nepochz = 5\n", "unknown configuration key train.epochz"),
-        ("r.toml", "[trane]\nepochs = 5\n", "unknown configuration key trane"),
+        ("r.toml", "[train]\nepochz = 5\n", "unknown configuration key train.epochz: did you mean train.epochs?"),
+        ("r.toml", "[trane]\nepochs = 5\n", "unknown configuration key trane: did you mean train?"),
         ("r.toml", "epochs =", "--config"),
         ("r.json", "[1]", "expected sections data, model, optim, train, valid, run"),
         ("r.yaml", "train: {}", "a recipe is a .toml or a .json file"),

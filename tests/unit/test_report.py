@@ -196,10 +196,13 @@ def test_bad_usage(
     "arguments",
     [[], ["pie"], ["samples"], ["network", "--out", "a.png", "--more"], ["schedule", "--out", "a.png", "--ranks", "0"]],
 )
-def test_argparse_refuses(arguments: list[str]) -> None:
+def test_a_wrong_command_line_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         report.main(arguments)
     assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
 
 
 def test_plots_of_odd_sizes(tmp_path: Path) -> None:
