@@ -242,7 +242,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run|page|runs|status", required=True)
 
     def verb(name: str, does: str, more: str) -> Parser:
-        return verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}")
+        wrapping, text = argparse.HelpFormatter, f"{does[0].upper()}{does[1:]}. {more}"
+        return verbs.add_parser(name, help=does, description=text, formatter_class=wrapping)
 
     sample = verb(
         "samples",
@@ -294,7 +295,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     state.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folders of runs")
     options, left = parser.parse_known_args(argv)
     if left and options.what != "schedule":
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+        verbs.choices[options.what].error(f"unrecognized arguments: {' '.join(left)}")
     return options, left
 
 

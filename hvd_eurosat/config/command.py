@@ -1,4 +1,4 @@
-"""How command lines are read, where no schema does it: a mistake is one line, with what was perhaps meant."""
+"""argparse, whose mistakes are one line here, with what was perhaps meant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors come without a screen of usage before them."""
+    """An ArgumentParser that reports a mistake without the usage text."""
 
     def __init__(self, **settings: Any) -> None:
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -18,15 +18,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program with status 2."""
-        self.exit(2, f"error: {self.explained(message)} (--help lists all)\n")
+        self.exit(2, f"error: {self.with_suggestion(message)} (--help lists all)\n")
 
-    def explained(self, message: str) -> str:
-        """argparse's message, with the argument that an unknown one is most like."""
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        return message + (likely(unknown[1], self._option_string_actions) if unknown else "")
+    def with_suggestion(self, message: str) -> str:
+        """argparse's message in one line, with the option that the first unknown one resembles."""
+        message = " ".join(message.splitlines())
+        unknown = re.match(r"unrecognized arguments:.*?(--[^\s=]+)", message)
+        return message + (suggestion(unknown[1], self._option_string_actions) if unknown else "")
 
 
-def likely(name: str, names: Iterable[str]) -> str:
-    """A question after the one of `names` that an unknown one resembles; "" if none does."""
-    near = difflib.get_close_matches(name, list(names), 1)
-    return f": did you mean {near[0]}?" if near else ""
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """ ": did you mean NAME?" for the most similar of `names`, or "" if none is: of another section before other words.
+
+    Options and keys are compared without dashes before them, and with underscores within.
+    """
+    known = {_bare(each): each for each in names}
+    last = _bare(name).rpartition(".")[2]
+    same = [each for each in known if each.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(_bare(name), same or known, 1, 0.0 if same else 0.8)
+    return f": did you mean {known[near[0]]}?" if near else ""
+
+
+def _bare(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")

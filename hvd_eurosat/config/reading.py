@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import os
 import sys
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from hvd_eurosat.config import rmldnn
-from hvd_eurosat.config.command import Parser, likely
+from hvd_eurosat.config.command import Parser, suggestion
 from hvd_eurosat.config.jsonfile import read_json
 from hvd_eurosat.config.schema import ENV_PREFIX, Config, Settings, current
 from hvd_eurosat.errors import UserError
@@ -41,10 +42,10 @@ METAVARS = {
 
 
 class _Parser(Parser):
-    """Of keys. It does not end the program, for the ranks of a job check their command lines together."""
+    """Does not end the program: the ranks of a job check their command lines together."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.explained(message)} (--help lists every key)")
+        raise UserError(f"{self.with_suggestion(message)} (--help lists every key)")
 
 
 def load(argv: Sequence[str]) -> Config:
@@ -79,7 +80,7 @@ def read(schema: type[S], argv: Sequence[str], verb: str, **lists: Sequence[str]
     try:
         return schema(_cli_settings_source=source, **{**values, **lists})
     except ValidationError as error:
-        raise UserError(_first_problem(error)) from None
+        raise UserError(_first_problem(error, parser)) from None
     except SettingsError:
         given = ", ".join(sorted(name for name in os.environ if name.startswith(ENV_PREFIX)))
         raise UserError(f"environment variables {given}: one is a list, which is written [1, 2, 3]") from None
@@ -92,8 +93,11 @@ def _usage(schema: type[Settings]) -> str:
 
 
 def _plainly(parser: Parser) -> None:
-    """Types and defaults in the words of a help page, where pydantic writes Python."""
+    """Types and defaults in the words of a help page, where pydantic writes Python; no whole sections in JSON."""
     for action in parser._actions:
+        if action.help == argparse.SUPPRESS:
+            for name in action.option_strings:
+                del parser._option_string_actions[name]
         action.metavar = METAVARS.get(str(action.metavar), action.metavar)
         for nothing in (" (default: None)", " (default: ())", " (default: )"):
             action.help = (action.help or "").replace(nothing, "")
@@ -129,12 +133,6 @@ def _sections() -> list[str]:
     return [name for name in Config.model_fields if name != "config"]
 
 
-def _keys() -> list[str]:
-    """Sections, and keys as section.key."""
-    fields = {name: getattr(Config.model_fields[name].annotation, "model_fields", ()) for name in _sections()}
-    return [*fields, *(f"{name}.{key}" for name, keys in fields.items() for key in keys)]
-
-
 def _refuse_unknown_environment() -> None:
     """pydantic reads the variables that it knows; a misspelt section would pass in silence."""
     for variable in sorted(os.environ):
@@ -143,12 +141,14 @@ def _refuse_unknown_environment() -> None:
             raise UserError(f"environment variable {variable}: no such section; there are {', '.join(_sections())}")
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, parser: Parser) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"--{key} is required"
     if problem["type"] == "extra_forbidden":
-        return f"unknown configuration key {key}{likely(key, _keys())} (--help lists every key)"
+        keys = [option.removeprefix("--") for option in parser._option_string_actions]
+        names = [*keys, *(key.partition(".")[0] for key in keys)]
+        return f"unknown configuration key {key}{suggestion(key, names)} (--help lists every key)"
     return f"{key}: {message}, got {problem['input']!r}" if key else message

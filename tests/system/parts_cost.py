@@ -1,13 +1,14 @@
-"""What each part of training that is for accuracy adds to a step, in one process; with any keys of train.
+"""What each technique for accuracy adds to a step: in one process on a CPU, of RGB images, with any keys of train.
 
     .venv/bin/python -m tests.system.parts_cost --data.root data/EuroSAT_RGB --model.weights none --train.batch_size 32
 
-Steps scatter more than a part takes. So each part is timed alone, in turn with the plain input, and told as a share of
-the median step.
+Steps scatter more than a part takes. So each part is timed alone, in turn with the plain input, and given as a share
+of the median step. Of mixing that is the making of the input; the partners' images are read meanwhile.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -57,7 +58,8 @@ def inputs(batch: Batch, config: Config) -> dict[str, Callable[[], object]]:
 
 def main(world: World, config: Config) -> None:
     """Prints the median step and what each part adds: the median, and the middle half of the rounds."""
-    config = config.model_copy(update={"train": config.train.model_copy(update={"ema": 0.99})})
+    plain = {"ema": 0.99, "mixup": 0.0, "cutmix": 0.0, "start_size": 0}
+    config = config.model_copy(update={"train": config.train.model_copy(update=plain)})
     tree = open_tree(config.data.root)
     images = open_images(world, tree, ["train"], config.data, config.data)["train"]
     batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, 0, mixes=True)
@@ -68,16 +70,19 @@ def main(world: World, config: Config) -> None:
     world.watch(600)
     steps: list[float] = []
     added: dict[str, list[float]] = {}
+    order = random.Random(0)
     for _, batch in zip(range(ROUNDS), batches.epoch(0), strict=False):
+        world.tick("measuring")
         steps.append(seconds(partial(step, replace(batch, partners=None), 1e-5, stop=False)))
-        times = {name: seconds(make) for name, make in inputs(batch, config).items()}
-        plain = times.pop(PLAIN)
-        for name, taken in times.items():
-            added.setdefault(name, []).append(taken - plain)
+        ways = inputs(batch, config)
+        ways[PLAIN]()  # after the step no cache holds the images
+        times = {name: seconds(ways[name]) for name in order.sample(list(ways), len(ways))}
+        for name in ways.keys() - {PLAIN}:
+            added.setdefault(name, []).append(times[name] - times[PLAIN])
         added.setdefault("train.ema", []).append(seconds(partial(state.average.update, torch.tensor(False))) / EVERY)
     whole = statistics.median(steps)
     print(f"a step of {config.train.batch_size} images, {state.precision.name}: {1e3 * whole:.0f} ms")
-    for name, values in added.items():
+    for name, values in sorted(added.items()):
         low, middle, high = (100 * value / whole for value in statistics.quantiles(values, n=4))
         print(f"{name:40}{middle:6.2f} % ({low:.2f} to {high:.2f})")
     estimates = [seconds(partial(estimate, state, images)) / whole for _ in range(3)]
