@@ -242,8 +242,8 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     verbs = parser.add_subparsers(dest="what", metavar="samples|network|schedule|run|page|runs|status", required=True)
 
     def verb(name: str, does: str, more: str) -> Parser:
-        wrapping, text = argparse.HelpFormatter, f"{does[0].upper()}{does[1:]}. {more}"
-        return verbs.add_parser(name, help=does, description=text, formatter_class=wrapping)
+        text = f"{does[0].upper()}{does[1:]}. {more}"
+        return verbs.add_parser(name, help=does, description=text, formatter_class=argparse.HelpFormatter)
 
     sample = verb(
         "samples",

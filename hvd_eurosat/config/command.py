@@ -28,9 +28,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """ ": did you mean NAME?" for the most similar of `names`, or "" if none is: of another section before other words.
+    """The words ": did you mean NAME?" for one of `names`, or none.
 
-    Options and keys are compared without dashes before them, and with underscores within.
+    That is the same key of another section, or one that is nearly alike: dashes before a name do not count, and within
+    it they are underscores.
     """
     known = {_bare(each): each for each in names}
     last = _bare(name).rpartition(".")[2]

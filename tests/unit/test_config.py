@@ -109,6 +109,7 @@ def test_a_list_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--train.epoch", "3"], "unrecognized arguments: --train.epoch 3: did you mean --train.epochs?"),
         (["--train.batch-size", "3"], "--train.batch-size 3: did you mean --train.batch_size? (--help"),
         (["--train.lr", "3"], "unrecognized arguments: --train.lr 3: did you mean --optim.lr?"),
         (["--nothing"], "unrecognized arguments: --nothing (--help"),
