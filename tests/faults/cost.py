@@ -18,7 +18,7 @@ from hvd_eurosat.cluster import job
 from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
-from hvd_eurosat.data.batches import Batch, TrainBatches, open_images
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
 from hvd_eurosat.data.tree import open_tree
 from hvd_eurosat.model.resnet import build
 from hvd_eurosat.run.saver import Saver
@@ -60,16 +60,21 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def main(world: World, config: Config) -> None:
-    """Prints, on rank 0, medians and the 95 % interval of the difference."""
+def begun(world: World, config: Config) -> tuple[Images, TrainingState, Step]:
+    """The training images, and a training from random weights before its first step. Collective."""
     tree = open_tree(config.data.root)
     images = open_images(world, tree, ["train"], config.data, config.data)["train"]
+    model = build(config.model.arch, len(tree.classes), config.model.trainable, 0)
+    state = TrainingState(world, config, tree, model, choose_precision(world, config.train.precision))
+    world.watch(600)
+    return images, state, Step(state, world, config, class_weights=None)
+
+
+def main(world: World, config: Config) -> None:
+    """Prints, on rank 0, medians and the 95 % interval of the difference."""
+    images, state, step = begun(world, config)
     batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, 0)
     batch = next(batches.epoch(0))
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, 0)
-    state = TrainingState(world, config, tree, model, choose_precision(world, "auto"))
-    step = Step(state, world, config, class_weights=None)
-    world.watch(600)
     for _ in range(5):
         durable(world, step, batch)
     on, off = [], []

@@ -21,16 +21,12 @@ from hvd_eurosat.cluster.world import World
 from hvd_eurosat.config.reading import load
 from hvd_eurosat.config.schema import Config
 from hvd_eurosat.data.augment import network_input
-from hvd_eurosat.data.batches import Batch, Images, TrainBatches, open_images
+from hvd_eurosat.data.batches import Batch, Images, TrainBatches
 from hvd_eurosat.data.mixing import mixed_input, quantiles
-from hvd_eurosat.data.tree import open_tree
-from hvd_eurosat.model.resnet import build
 from hvd_eurosat.training.average import EVERY
 from hvd_eurosat.training.inference import never
-from hvd_eurosat.training.precision import choose_precision
 from hvd_eurosat.training.state import TrainingState
-from hvd_eurosat.training.step import Step
-from tests.faults.cost import seconds
+from tests.faults.cost import begun, seconds
 
 ROUNDS = 40
 PLAIN = "plain"
@@ -58,16 +54,11 @@ def inputs(batch: Batch, config: Config) -> dict[str, Callable[[], object]]:
 
 def main(world: World, config: Config) -> None:
     """Prints the median step and what each part adds: the median, and the middle half of the rounds."""
-    plain = {"ema": 0.99, "mixup": 0.0, "cutmix": 0.0, "start_size": 0}
-    config = config.model_copy(update={"train": config.train.model_copy(update=plain)})
-    tree = open_tree(config.data.root)
-    images = open_images(world, tree, ["train"], config.data, config.data)["train"]
-    batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, 0, mixes=True)
-    model = build(config.model.arch, len(tree.classes), config.model.trainable, 0)
-    state = TrainingState(world, config, tree, model, choose_precision(world, config.train.precision))
+    changes = {"ema": 0.99, "mixup": 0.0, "cutmix": 0.0, "start_size": 0}
+    config = config.model_copy(update={"train": config.train.model_copy(update=changes)})
+    images, state, step = begun(world, config)
     assert state.average
-    step = Step(state, world, config, class_weights=None)
-    world.watch(600)
+    batches = TrainBatches(images, config.train.batch_size, world.rank, world.size, 0, mixes=True)
     steps: list[float] = []
     added: dict[str, list[float]] = {}
     order = random.Random(0)
