@@ -44,8 +44,8 @@ def view_of(image: Pixels, view: int) -> Pixels:
     return image.swapaxes(0, 1) if view & 4 else image
 
 
-def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> Pixels:
-    """uint8 [S, S, 3], as is the result."""
+def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data, size: int) -> Pixels:
+    """uint8 [S, S, 3], as is the result; of a larger size [size, size, 3] if it is turned, cut or zoomed."""
 
     def uniform(key: int) -> float:
         return (mix(seed, index, epoch, key) >> 7) / 2**24
@@ -62,7 +62,7 @@ def augmented(image: Pixels, index: int, seed: int, epoch: int, data: Data) -> P
     if uniform(11) < data.random_vertical_flip:
         image = image[::-1]
     if data.random_rotate or data.jitter_crop or data.random_zoom:
-        image = resampled(image, place(uniform, data))
+        image = resampled(image, place(uniform, data), max(size, len(image)))
     if data.random_brightness or data.random_contrast or data.random_gain:
         image = recoloured(image, uniform, data)
     if uniform(60) < data.random_erase:
@@ -133,12 +133,11 @@ def place(uniform: Callable[[int], float], data: Data) -> Callable[[Numbers, Num
     return there
 
 
-def resampled(image: Pixels, there: Callable[[Numbers, Numbers], tuple[Numbers, Numbers]]) -> Pixels:
-    """Bilinear, mirrored at the border."""
-    size = len(image)
+def resampled(image: Pixels, there: Callable[[Numbers, Numbers], tuple[Numbers, Numbers]], size: int) -> Pixels:
+    """Bilinear, mirrored at the border: uint8 [size, size, 3]."""
     middles = (2 * np.arange(size) + 1) / size - 1
     x, y = there(*np.meshgrid(middles, middles))
-    (left, right, u), (top, bottom, v) = neighbours(x, size), neighbours(y, size)
+    (left, right, u), (top, bottom, v) = neighbours(x, len(image)), neighbours(y, len(image))
     above = (1 - u) * image[top, left] + u * image[top, right]
     below = (1 - u) * image[bottom, left] + u * image[bottom, right]
     return np.rint((1 - v) * above + v * below).astype(np.uint8)

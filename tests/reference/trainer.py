@@ -239,7 +239,7 @@ class Trainer:
 
     def _loss(self, mine: list[int], counts: Tensor, rank: int, settle: Settle) -> tuple[Tensor, Any]:
         size = schedule.image_size(self.config, self.epoch)
-        pixels, others, shares = zip(*map(self._shown, mine), strict=True)
+        pixels, others, shares = zip(*(self._shown(index, size) for index in mine), strict=True)
         shown = [augmentation.normalised(one, size, self.config.data) for one in pixels]
         labels, other_labels = (torch.from_numpy(self.splits["train"].labels[list(n)]) for n in (mine, others))
         for norm in self.norms:
@@ -256,12 +256,12 @@ class Trainer:
         facts = [float((fact.detach() * counts).sum()) for fact in (nll, correct, torch.ones_like(nll))]
         return (losses * counts).sum(), np.array(facts)
 
-    def _shown(self, index: int) -> tuple[augmentation.Pixels, int, float]:
+    def _shown(self, index: int, size: int) -> tuple[augmentation.Pixels, int, float]:
         """An image augmented and mixed with another; that one's index; the share of the first."""
         train, images = self.config.train, self.splits["train"].images
 
         def augmented(index: int) -> augmentation.Pixels:
-            return augmentation.augmented(images[index], index, train.seed, self.epoch, self.config.data)
+            return augmentation.augmented(images[index], index, train.seed, self.epoch, self.config.data, size)
 
         if not train.mixup and not train.cutmix:
             return augmented(index), index, 1.0
